@@ -1,0 +1,43 @@
+"""Accuracy of the weighted nearest neighbours of an encoder, without any training."""
+
+import argparse
+
+from models_pixmim import ENCODERS
+from util.args import (
+    Parser,
+    add_checkpoint_arguments,
+    add_data_arguments,
+    add_device_arguments,
+    add_model_arguments,
+    number,
+    report_mistakes,
+)
+from util.classify import knn, load_encoder, pooling, print_result, read_architecture
+from util.data import labelled_sources
+from util.dist import join
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
+    add_checkpoint_arguments(parser)
+    add_model_arguments(parser, ENCODERS)
+    add_device_arguments(parser)
+    add = parser.add_argument_group("kNN").add_argument
+    add("--batch_size", type=number(int, 1), default=256, help="images of one rank in one forward pass")
+    add("--k", type=number(int, 1), default=20, help="neighbours that vote")
+    add("--temperature", type=number(float, 1e-3), default=0.07, help="a vote weighs exp(cosine / temperature)")
+    return parser
+
+
+def main() -> None:
+    args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
+    world = join(args.device)
+    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights)).to(world.device)
+    sources = labelled_sources(args.data_path)
+    print_result(world, knn(args, world, encoder, sources, args.pool, args.k, args.temperature))
+    world.leave()
+
+
+if __name__ == "__main__":
+    report_mistakes(main)

@@ -1,0 +1,94 @@
+"""Linear probe: classifiers on frozen features, one for each learning rate, in one pass. The defaults are MAE's."""
+
+import argparse
+import json
+
+import torch
+import torch.nn.functional as F
+from timm.optim import Lars
+from torchvision import transforms as T
+
+from models_pixmim import ENCODERS
+from util.args import classifier_parser, report_mistakes
+from util.checkpoint import Progress, resume, save
+from util.classify import (
+    Probe,
+    evaluate_saved,
+    load_encoder,
+    pooling,
+    print_result,
+    read_architecture,
+    save_classifier,
+    validate,
+)
+from util.data import T_MODES, Normalize, eval_loader, eval_transform, labelled_sources, train_loader
+from util.rng import Seeded
+from util.run import start
+from util.train import grad_scaler, train_one_epoch, wrap
+
+
+def get_parser() -> argparse.ArgumentParser:
+    schedule = {"batch_size": 2048, "epochs": 90, "warmup_epochs": 10, "blr": [0.1], "min_lr": 0.0, "weight_decay": 0.0}
+    parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", **schedule)
+    add = parser.add_argument_group("probe").add_argument
+    add("--probe_as", choices=["mae", "mmselfsup"], default="mae", help="mmselfsup: LARS adapts the bias too, val is resized bilinearly")
+    return parser
+
+
+def lars(model: Probe, run) -> Lars:
+    """LARS as facebookresearch/mae has it: plain momentum SGD for the bias (mmselfsup adapts it as well)."""
+    groups = []
+    for head, blr in zip(model.heads, run.args.blr, strict=True):
+        scale = blr / max(run.args.blr)
+        groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
+        groups.append({"params": [head.bias], "always_adapt": run.args.probe_as == "mmselfsup", "lr_scale": scale})
+    return Lars(groups, run.lr, momentum=0.9, weight_decay=run.args.weight_decay, trust_coeff=0.001)
+
+
+def probe_loss(normalize):
+    """(model, batch) -> sum over the heads of their cross-entropies, so that each learns as if it were alone."""
+
+    def loss(model, batch):
+        logits = model(normalize(batch)).float()
+        heads = logits.shape[1]
+        return F.cross_entropy(logits.flatten(0, 1), batch["label"].repeat_interleave(heads)) * heads
+
+    return loss
+
+
+def main() -> None:
+    args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
+    interpolation = "bilinear" if args.probe_as == "mmselfsup" else "bicubic"
+    if args.eval:
+        evaluate_saved(args, ENCODERS, weights, interpolation)
+        return
+    run = start(args)
+    train, val = labelled_sources(args.data_path)
+    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights))
+    model = Probe(encoder, args.pool, len(train.classes), len(args.blr)).to(run.world.device)
+    frozen = {name: value.clone() for name, value in encoder.state_dict().items()}
+    crop = Seeded(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
+    loader = train_loader(run, train, crop, flip=True)
+    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))
+    optimizer, scaler = lars(model, run), grad_scaler(run)
+    progress = resume(run, model, optimizer, scaler)
+    wrapped, loss_fn = wrap(model, run), probe_loss(Normalize(args, run.world.device))
+
+    results = None
+    for epoch in range(progress.epoch, args.epochs):
+        train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
+        model.average_statistics(run.world)
+        save(run, Progress(epoch + 1, 0), model, optimizer, scaler)
+        results = validate(run, model, val_loader, len(train.classes), epoch + 1)
+    results = results or validate(run, model, val_loader, len(train.classes), args.epochs)
+    assert all(torch.equal(value, frozen[name]) for name, value in encoder.state_dict().items()), "the encoder changed"
+    for blr, result in zip(args.blr, results, strict=True):
+        run.log.say(f"--blr {blr:g}: {json.dumps(result)}")
+    best = max(range(len(results)), key=lambda i: results[i]["acc1"])
+    save_classifier(run, model.classifier(best), train.classes)
+    run.close()
+    print_result(run.world, {**results[best], "blr": args.blr[best], "selected_on": "val"})
+
+
+if __name__ == "__main__":
+    report_mistakes(main)

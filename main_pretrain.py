@@ -1,0 +1,88 @@
+"""Pre-train PixMIM, or with --lowpass_radius 0 --crop rrc MAE. The defaults are ViT-B/16 for 300 epochs on 8 devices."""
+
+import argparse
+import json
+
+import torch
+from timm.optim import param_groups_weight_decay
+
+from engine_pretrain import build_model, panel, pretrain_loss
+from models_pixmim import ENCODERS
+from util.args import (
+    Parser, add_data_arguments, add_device_arguments, add_model_arguments, add_run_arguments, add_schedule_arguments, number,
+    report_mistakes,
+)  # fmt: skip
+from util.checkpoint import Progress, resume, save
+from util.classify import default_pool, knn
+from util.data import Feed, Normalize, labelled_sources, pretrain_transform, train_loader, unlabelled_source
+from util.run import start
+from util.train import due, grad_scaler, train_one_epoch, wrap
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    add_data_arguments(parser, "folder of images: train/<class>/ as ImageNet, or any other structure without classes")
+    add_model_arguments(parser, ENCODERS, model="vit_base")
+    # fmt: off
+    add = parser.add_argument_group("method").add_argument
+    add("--lowpass_radius", type=number(float, 0),
+        help="cut-off of the target in frequency bins; 0 = raw pixels (MAE), None = 40 for 224 px of side")
+    add("--lowpass", choices=["reference", "centered"], default="reference",
+        help="the release's filter, half a bin off centre, or the zero-phase one")
+    add("--crop", choices=["src", "rrc"], default="src",
+        help="SimpleResizedCrop (PixMIM) or RandomResizedCrop of 0.2 to 1 of the area (MAE)")
+    add("--crop_interpolation", choices=["bilinear", "bicubic"],
+        help="of the crop's resize; None = bilinear for src as the release, bicubic for rrc as MAE")
+    add("--mask_ratio", type=number(float, 0, 1), default=0.75, help="share of patches removed, 0 to 1")
+    add("--mask_unit", type=number(int, 1), default=1, help="patches are removed in blocks of this side; 2 = LSMAE")
+    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
+        help="normalise each patch of the target by its mean and deviation")
+    add("--decoder_dim", type=number(int, 4), default=512, help="width of the decoder")
+    add("--decoder_depth", type=number(int, 1), default=8, help="blocks of the decoder")
+    add("--decoder_heads", type=number(int, 1), default=16, help="attention heads of the decoder")
+    add("--grad_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add_schedule_arguments(
+        parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
+    )
+    add_device_arguments(parser)
+    add = add_run_arguments(parser, output_dir="output/pretrain").add_argument
+    add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = none")
+    add("--knn_every", type=number(int, 0), default=0,
+        help="epochs between kNN accuracies (needs class folders in train/ and val/); 0 = none")
+    # fmt: on
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    run = start(args)
+    device = run.world.device
+    model = build_model(args, ENCODERS).to(device)
+    source = unlabelled_source(args.data_path)
+    labelled = labelled_sources(args.data_path) if args.knn_every else None
+    transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
+    loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
+    scaler = grad_scaler(run)
+    progress = resume(run, model, optimizer, scaler)
+    normalize = Normalize(args, device)
+    wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
+    examples = next(iter(Feed([loader.dataset.__getitems__([(0, i) for i in range(4)])], device)))
+
+    for epoch in range(progress.epoch, args.epochs):
+        train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
+        done = epoch + 1
+        save(run, Progress(done, 0), model, optimizer, scaler)
+        if due(args.image_every, done, args.epochs) and run.world.leads:
+            run.log.image("reconstruction", panel(model, normalize(examples), examples["noise"], args), done)
+        if labelled and due(args.knn_every, done, args.epochs):
+            result = knn(args, run.world, model.encoder, labelled, default_pool(model.encoder))
+            run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
+            run.log.say(f"epoch {done}  kNN {json.dumps(result)}")
+    run.log.say(f"{args.epochs} epochs done: {run.folder / 'last.pth'}")
+    run.close()
+
+
+if __name__ == "__main__":
+    report_mistakes(main)

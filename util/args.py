@@ -1,0 +1,178 @@
+"""The command line: recipes, the flags that mains share, and the one line that a user's mistake deserves."""
+
+import argparse
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def expand(words: list[str], folder: Path = Path()) -> list[str]:
+    """Words with every @FILE replaced by the words in it; `#` starts a comment, an @FILE inside is next to its file."""
+    expanded = []
+    for word in words:
+        if not word.startswith("@"):
+            expanded.append(word)
+            continue
+        recipe = folder / word[1:]
+        if not recipe.is_file():
+            raise ValueError(f"{word}: there is no recipe {recipe}; `ls recipes` lists ours")
+        expanded += expand(shlex.split(recipe.read_text(), comments=True), recipe.parent)
+    return expanded
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with recipes, printed defaults and no abbreviations."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            epilog="@FILE reads flags from a recipe; later flags win.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(expand(sys.argv[1:] if args is None else list(args)), namespace)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable:
+    """Converter for argparse: an int or float in [low, high]."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+class SizeAction(argparse.Action):
+    """One number or two -> (H, W)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} takes one number or two (H W), not {len(values)}")
+        setattr(namespace, self.dest, (values[0], values[-1]))
+
+
+# fmt: off
+def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | None = None):
+    """Architecture; a main that reads it from a checkpoint leaves `model` None."""
+    group = parser.add_argument_group("model")
+    source = "" if model else "; None = as in --checkpoint"
+    group.add_argument("--model", choices=sorted(encoders), default=model, help=f"encoder{source}")
+    group.add_argument("--patch_size", type=number(int, 1), help="side of a patch in pixels; None = the model's own")
+    group.add_argument("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
+                       default=(224, 224) if model else None, help=f"side of the input in pixels, or H W{source}")
+    group.add_argument("--in_chans", type=number(int, 1), default=3 if model else None,
+                       help=f"channels of an image{source}")
+    group.add_argument("--mean", type=float, nargs="+",
+                       help="mean of each channel, pixels in [0, 1]; None = ImageNet's (3 channels)")
+    group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, likewise")
+    return group
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser):
+    """Which weights, and which feature of them."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--checkpoint", required=True, metavar="FILE|none",
+                       help="weights in any format that util/convert.py reads; none = an untrained --model")
+    group.add_argument("--pool", choices=["token", "mean"], default="token",
+                       help="feature of an image: the class token, or the mean of the patch tokens")
+    return group
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
+    """Where the images are and who reads them."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", required=True, help=layout)
+    group.add_argument("--num_workers", type=number(int, 0),
+                       help="loader processes of each rank; None = its share of the cores, at most 16")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
+                       help="an image that cannot be read ends the run, or is replaced by another and listed in "
+                            "OUTPUT_DIR/bad_images.txt")
+    return group
+
+
+def add_device_arguments(parser: argparse.ArgumentParser):
+    """Where and how precisely it is computed."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto = a GPU where there is one")
+    group.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16",
+                       help="precision of the model; fp16 scales the loss, off = float32; target and loss are float32")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of initial values, order, crops and masks")
+    return group
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
+    """What a run writes and how it goes on."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default=output_dir, help="folder of checkpoints and logs")
+    group.add_argument("--resume", default="auto", metavar="auto|none|FILE",
+                       help="auto = go on from OUTPUT_DIR/last.pth if it is there; none = start anew; FILE = from there")
+    group.add_argument("--overwrite", action="store_true", help="with --resume none: replace the run in OUTPUT_DIR")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model; the first step takes minutes")
+    group.add_argument("--log_every", type=number(int, 1), default=20, help="steps between log lines")
+    group.add_argument("--save_every", type=number(int, 1), default=20, help="epochs between checkpoints that are kept")
+    return group
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[float], **defaults):
+    """Batch and learning rate; `defaults`: batch_size, epochs, warmup_epochs, min_lr, weight_decay."""
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--batch_size", type=number(int, 1), help="images of one rank in one forward pass")
+    group.add_argument("--accum_iter", type=number(int, 1), default=1,
+                       help="forward passes in a step; batch = batch_size x accum_iter x ranks")
+    group.add_argument("--epochs", type=number(int, 1), help="passes over the data")
+    group.add_argument("--warmup_epochs", type=number(float, 0), help="epochs in which the learning rate rises from 0")
+    several = "; several = several probes at once" if isinstance(blr, list) else ""
+    group.add_argument("--blr", type=number(float, 0), default=blr, nargs="+" if several else None,
+                       help=f"learning rate of 256 samples; the peak is blr x batch / 256{several}")
+    group.add_argument("--min_lr", type=number(float, 0), help="learning rate at the end, not scaled by the batch")
+    group.add_argument("--weight_decay", type=number(float, 0), help="of weights; biases and norms have none")
+    parser.set_defaults(**defaults)
+    return group
+
+
+def classifier_parser(description: str, encoders, output_dir: str, **schedule) -> Parser:
+    """The flags that probing and fine-tuning share."""
+    parser = Parser(description)
+    add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
+    add_checkpoint_arguments(parser)
+    add_model_arguments(parser, encoders)
+    add_schedule_arguments(parser, **schedule)
+    add_device_arguments(parser)
+    group = add_run_arguments(parser, output_dir)
+    group.add_argument("--eval", action="store_true", help="only evaluate --checkpoint, a classifier.pth, on val/")
+    return parser
+# fmt: on
+
+
+def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of each channel: as given, else ImageNet's for three channels."""
+    if in_chans == 3:
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+    for flag, values in (("--mean", mean), ("--std", std)):
+        if len(values or ()) != in_chans:
+            raise ValueError(f"--in_chans {in_chans} needs {in_chans} values of {flag}, not {len(values or ())}")
+    return tuple(mean), tuple(std)
+
+
+def report_mistakes(main: Callable[[], None]) -> None:
+    """Run a main; what the user can mend ends it with one line and exit status 1, PIXMIM_DEBUG=1 shows where."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("PIXMIM_DEBUG"):
+            raise
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        sys.exit(f"{Path(sys.argv[0]).name}{rank}: error: {error}")

@@ -1,0 +1,272 @@
+"""What an encoder is worth: features, kNN, linear probes, accuracy; encoders from any checkpoint that `convert` reads."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from util import checkpoint, convert
+from util.data import Feed, Normalize, Source, eval_loader, eval_transform, labelled_source
+from util.dist import World, join
+from util.run import Run, plain
+from util.train import autocast
+
+# ------------------------------------------------------------------------------------------------------------ encoders
+
+
+def read_architecture(args: Namespace, encoders) -> tuple[Namespace, convert.Weights | None]:
+    """(args with every None of the model flags filled from --checkpoint, its weights); none is an untrained encoder.
+
+    Flags that were given win: another --input_size resamples the position embedding.
+    """
+    if args.checkpoint == "none":
+        if args.model is None:
+            raise ValueError("--checkpoint none is an untrained encoder; say which with --model")
+        found: dict = {"patch_size": None, "input_size": (224, 224), "in_chans": 3}
+        weights = None
+    else:
+        weights = convert.load(args.checkpoint)
+        found = {**infer_architecture(weights.state, args, encoders), **weights.args}
+        found["input_size"] = tuple(found["input_size"])
+    names = ("model", "patch_size", "input_size", "in_chans", "mean", "std")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    filled = {name: found.get(name) for name in names} | given
+    return Namespace(**vars(args) | filled), weights
+
+
+def infer_architecture(state: dict[str, Tensor], args: Namespace, encoders) -> dict:
+    """Model flags that the shapes of a foreign checkpoint tell."""
+    facts = convert.architecture(state)
+    shape = (facts["embed_dim"], facts["depth"])
+    model = next((n for n, e in encoders.items() if (e.keywords["embed_dim"], e.keywords["depth"]) == shape), None)
+    if model is None and args.model is None:
+        raise ValueError(f"--checkpoint {args.checkpoint}: no encoder here is {shape[0]} wide and {shape[1]} deep")
+    side = isqrt(facts["num_patches"]) * facts["patch_size"]
+    return {"model": model, "patch_size": facts["patch_size"], "input_size": (side, side), "in_chans": facts["in_chans"]}
+
+
+def build_encoder(args: Namespace, encoders, **options) -> nn.Module:
+    """The encoder that the model flags describe, initialised from --seed."""
+    torch.manual_seed(args.seed)
+    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
+    return encoders[args.model](img_size=args.input_size, in_chans=args.in_chans, **patch, **options)
+
+
+def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **options) -> nn.Module:
+    """The encoder or classifier with the weights of --checkpoint; what is fresh is what pre-training has not: fc_norm, head."""
+    model = build_encoder(args, encoders, **options)
+    if weights is None:
+        return model
+    state, own = convert.to_timm(weights.state), model.state_dict()
+    if state["pos_embed"].shape != own["pos_embed"].shape:
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"], list(model.grid), num_prefix_tokens=model.num_prefix_tokens, antialias=False
+        )
+    fresh = {name for name in own if name.split(".")[0] in ("fc_norm", "head")}
+    unused = {name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm")}
+    missing, unknown = set(own) - set(state) - fresh, set(state) - set(own) - unused
+    misshaped = {name for name in set(own) & set(state) - fresh if own[name].shape != state[name].shape}
+    if missing or unknown or misshaped:
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} does not fit --model {args.model}: "
+            f"missing {sorted(missing)}, unknown {sorted(unknown)}, of another shape {sorted(misshaped)}"
+        )
+    kept = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(own | kept)
+    return model
+
+
+def pooling(weights: convert.Weights | None) -> dict:
+    """timm's pooling options of a saved classifier or a pre-trained encoder."""
+    if weights is None:
+        return {}
+    if convert.architecture(weights.state)["pooled"]:
+        return {"global_pool": "avg"}
+    return {"global_pool": "avg", "fc_norm": False} if weights.args.get("pool") == "mean" else {"global_pool": "token"}
+
+
+def default_pool(encoder: nn.Module) -> str:
+    """`token` where there is a class token, else `mean`."""
+    return "token" if encoder.num_prefix_tokens else "mean"
+
+
+def pool_features(encoder: nn.Module, images: Tensor, pool: str) -> Tensor:
+    """Features (B, D) of whole images: the class token or the mean of the patch tokens, after the final norm."""
+    tokens = encoder.forward_features(images)
+    prefix = encoder.num_prefix_tokens
+    return encoder.fc_norm(tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1))
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
+
+
+class Score:
+    """Counts of a classifier on this rank, exact over all of them."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.counts = torch.zeros(4, num_classes, dtype=torch.float64, device=device)  # n, top-1, top-5, loss by class
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """scores (B, classes), of which the softmax is the prediction; labels (B,)."""
+        top = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(scores.float(), labels, reduction="none")
+        rows = torch.stack([torch.ones_like(loss), top[:, 0], top.any(1), loss]).double()
+        self.counts.index_add_(1, labels, rows)
+
+    def result(self, world: World) -> dict[str, float]:
+        """acc1, acc5, mean_class_acc in percent, mean loss, n."""
+        by_class = world.sum(self.counts)
+        n, top1, top5, loss = by_class.sum(1).tolist()
+        present = by_class[0] > 0
+        mean_class = (by_class[1, present] / by_class[0, present]).mean().item()
+        return {
+            "acc1": round(100 * top1 / n, 3),
+            "acc5": round(100 * top5 / n, 3),
+            "mean_class_acc": round(100 * mean_class, 3),
+            "loss": round(loss / n, 5),
+            "n": int(n),
+        }
+
+
+@torch.inference_mode()
+def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader, num_classes: int) -> list[dict]:
+    """One `Score.result` for each head of a classifier: model gives (B, classes) or (B, heads, classes)."""
+    model.eval()
+    normalize, scores = Normalize(args, world.device), []
+    for batch in Feed(loader, world.device):
+        with autocast(args.amp, world.device):
+            logits = model(normalize(batch)).float()
+        logits = logits.unsqueeze(1) if logits.ndim == 2 else logits
+        scores = scores or [Score(num_classes, world.device) for _ in range(logits.shape[1])]
+        for i, score in enumerate(scores):
+            score.add(logits[:, i], batch["label"])
+    return [score.result(world) for score in scores]
+
+
+# ------------------------------------------------------------------------------------------------------------------ kNN
+
+
+@torch.inference_mode()
+def extract(args: Namespace, world: World, encoder: nn.Module, loader: DataLoader, pool: str) -> tuple[Tensor, Tensor]:
+    """(features (N, D) of length 1, labels (N,)) of this rank's share, float32 on the device."""
+    normalize, features, labels = Normalize(args, world.device), [], []
+    for batch in Feed(loader, world.device):
+        with autocast(args.amp, world.device):
+            x = pool_features(encoder, normalize(batch), pool)
+        features.append(F.normalize(x.float(), dim=1))
+        labels.append(batch["label"])
+    if not features:
+        return torch.empty(0, encoder.embed_dim, device=world.device), torch.empty(0, dtype=torch.int64, device=world.device)
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.inference_mode()
+def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+    """Votes (N, classes) of the k nearest: each weighs exp(cosine / temperature) (Wu et al., arXiv:1805.01978)."""
+    similarity, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(queries), num_classes, device=queries.device)
+    return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+
+
+def knn(
+    args: Namespace, world: World, encoder: nn.Module, sources: tuple[Source, Source], pool: str, k: int = 20,
+    temperature: float = 0.07,
+) -> dict:  # fmt: skip
+    """Accuracy of the nearest neighbours in (train, val): acc1, acc5, mean_class_acc, n."""
+    training = encoder.training
+    encoder.eval()
+    loaders = [eval_loader(args, world, source, eval_transform(args.input_size)) for source in sources]
+    (train, labels), (queries, truth) = (extract(args, world, encoder, loader, pool) for loader in loaders)
+    encoder.train(training)
+    shares = world.gather((train.cpu(), labels.cpu()))
+    train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
+    num_classes = len(sources[0].classes)
+    score = Score(num_classes, world.device)
+    for some, answers in zip(queries.split(1024), truth.split(1024), strict=True):
+        score.add(knn_votes(train, labels, some, num_classes, k, temperature), answers)
+    result = score.result(world)
+    result.pop("loss")  # votes are no logits
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- probes
+
+
+class Probe(nn.Module):
+    """Frozen encoder -> batch norm without affine -> linear heads side by side: logits (B, heads, classes)."""
+
+    def __init__(self, encoder: nn.Module, pool: str, num_classes: int, num_heads: int):
+        super().__init__()
+        self.encoder, self.pool = encoder.requires_grad_(False), pool
+        self.bn = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
+        self.heads = nn.ModuleList(nn.Linear(encoder.embed_dim, num_classes) for _ in range(num_heads))
+        for head in self.heads:
+            nn.init.zeros_(head.bias)
+            head.weight.data.copy_(self.heads[0].weight.data.normal_(std=0.01) if head is self.heads[0] else self.heads[0].weight)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def average_statistics(self, world: World) -> None:
+        """Make the running statistics those of all ranks."""
+        for value in (self.bn.running_mean, self.bn.running_var):
+            value.copy_(world.sum(value) / world.size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = pool_features(self.encoder, images, self.pool)
+        x = self.bn(x.float())
+        return torch.stack([head(x) for head in self.heads], dim=1)
+
+    def classifier(self, best: int) -> dict[str, Tensor]:
+        """State of timm's ViT with one of the heads, the batch norm folded into it."""
+        head, scale = self.heads[best], (self.bn.running_var + self.bn.eps).rsqrt()
+        weight = head.weight * scale
+        folded = {"head.weight": weight, "head.bias": head.bias - weight @ self.bn.running_mean}
+        return {**self.encoder.state_dict(), **{name: value.detach() for name, value in folded.items()}}
+
+
+def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, epoch: int) -> list[dict]:
+    """`evaluate`, logged; the best of several heads stands for them."""
+    results = evaluate(run.args, run.world, model, loader, num_classes)
+    best = max(results, key=lambda result: result["acc1"])
+    run.log.scalars({"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}})
+    run.log.say(f"epoch {epoch}  val {json.dumps(best)}")
+    return results
+
+
+def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
+    """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
+    if run.world.leads:
+        content = {"format": checkpoint.FORMAT, "model": state, "args": plain(run.args) | {"classes": classes}}
+        checkpoint.write(run.folder / "classifier.pth", content)
+
+
+def evaluate_saved(args: Namespace, encoders, weights: convert.Weights | None, interpolation: str = "bicubic") -> None:
+    """--eval: print the accuracy of a saved classifier on DIR/val."""
+    classes = weights.args.get("classes") if weights else None
+    count = convert.architecture(weights.state)["num_classes"] if weights else 0
+    if not count:
+        raise ValueError(f"--eval: --checkpoint {args.checkpoint} has no classifier; train one, or use main_knn.py")
+    val = labelled_source(args.data_path, "val", classes)
+    if len(val.classes) != count:
+        raise ValueError(f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}")
+    world = join(args.device)
+    model = load_encoder(args, encoders, weights, num_classes=count, **pooling(weights)).to(world.device)
+    loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))
+    print_result(world, evaluate(args, world, model, loader, count)[0])
+    world.leave()
+
+
+def print_result(world: World, result: dict) -> None:
+    """The last line of a main: one JSON object."""
+    if world.leads:
+        print(json.dumps(result), flush=True)

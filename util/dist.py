@@ -1,0 +1,76 @@
+"""Who else takes part in this run: rank, number of ranks, device."""
+
+import os
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True on the one rank that writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over the ranks; the same on all of them."""
+        if self.size > 1:
+            values = values.clone()
+            torch_dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list:
+        """One picklable value of each rank, in the order of the ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        torch_dist.all_gather_object(values, value)
+        return values
+
+    def leave(self) -> None:
+        if self.size > 1:
+            with suppress(Exception):  # a peer that died first is no reason for a second message
+                torch_dist.destroy_process_group()
+
+
+def placement(environ=os.environ) -> tuple[int, int, int]:
+    """(rank, size, local rank) from the variables of torchrun or of srun; (0, 1, 0) without either."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch: a bare python stays alone
+        environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
+        return int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def join(device: str, timeout_minutes: float = 30) -> World:
+    """Join the group that torchrun or Slurm describes, with NCCL on GPUs and gloo on CPUs."""
+    rank, size, local_rank = placement()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu or install a CUDA build")
+        place = torch.device(device if ":" in device else f"cuda:{local_rank}")
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device(device)
+    if size > 1:
+        torch_dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            init_method="env://",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=place if place.type == "cuda" else None,
+        )
+    return World(rank, size, place)

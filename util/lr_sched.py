@@ -1,0 +1,17 @@
+"""The learning rate as a pure function of progress."""
+
+import math
+
+
+def warmup_cosine(epoch: float, peak: float, floor: float, warmup_epochs: float, epochs: float) -> float:
+    """Learning rate at a fractional epoch: linear from 0 to `peak`, then half a cosine to `floor` at `epochs`."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    done = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def set_lr(optimizer, lr: float) -> None:
+    """Give every group `lr` times its `lr_scale` (layer decay, or one of several probes)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

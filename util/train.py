@@ -1,0 +1,144 @@
+"""One epoch of training, the same for pre-training, probing and fine-tuning."""
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from util.data import Feed
+from util.lr_sched import set_lr
+from util.rng import seed_everything, step_seed
+from util.run import Run
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(amp: str, device: torch.device):
+    """Context of the forward pass at --amp."""
+    return torch.autocast(device.type, DTYPES.get(amp), enabled=amp in DTYPES)
+
+
+def grad_scaler(run: Run) -> torch.amp.GradScaler:
+    """Loss scaler; it does nothing but for fp16."""
+    return torch.amp.GradScaler(run.world.device.type, enabled=run.args.amp == "fp16")
+
+
+def wrap(model: nn.Module, run: Run) -> nn.Module:
+    """The model as it is trained: compiled, then one of several ranks. Its parameters stay those of `model`."""
+    device = run.world.device
+    if run.args.compile:
+        model = torch.compile(model, dynamic=False)
+    if run.world.size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return model
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the device since its last reset, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def due(every: int, done: int, total: int) -> bool:
+    """True when something that happens every so many epochs (0 = never), and at the end, is to happen."""
+    return every > 0 and (done % every == 0 or done == total)
+
+
+class Meter:
+    """Losses of the steps since the last log line, read from the device only then."""
+
+    def __init__(self, run: Run, epoch: int, steps: int, feed: Feed):
+        self.run, self.epoch, self.steps, self.feed = run, epoch, steps, feed
+        self.losses: list[Tensor] = []
+        self.total, self.count = 0.0, 0
+        self.clock, self.waited = time.perf_counter(), 0.0
+
+    def add(self, loss: Tensor) -> None:
+        self.losses.append(loss)
+
+    def read(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        """Log the steps up to this one (counted from 1 in the epoch); a loss that is not finite ends the run."""
+        run = self.run
+        losses = (run.world.sum(torch.stack(self.losses)) / run.world.size).tolist()
+        for number, loss in enumerate(losses, start=step - len(losses) + 1):
+            if not math.isfinite(loss):
+                last = run.folder / "last.pth"
+                good = f"{last} holds the state before epoch {self.epoch}" if last.exists() else "nothing is saved yet"
+                raise FloatingPointError(f"the loss is {loss} at epoch {self.epoch}, step {number} of {self.steps}; {good}")
+        now = time.perf_counter()
+        seconds, waited = now - self.clock, self.feed.waited - self.waited
+        done, total = self.epoch * self.steps + step, run.args.epochs * self.steps
+        record = {
+            "step": done,
+            "epoch": done / self.steps,
+            "loss": sum(losses) / len(losses),
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "images_per_s": len(losses) * run.batch / seconds,
+            "data_wait": waited / seconds,
+            "memory_gib": peak_memory(run.world.device),
+        }
+        run.log.scalars(record)
+        run.log.progress(done, total, record, (total - done) * seconds / len(losses))
+        self.total, self.count = self.total + sum(losses), self.count + len(losses)
+        self.losses, self.clock, self.waited = [], now, self.feed.waited
+
+
+def train_one_epoch(
+    run: Run, model: nn.Module, loader: DataLoader, optimizer, scaler, loss_fn: Callable, epoch: int, start_step: int = 0
+) -> dict[str, float]:
+    """Train from `start_step` to the end of the epoch; the mean loss of its steps over all ranks.
+
+    `loss_fn(model, batch)` gives the mean loss of a batch on the device. A step is `--accum_iter` batches on each rank.
+    """
+    args, world, order = run.args, run.world, loader.batch_sampler
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order.start(epoch, start_step)
+    feed = Feed(loader, world.device)
+    meter = Meter(run, epoch, order.steps, feed)
+    batches = iter(feed)
+    model.train()
+    for step in range(start_step, order.steps):
+        lr = run.lr_at(epoch + step / order.steps)
+        set_lr(optimizer, lr)
+        losses = []
+        for micro in range(args.accum_iter):
+            batch = next(batches)
+            seed_everything(step_seed(args.seed, (epoch * order.steps + step) * args.accum_iter + micro, world.rank))
+            last = micro == args.accum_iter - 1
+            with nullcontext() if last or world.size == 1 else model.no_sync():
+                with autocast(args.amp, world.device):
+                    loss = loss_fn(model, batch) / args.accum_iter
+                scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        meter.add(torch.stack(losses).sum())
+        log_now = (step + 1) % args.log_every == 0 or step + 1 == order.steps
+        if log_now:  # the norm is for the eye: it is neither clipped nor computed in other steps
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if log_now:
+            meter.read(step + 1, lr, grad_norm)
+    report_bad_images(run, feed)
+    return {"loss": meter.total / max(meter.count, 1)}
+
+
+def report_bad_images(run: Run, feed: Feed) -> None:
+    """Add the images that no rank could read to OUTPUT_DIR/bad_images.txt, each once."""
+    found = {path: reason for bad in run.world.gather(feed.bad) for path, reason in bad}
+    if found and run.world.leads:
+        listed = run.folder / "bad_images.txt"
+        known = listed.read_text().splitlines() if listed.exists() else []
+        lines = sorted({*known, *(f"{path}\t{reason}" for path, reason in found.items())})
+        listed.write_text("\n".join(lines) + "\n")
+        run.log.say(f"{len(found)} images could not be read and were replaced; {listed} names {len(lines)} so far")
