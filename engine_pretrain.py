@@ -61,7 +61,10 @@ def panel(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> np.n
     model.eval()
     _, prediction, mask = model(images, noise)
     model.train(training)
-    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in channel_statistics(args.in_chans, args.mean, args.std))
+    mean, std = (
+        torch.tensor(v, device=images.device).view(-1, 1, 1)
+        for v in channel_statistics(args.in_chans, args.mean, args.std)
+    )
     patch, grid = model.encoder.patch, model.encoder.grid
     target = model.target(images)
     visible = patchify(images, patch)

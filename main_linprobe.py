@@ -31,7 +31,12 @@ def get_parser() -> argparse.ArgumentParser:
     schedule = {"batch_size": 2048, "epochs": 90, "warmup_epochs": 10, "blr": [0.1], "min_lr": 0.0, "weight_decay": 0.0}
     parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", **schedule)
     add = parser.add_argument_group("probe").add_argument
-    add("--probe_as", choices=["mae", "mmselfsup"], default="mae", help="mmselfsup: LARS adapts the bias too, val is resized bilinearly")
+    add(
+        "--probe_as",
+        choices=["mae", "mmselfsup"],
+        default="mae",
+        help="mmselfsup: LARS adapts the bias too, val is resized bilinearly",
+    )
     return parser
 
 

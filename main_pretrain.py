@@ -9,7 +9,13 @@ from timm.optim import param_groups_weight_decay
 from engine_pretrain import build_model, panel, pretrain_loss
 from models_pixmim import ENCODERS
 from util.args import (
-    Parser, add_data_arguments, add_device_arguments, add_model_arguments, add_run_arguments, add_schedule_arguments, number,
+    Parser,
+    add_data_arguments,
+    add_device_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    add_schedule_arguments,
+    number,
     report_mistakes,
 )  # fmt: skip
 from util.checkpoint import Progress, resume, save

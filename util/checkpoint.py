@@ -91,7 +91,9 @@ def read(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}); --resume an epoch-NNNN.pth beside it") from error
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({reason}); --resume an epoch-NNNN.pth beside it"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is no checkpoint of this project's runs; --resume takes last.pth or epoch-NNNN.pth")
     return content

@@ -2,8 +2,9 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from copy import deepcopy
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +21,32 @@ from util.train import autocast
 # ------------------------------------------------------------------------------------------------------------ encoders
 
 
-def read_architecture(args: Namespace, encoders) -> tuple[Namespace, convert.Weights | None]:
-    """(args with every None of the model flags filled from --checkpoint, its weights); none is an untrained encoder.
+Encoder = Any  # timm's VisionTransformer, or a host with its forward_features, fc_norm, num_prefix_tokens, embed_dim
+MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std")
+
+
+def own_arguments(weights: convert.Weights | None) -> dict:
+    """Arguments of the run that wrote the weights, {} unless it was one of ours."""
+    return weights.args if weights and weights.source == "pixmim" else {}
+
+
+def read_architecture(
+    args: Namespace, encoders, flags: tuple[str, ...] = MODEL_FLAGS
+) -> tuple[Namespace, convert.Weights | None]:
+    """(args with each of `flags` that is None filled from --checkpoint, its weights); none is an untrained encoder.
 
     Flags that were given win: another --input_size resamples the position embedding.
     """
     if args.checkpoint == "none":
         if args.model is None:
             raise ValueError("--checkpoint none is an untrained encoder; say which with --model")
-        found: dict = {"patch_size": None, "input_size": (224, 224), "in_chans": 3}
+        found: dict = {"input_size": (224, 224), "in_chans": 3}
         weights = None
     else:
         weights = convert.load(args.checkpoint)
-        found = {**infer_architecture(weights.state, args, encoders), **weights.args}
-        found["input_size"] = tuple(found["input_size"])
-    names = ("model", "patch_size", "input_size", "in_chans", "mean", "std")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    filled = {name: found.get(name) for name in names} | given
+        found = own_arguments(weights) or infer_architecture(weights.state, args, encoders)
+        found = found | {"input_size": tuple(found["input_size"])}
+    filled = {name: found.get(name) for name in flags if getattr(args, name) is None}
     return Namespace(**vars(args) | filled), weights
 
 
@@ -48,17 +58,22 @@ def infer_architecture(state: dict[str, Tensor], args: Namespace, encoders) -> d
     if model is None and args.model is None:
         raise ValueError(f"--checkpoint {args.checkpoint}: no encoder here is {shape[0]} wide and {shape[1]} deep")
     side = isqrt(facts["num_patches"]) * facts["patch_size"]
-    return {"model": model, "patch_size": facts["patch_size"], "input_size": (side, side), "in_chans": facts["in_chans"]}
+    return {
+        "model": model,
+        "patch_size": facts["patch_size"],
+        "input_size": (side, side),
+        "in_chans": facts["in_chans"],
+    }
 
 
-def build_encoder(args: Namespace, encoders, **options) -> nn.Module:
+def build_encoder(args: Namespace, encoders, **options) -> Encoder:
     """The encoder that the model flags describe, initialised from --seed."""
     torch.manual_seed(args.seed)
     patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
     return encoders[args.model](img_size=args.input_size, in_chans=args.in_chans, **patch, **options)
 
 
-def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **options) -> nn.Module:
+def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **options) -> Encoder:
     """The encoder or classifier with the weights of --checkpoint; what is fresh is what pre-training has not: fc_norm, head."""
     model = build_encoder(args, encoders, **options)
     if weights is None:
@@ -88,15 +103,19 @@ def pooling(weights: convert.Weights | None) -> dict:
         return {}
     if convert.architecture(weights.state)["pooled"]:
         return {"global_pool": "avg"}
-    return {"global_pool": "avg", "fc_norm": False} if weights.args.get("pool") == "mean" else {"global_pool": "token"}
+    return (
+        {"global_pool": "avg", "fc_norm": False}
+        if own_arguments(weights).get("pool") == "mean"
+        else {"global_pool": "token"}
+    )
 
 
-def default_pool(encoder: nn.Module) -> str:
+def default_pool(encoder: Encoder) -> str:
     """`token` where there is a class token, else `mean`."""
     return "token" if encoder.num_prefix_tokens else "mean"
 
 
-def pool_features(encoder: nn.Module, images: Tensor, pool: str) -> Tensor:
+def pool_features(encoder: Encoder, images: Tensor, pool: str) -> Tensor:
     """Features (B, D) of whole images: the class token or the mean of the patch tokens, after the final norm."""
     tokens = encoder.forward_features(images)
     prefix = encoder.num_prefix_tokens
@@ -138,7 +157,8 @@ class Score:
 def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader, num_classes: int) -> list[dict]:
     """One `Score.result` for each head of a classifier: model gives (B, classes) or (B, heads, classes)."""
     model.eval()
-    normalize, scores = Normalize(args, world.device), []
+    normalize = Normalize(args, world.device)
+    scores: list[Score] = []
     for batch in Feed(loader, world.device):
         with autocast(args.amp, world.device):
             logits = model(normalize(batch)).float()
@@ -153,7 +173,7 @@ def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader
 
 
 @torch.inference_mode()
-def extract(args: Namespace, world: World, encoder: nn.Module, loader: DataLoader, pool: str) -> tuple[Tensor, Tensor]:
+def extract(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, pool: str) -> tuple[Tensor, Tensor]:
     """(features (N, D) of length 1, labels (N,)) of this rank's share, float32 on the device."""
     normalize, features, labels = Normalize(args, world.device), [], []
     for batch in Feed(loader, world.device):
@@ -162,7 +182,9 @@ def extract(args: Namespace, world: World, encoder: nn.Module, loader: DataLoade
         features.append(F.normalize(x.float(), dim=1))
         labels.append(batch["label"])
     if not features:
-        return torch.empty(0, encoder.embed_dim, device=world.device), torch.empty(0, dtype=torch.int64, device=world.device)
+        return torch.empty(0, encoder.embed_dim, device=world.device), torch.empty(
+            0, dtype=torch.int64, device=world.device
+        )
     return torch.cat(features), torch.cat(labels)
 
 
@@ -175,7 +197,7 @@ def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, 
 
 
 def knn(
-    args: Namespace, world: World, encoder: nn.Module, sources: tuple[Source, Source], pool: str, k: int = 20,
+    args: Namespace, world: World, encoder: Encoder, sources: tuple[Source, Source], pool: str, k: int = 20,
     temperature: float = 0.07,
 ) -> dict:  # fmt: skip
     """Accuracy of the nearest neighbours in (train, val): acc1, acc5, mean_class_acc, n."""
@@ -201,14 +223,14 @@ def knn(
 class Probe(nn.Module):
     """Frozen encoder -> batch norm without affine -> linear heads side by side: logits (B, heads, classes)."""
 
-    def __init__(self, encoder: nn.Module, pool: str, num_classes: int, num_heads: int):
+    def __init__(self, encoder: Encoder, pool: str, num_classes: int, num_heads: int):
         super().__init__()
         self.encoder, self.pool = encoder.requires_grad_(False), pool
-        self.bn = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
-        self.heads = nn.ModuleList(nn.Linear(encoder.embed_dim, num_classes) for _ in range(num_heads))
-        for head in self.heads:
-            nn.init.zeros_(head.bias)
-            head.weight.data.copy_(self.heads[0].weight.data.normal_(std=0.01) if head is self.heads[0] else self.heads[0].weight)
+        self.bn: Any = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
+        head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_heads))  # so a head does not depend on the others
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -228,7 +250,8 @@ class Probe(nn.Module):
 
     def classifier(self, best: int) -> dict[str, Tensor]:
         """State of timm's ViT with one of the heads, the batch norm folded into it."""
-        head, scale = self.heads[best], (self.bn.running_var + self.bn.eps).rsqrt()
+        head: Any = self.heads[best]
+        scale = (self.bn.running_var + self.bn.eps).rsqrt()
         weight = head.weight * scale
         folded = {"head.weight": weight, "head.bias": head.bias - weight @ self.bn.running_mean}
         return {**self.encoder.state_dict(), **{name: value.detach() for name, value in folded.items()}}
@@ -252,13 +275,15 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> N
 
 def evaluate_saved(args: Namespace, encoders, weights: convert.Weights | None, interpolation: str = "bicubic") -> None:
     """--eval: print the accuracy of a saved classifier on DIR/val."""
-    classes = weights.args.get("classes") if weights else None
+    classes = own_arguments(weights).get("classes")
     count = convert.architecture(weights.state)["num_classes"] if weights else 0
     if not count:
         raise ValueError(f"--eval: --checkpoint {args.checkpoint} has no classifier; train one, or use main_knn.py")
     val = labelled_source(args.data_path, "val", classes)
     if len(val.classes) != count:
-        raise ValueError(f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}")
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}"
+        )
     world = join(args.device)
     model = load_encoder(args, encoders, weights, num_classes=count, **pooling(weights)).to(world.device)
     loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ def list_images(folder: str | Path) -> list[bytes]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
-        found += [os.path.join(parent, name) for name in sorted(files) if os.fsdecode(name).lower().endswith(EXTENSIONS)]
+        found += [
+            os.path.join(parent, name) for name in sorted(files) if os.fsdecode(name).lower().endswith(EXTENSIONS)
+        ]
     return found
 
 
@@ -70,7 +72,9 @@ def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = 
     by_class = {child.name: list_images(child) for child in sorted(folder.iterdir()) if child.is_dir()}
     empty = [name for name, paths in by_class.items() if not paths]
     if empty or not by_class:
-        raise ValueError(f"--data_path: {folder} has " + (f"classes without an image: {empty}" if empty else "no class folders"))
+        raise ValueError(
+            f"--data_path: {folder} has " + (f"classes without an image: {empty}" if empty else "no class folders")
+        )
     known = list(classes or by_class)
     if set(by_class) - set(known):
         raise ValueError(f"--data_path: {folder} has classes that train has not: {sorted(set(by_class) - set(known))}")
@@ -127,9 +131,7 @@ def eval_transform(size: tuple[int, int], interpolation: str = "bicubic") -> Cal
 class Samples(Dataset):
     """Whole batches of decoded, cropped uint8 images; what cannot be read is reported, not raised."""
 
-    def __init__(
-        self, source: Source, transform: Callable, args, *, flip: bool = False, noise_length: int = 0
-    ):  # fmt: skip
+    def __init__(self, source: Source, transform: Callable, args, *, flip: bool = False, noise_length: int = 0):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
         self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, args.on_bad_image == "skip"
 
@@ -152,7 +154,12 @@ class Samples(Dataset):
             index.append(readable[1])
             flips.append(rng.random() < 0.5)
             noise.append(generator(self.seed, MASK, epoch, i).random(self.noise_length, np.float32))
-        batch = {"images": np.stack(images), "noise": np.stack(noise), "label": self.source.labels[index], "index": index}
+        batch = {
+            "images": np.stack(images),
+            "noise": np.stack(noise),
+            "label": self.source.labels[index],
+            "index": index,
+        }
         if self.flip:
             batch["flip"] = flips
         return {name: torch.as_tensor(value) for name, value in batch.items()} | {"bad": bad}
@@ -164,7 +171,8 @@ class Samples(Dataset):
             try:
                 return read_image(path, self.in_chans), candidate % len(self)
             except Exception as error:  # decoders raise everything from OSError to struct.error
-                bad.append((os.fsdecode(path), str(error) or type(error).__name__))
+                name = os.fsdecode(path).replace("\n", "\\n")
+                bad.append((name, " ".join(str(error).split()) or type(error).__name__))
         return None
 
 
@@ -213,7 +221,7 @@ class EvalOrder(Sampler):
             yield [(0, i) for i in self.mine[start : start + self.batch_size]]
 
 
-def as_it_is(batch: dict) -> dict:
+def as_it_is(batch: Any) -> Any:
     """Collate function: the batch is one already."""
     return batch
 
@@ -221,7 +229,8 @@ def as_it_is(batch: dict) -> dict:
 def make_loader(samples: Samples, order: Sampler, args, device: torch.device) -> DataLoader:
     workers = args.num_workers
     if workers is None:
-        workers = min(16, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+        workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(
         samples,
         batch_sampler=order,

@@ -5,6 +5,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ class Log:
         self.folder, self.active = folder, active
         self.path = folder / "log.jsonl"
         self.bar: tqdm | None = None
-        self.board = None
+        self.board: Any = None  # SummaryWriter
 
     def say(self, text: str) -> None:
         """A line for a person."""

@@ -31,7 +31,6 @@ class Run(NamedTuple):
         args = self.args
         return warmup_cosine(epoch, self.lr, args.min_lr, args.warmup_epochs, args.epochs)
 
-
     def close(self) -> None:
         """End of a run that went well."""
         self.log.close()
@@ -83,7 +82,9 @@ def start(args: Namespace) -> Run:
         prepare(run)
     world.gather(None)  # nobody looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
-    run.log.say(f"{world.size} x {world.device}, {batch} samples a step, peak learning rate {run.lr:.3g}, output in {folder}")
+    run.log.say(
+        f"{world.size} x {world.device}, {batch} samples a step, peak learning rate {run.lr:.3g}, output in {folder}"
+    )
     return run
 
 

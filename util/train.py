@@ -2,9 +2,11 @@
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +33,18 @@ def grad_scaler(run: Run) -> torch.amp.GradScaler:
 
 def wrap(model: nn.Module, run: Run) -> nn.Module:
     """The model as it is trained: compiled, then one of several ranks. Its parameters stay those of `model`."""
-    device = run.world.device
-    if run.args.compile:
-        model = torch.compile(model, dynamic=False)
+    wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return model
+        ids = [run.world.device.index] if run.world.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return wrapped
 
 
 def peak_memory(device: torch.device) -> float:
     """GiB: of the device since its last reset, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def due(every: int, done: int, total: int) -> bool:
@@ -58,7 +58,6 @@ class Meter:
     def __init__(self, run: Run, epoch: int, steps: int, feed: Feed):
         self.run, self.epoch, self.steps, self.feed = run, epoch, steps, feed
         self.losses: list[Tensor] = []
-        self.total, self.count = 0.0, 0
         self.clock, self.waited = time.perf_counter(), 0.0
 
     def add(self, loss: Tensor) -> None:
@@ -72,7 +71,9 @@ class Meter:
             if not math.isfinite(loss):
                 last = run.folder / "last.pth"
                 good = f"{last} holds the state before epoch {self.epoch}" if last.exists() else "nothing is saved yet"
-                raise FloatingPointError(f"the loss is {loss} at epoch {self.epoch}, step {number} of {self.steps}; {good}")
+                raise FloatingPointError(
+                    f"the loss is {loss} at epoch {self.epoch}, step {number} of {self.steps}; {good}"
+                )
         now = time.perf_counter()
         seconds, waited = now - self.clock, self.feed.waited - self.waited
         done, total = self.epoch * self.steps + step, run.args.epochs * self.steps
@@ -88,18 +89,25 @@ class Meter:
         }
         run.log.scalars(record)
         run.log.progress(done, total, record, (total - done) * seconds / len(losses))
-        self.total, self.count = self.total + sum(losses), self.count + len(losses)
         self.losses, self.clock, self.waited = [], now, self.feed.waited
 
 
 def train_one_epoch(
-    run: Run, model: nn.Module, loader: DataLoader, optimizer, scaler, loss_fn: Callable, epoch: int, start_step: int = 0
-) -> dict[str, float]:
-    """Train from `start_step` to the end of the epoch; the mean loss of its steps over all ranks.
+    run: Run,
+    model: Any,
+    loader: DataLoader,
+    optimizer,
+    scaler,
+    loss_fn: Callable,
+    epoch: int,
+    start_step: int = 0,
+) -> None:
+    """Train from `start_step` to the end of the epoch.
 
     `loss_fn(model, batch)` gives the mean loss of a batch on the device. A step is `--accum_iter` batches on each rank.
     """
-    args, world, order = run.args, run.world, loader.batch_sampler
+    args, world = run.args, run.world
+    order: Any = loader.batch_sampler  # a TrainOrder
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order.start(epoch, start_step)
     feed = Feed(loader, world.device)
@@ -113,7 +121,7 @@ def train_one_epoch(
         for micro in range(args.accum_iter):
             batch = next(batches)
             seed_everything(step_seed(args.seed, (epoch * order.steps + step) * args.accum_iter + micro, world.rank))
-            last = micro == args.accum_iter - 1
+            last = micro == args.accum_iter - 1  # the ranks exchange gradients only then
             with nullcontext() if last or world.size == 1 else model.no_sync():
                 with autocast(args.amp, world.device):
                     loss = loss_fn(model, batch) / args.accum_iter
@@ -130,7 +138,6 @@ def train_one_epoch(
         if log_now:
             meter.read(step + 1, lr, grad_norm)
     report_bad_images(run, feed)
-    return {"loss": meter.total / max(meter.count, 1)}
 
 
 def report_bad_images(run: Run, feed: Feed) -> None:
@@ -138,7 +145,7 @@ def report_bad_images(run: Run, feed: Feed) -> None:
     found = {path: reason for bad in run.world.gather(feed.bad) for path, reason in bad}
     if found and run.world.leads:
         listed = run.folder / "bad_images.txt"
-        known = listed.read_text().splitlines() if listed.exists() else []
+        known = listed.read_text(errors="surrogateescape").splitlines() if listed.exists() else []
         lines = sorted({*known, *(f"{path}\t{reason}" for path, reason in found.items())})
-        listed.write_text("\n".join(lines) + "\n")
+        listed.write_text("\n".join(lines) + "\n", errors="surrogateescape")  # names need not be UTF-8
         run.log.say(f"{len(found)} images could not be read and were replaced; {listed} names {len(lines)} so far")

@@ -1,0 +1,91 @@
+"""Picture of what a model reconstructs: input, target, masked input, prediction, what the filter removed."""
+
+import argparse
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from engine_pretrain import build_model, panel
+from models_pixmim import ENCODERS
+from util import convert
+from util.args import Parser, add_device_arguments, add_model_arguments, number, report_mistakes
+from util.classify import MODEL_FLAGS, own_arguments, read_architecture
+from util.data import Feed, Normalize, Samples, Source, eval_transform, list_images
+from util.dist import join
+
+METHOD_FLAGS = (
+    "lowpass_radius", "lowpass", "mask_ratio", "mask_unit", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads",
+)  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    # fmt: off
+    parser.add_argument("--checkpoint", required=True, help="pre-trained weights with their decoder, in any format that util/convert.py reads")
+    parser.add_argument("--images", required=True, nargs="+", help="files, or folders of images")
+    parser.add_argument("--output", required=True, help="the picture to write, .png or .jpg")
+    parser.add_argument("--count", type=number(int, 1), default=8, help="images shown at most, spread over those found")
+    # fmt: on
+    add_model_arguments(parser, ENCODERS)
+    group = parser.add_argument_group("method; None = as in --checkpoint")
+    group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
+    group.add_argument("--lowpass_radius", type=number(float, 0), help="cut-off of the target in bins; 0 = raw pixels")
+    group.add_argument("--decoder_heads", type=number(int, 1), help="of a foreign checkpoint; None = width / 32")
+    add_device_arguments(parser)
+    parser.set_defaults(**dict.fromkeys(METHOD_FLAGS), on_bad_image="stop", grad_checkpointing=False)
+    return parser
+
+
+def foreign_method(weights: convert.Weights) -> dict:
+    """Method flags of a checkpoint that does not tell them: MAE's, and PixMIM's target if it brought its filter."""
+    facts = convert.architecture(weights.state)
+    filtered = any("low_pass_filter" in key for key in weights.dropped)
+    return {
+        "lowpass_radius": None if filtered else 0,
+        "lowpass": "reference",
+        "mask_ratio": 0.75,
+        "mask_unit": 1,
+        "norm_pix_loss": True,
+        "decoder_dim": facts["decoder_dim"],
+        "decoder_depth": facts["decoder_depth"],
+        "decoder_heads": facts["decoder_dim"] // 32,
+    }
+
+
+def find_images(names: list[str], count: int) -> Source:
+    """At most `count` images, evenly spread over the files and folders named."""
+    paths: list[bytes] = []
+    for name in names:
+        if not Path(name).exists():
+            raise FileNotFoundError(f"--images {name}: there is no such file or folder")
+        paths += list_images(name) if Path(name).is_dir() else [name.encode()]
+    if not paths:
+        raise ValueError(f"--images {' '.join(names)}: no images there")
+    chosen = [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
+    return Source(np.array(chosen), np.zeros(len(chosen), np.int64), [])
+
+
+def main() -> None:
+    args, weights = read_architecture(get_parser().parse_args(), ENCODERS, MODEL_FLAGS + METHOD_FLAGS)
+    if weights is None or "decoder_pred.weight" not in weights.state:
+        raise ValueError(f"--checkpoint {args.checkpoint} has no decoder; a picture needs a pre-training checkpoint")
+    if not own_arguments(weights):
+        foreign = foreign_method(weights)
+        args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD_FLAGS if getattr(args, name) is None})
+    device = join(args.device).device
+    model = build_model(args, ENCODERS)
+    model.load_state_dict(convert.pixmim_names(weights.state))
+    model.to(device).eval()
+    source = find_images(args.images, args.count)
+    samples = Samples(source, eval_transform(args.input_size), args, noise_length=model.noise_length)
+    batch = next(iter(Feed([samples.__getitems__([(0, i) for i in range(len(samples))])], device)))
+    picture = Image.fromarray(panel(model, Normalize(args, device)(batch), batch["noise"], args))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
+    print(f"{args.output}: {len(samples)} images, {picture.width} x {picture.height}")
+
+
+if __name__ == "__main__":
+    report_mistakes(main)
