@@ -1,0 +1,158 @@
+"""The reference implementations' answers: target, mask, loss, prediction and every gradient.
+
+From the extracts in tests/reference always, and from all of ../shared/reference where it is. Equal losses prove little,
+so everything is compared, with weights that went through util.convert.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from reference.make import MEAN, STD, read, sample, unpack
+from torch import Tensor, nn
+
+from models_pixmim import Decoder, LowPass, MaskedViT, PixMIM, patch_statistics, patchify, take
+from util import convert
+
+SHARED = Path(__file__).parents[2] / "shared" / "reference"
+EXTRACTS = ["mae", "pixmim"]
+WHOLE = ["mae", "mm_mae", "pixmim", "pixmim_raw_pixels", "lsmae", "lsmae_lowpass"]
+where_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/reference")
+CASES = [*(f"extract/{x}" for x in EXTRACTS), *(pytest.param(f"shared/{x}", marks=where_shared) for x in WHOLE)]
+
+
+def answers_of(case: str) -> dict:
+    place, name = case.split("/")
+    if place == "shared":
+        return torch.load(SHARED / f"{name}.pt", weights_only=True)
+    answers = read(name)
+    return answers | {"imgs": unpack(answers["pixels"])}
+
+
+def low_pass(images: Tensor, radius: float) -> LowPass:
+    return LowPass(tuple(images.shape[-2:]), radius, MEAN.flatten().tolist(), STD.flatten().tolist())
+
+
+def noise_of(answers: dict) -> Tensor:
+    """Noise that gives the reference's mask; long_seq_mae keeps ranks only: each 2 x 2 unit gets its first patch's."""
+    if answers["noise"] is not None:
+        return answers["noise"]
+    cfg = answers["cfg"]
+    side, unit = cfg["img_size"] // cfg["patch_size"], cfg["mask_downsampling"]
+    ranks = answers["ids_restore"].unflatten(1, (side, side)).float()
+    return -nn.functional.max_pool2d(-ranks, unit).flatten(1)
+
+
+def model_of(answers: dict, folder: Path) -> tuple[PixMIM, convert.Weights]:
+    """PixMIM with the reference's weights, which went through a file and util.convert; and what was read."""
+    cfg = answers["cfg"]
+    torch.save(answers["checkpoint"], folder / "reference.pth")
+    weights = convert.load(folder / "reference.pth")
+    encoder = MaskedViT(
+        img_size=cfg["img_size"], patch_size=cfg["patch_size"], embed_dim=cfg["embed_dim"], depth=cfg["depth"],
+        num_heads=cfg["num_heads"], mlp_ratio=cfg["mlp_ratio"],
+    )  # fmt: skip
+    radius = answers.get("radius", cfg.get("radius"))
+    model = PixMIM(
+        encoder,
+        low_pass(answers["imgs"], radius) if "target" in answers else nn.Identity(),
+        decoder_dim=cfg["decoder_embed_dim"],
+        decoder_depth=cfg["decoder_depth"],
+        decoder_heads=cfg["decoder_num_heads"],
+        mask_ratio=cfg["mask_ratio"],
+        mask_unit=cfg.get("mask_downsampling", 1),
+        norm_pix_loss=cfg["norm_pix"],
+    )
+    model.load_state_dict(convert.pixmim_names(weights.state))
+    return model, weights
+
+
+def distance(ours: Tensor, answer: Tensor | dict[str, Tensor]) -> float:
+    """Relative distance to an answer, or to what the extracts keep of it; 0 = equal."""
+    kept = {"values": answer} if isinstance(answer, Tensor) else answer
+    mine = {"values": ours} if isinstance(answer, Tensor) else sample(ours)
+    return max(float((mine[key] - kept[key]).norm() / kept[key].norm()) for key in kept)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_equal_those_of_the_reference(case, tmp_path):
+    answers = answers_of(case)
+    model, weights = model_of(answers, tmp_path)
+    images = answers["imgs"]
+    loss, prediction, mask = model(images, noise_of(answers))
+    loss.backward()
+
+    assert torch.equal(mask.removed, answers["mask"])
+    if "target" in answers:
+        assert distance(model.target(images), answers["target"]) < 1e-5
+    assert loss.item() == pytest.approx(answers["loss"].item(), rel=1e-5)
+
+    if isinstance(answers["pred"], Tensor):
+        whole = take(answers["pred"], mask.drop)
+        torch.testing.assert_close(prediction, whole, rtol=1e-4, atol=1e-4)
+    else:  # the extract keeps removed places in raster order
+        raster = take(prediction, mask.drop.argsort(1)).flatten(0, 1)
+        torch.testing.assert_close(sample(raster)["values"], answers["pred"]["values"], rtol=1e-4, atol=1e-4)
+
+    column = "mm" if weights.source == "mm" else "mae"
+    theirs = {convert.rename(key, column, "mae"): value for key, value in answers["grads"].items()}
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    ours = convert.mae_names(ours)
+    assert ours.keys() == theirs.keys()
+    far = {name: d for name in ours if not (d := distance(ours[name], theirs[name])) < 1e-3}
+    assert not far
+
+
+@where_shared
+@pytest.mark.parametrize("name", ["pixmim", "pixmim_raw_pixels"])
+def test_patches_of_the_target_equal_the_release(name):
+    answers = torch.load(SHARED / f"{name}.pt", weights_only=True)
+    patches = patchify(low_pass(answers["imgs"], answers["cfg"]["radius"])(answers["imgs"]), 16)
+    if answers["cfg"]["norm_pix"]:
+        mean, std = patch_statistics(patches)
+        patches = (patches - mean) / std
+    assert distance(patches, answers["target_patches"]) < 1e-5
+
+
+def low_pass_cases():
+    yield from (pytest.param(partial(read, "lowpass"), key, id=f"extract-{key}") for key in ("32x32_r10", "33x47_r9"))
+    keys = ("224x224_r40", "448x448_r80", "96x96_r24", "32x32_r10", "33x47_r9", "224x160_r40", "64x64_r1")
+    shared = partial(torch.load, SHARED / "lowpass.pt", weights_only=True)
+    yield from (pytest.param(shared, key, id=f"shared-{key}", marks=where_shared) for key in keys)
+
+
+@pytest.mark.parametrize(("answers", "key"), [*low_pass_cases()])
+def test_low_pass_equals_the_release(answers, key):
+    case = answers()["cases"][key]
+    target = low_pass(case["imgs"], case["radius"])(case["imgs"])
+    assert distance(target, case["target"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["extract/mae", pytest.param("shared/mae", marks=where_shared)])
+def test_fresh_position_embeddings_are_those_of_mae(case):
+    answers = answers_of(case)
+    cfg, state = answers["cfg"], answers["checkpoint"]["model"]
+    encoder = MaskedViT(img_size=224, patch_size=16, embed_dim=cfg["embed_dim"], depth=1, num_heads=3)
+    decoder = Decoder(encoder.grid, cfg["embed_dim"], cfg["decoder_embed_dim"], 1, cfg["decoder_num_heads"], 768, 1)
+    torch.testing.assert_close(encoder.pos_embed.data, state["pos_embed"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(decoder.pos_embed.data, state["decoder_pos_embed"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["qkv", "norms", "rows"])
+def test_a_wrong_mapping_does_not_pass(what, tmp_path):
+    """Control: a slip in the tables of util.convert moves the prediction far beyond the tolerance."""
+    answers = read("pixmim")
+    model, _ = model_of(answers | {"imgs": unpack(answers["pixels"])}, tmp_path)
+    right = model(unpack(answers["pixels"]), answers["noise"])[1]
+    state = model.state_dict()
+    block = "encoder.blocks.0."
+    if what == "qkv":
+        state[block + "attn.qkv.weight"] = state[block + "attn.qkv.weight"].roll(48, 0)
+    elif what == "norms":
+        a, b = block + "norm1.weight", block + "norm2.weight"
+        state[a], state[b] = state[b].clone(), state[a].clone()
+    else:  # halves of the position embedding, as they differ between mmselfsup and MAE
+        state["encoder.pos_embed"] = state["encoder.pos_embed"].roll(24, -1)
+    model.load_state_dict(state)
+    assert (model(unpack(answers["pixels"]), answers["noise"])[1] - right).abs().max() > 1e-3
