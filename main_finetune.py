@@ -13,7 +13,15 @@ from torchvision import transforms as T
 from models_pixmim import ENCODERS
 from util.args import classifier_parser, number, report_mistakes
 from util.checkpoint import Progress, resume, save
-from util.classify import evaluate_saved, load_encoder, print_result, read_architecture, save_classifier, validate
+from util.classify import (
+    evaluate,
+    evaluate_saved,
+    load_encoder,
+    print_result,
+    read_architecture,
+    save_classifier,
+    validate,
+)
 from util.data import Normalize, eval_loader, eval_transform, labelled_sources, train_loader
 from util.rng import Seeded
 from util.run import start
@@ -68,9 +76,9 @@ def main() -> None:
     if args.eval:
         evaluate_saved(args, ENCODERS, weights)
         return
+    train, val = labelled_sources(args.data_path)
     run = start(args)
     device = run.world.device
-    train, val = labelled_sources(args.data_path)
     classes = len(train.classes)
     options = {"num_classes": classes, "global_pool": "avg", "drop_path_rate": args.drop_path}
     model = load_encoder(args, ENCODERS, weights, **options).requires_grad_(True).to(device)
@@ -87,7 +95,7 @@ def main() -> None:
         train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
         save(run, Progress(epoch + 1, 0), model, optimizer, scaler)
         results = validate(run, model, val_loader, classes, epoch + 1)
-    results = results or validate(run, model, val_loader, classes, args.epochs)
+    results = results or evaluate(args, run.world, model, val_loader, classes)
     save_classifier(run, model.state_dict(), train.classes)
     run.close()
     print_result(run.world, results[0])

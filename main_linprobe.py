@@ -13,6 +13,7 @@ from util.args import classifier_parser, report_mistakes
 from util.checkpoint import Progress, resume, save
 from util.classify import (
     Probe,
+    evaluate,
     evaluate_saved,
     load_encoder,
     pooling,
@@ -67,16 +68,16 @@ def main() -> None:
     if args.eval:
         evaluate_saved(args, ENCODERS, weights, interpolation)
         return
-    run = start(args)
     train, val = labelled_sources(args.data_path)
+    run = start(args)
     encoder = load_encoder(args, ENCODERS, weights, **pooling(weights))
     model = Probe(encoder, args.pool, len(train.classes), len(args.blr)).to(run.world.device)
-    frozen = {name: value.clone() for name, value in encoder.state_dict().items()}
     crop = Seeded(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
     loader = train_loader(run, train, crop, flip=True)
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))
     optimizer, scaler = lars(model, run), grad_scaler(run)
     progress = resume(run, model, optimizer, scaler)
+    frozen = {name: value.clone() for name, value in encoder.state_dict().items()}
     wrapped, loss_fn = wrap(model, run), probe_loss(Normalize(args, run.world.device))
 
     results = None
@@ -85,7 +86,7 @@ def main() -> None:
         model.average_statistics(run.world)
         save(run, Progress(epoch + 1, 0), model, optimizer, scaler)
         results = validate(run, model, val_loader, len(train.classes), epoch + 1)
-    results = results or validate(run, model, val_loader, len(train.classes), args.epochs)
+    results = results or evaluate(args, run.world, model, val_loader, len(train.classes))
     assert all(torch.equal(value, frozen[name]) for name, value in encoder.state_dict().items()), "the encoder changed"
     for blr, result in zip(args.blr, results, strict=True):
         run.log.say(f"--blr {blr:g}: {json.dumps(result)}")

@@ -17,7 +17,7 @@ from util.args import (
     add_schedule_arguments,
     number,
     report_mistakes,
-)  # fmt: skip
+)
 from util.checkpoint import Progress, resume, save
 from util.classify import default_pool, knn
 from util.data import Feed, Normalize, labelled_sources, pretrain_transform, train_loader, unlabelled_source
@@ -61,11 +61,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = get_parser().parse_args()
+    source = unlabelled_source(args.data_path)
+    labelled = labelled_sources(args.data_path) if args.knn_every else None
     run = start(args)
     device = run.world.device
     model = build_model(args, ENCODERS).to(device)
-    source = unlabelled_source(args.data_path)
-    labelled = labelled_sources(args.data_path) if args.knn_every else None
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
     loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
     groups = param_groups_weight_decay(model, args.weight_decay)

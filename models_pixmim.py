@@ -168,6 +168,9 @@ class MaskedViT(VisionTransformer):
 
     def __init__(self, num_classes: int = 0, **kwargs):
         super().__init__(num_classes=num_classes, weight_init="skip", **kwargs)
+        size = self.patch_embed.img_size
+        if any(side % self.patch for side in size):
+            raise ValueError(f"an input size of {size[0]} x {size[1]} is not a multiple of the patch size {self.patch}")
         init_like_mae(self)
         embed = sincos_pos_embed(self.embed_dim, self.grid, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(embed, requires_grad=False)
@@ -197,6 +200,8 @@ class Decoder(nn.Module):
 
     def __init__(self, grid: Size, in_dim: int, dim: int, depth: int, heads: int, out_dim: int, num_prefix_tokens: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"a decoder {dim} wide cannot be split among {heads} attention heads")
         self.num_prefix_tokens = num_prefix_tokens
         self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -247,6 +252,11 @@ class PixMIM(nn.Module):
         super().__init__()
         self.encoder, self.target = encoder, target
         self.mask_ratio, self.mask_unit, self.norm_pix_loss = mask_ratio, mask_unit, norm_pix_loss
+        length, visible = encoder.grid[0] * encoder.grid[1], int(encoder.grid[0] * encoder.grid[1] * (1 - mask_ratio))
+        if not 0 < visible < length:
+            raise ValueError(f"a mask ratio of {mask_ratio} leaves {visible} of {length} patches visible")
+        if mask_unit > min(encoder.grid):
+            raise ValueError(f"mask units of {mask_unit} patches are larger than the grid {encoder.grid}")
         values = encoder.patch**2 * encoder.in_chans
         prefix = encoder.num_prefix_tokens
         self.decoder = Decoder(

@@ -34,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--lowpass_radius", type=number(float, 0), help="cut-off of the target in bins; 0 = raw pixels")
     group.add_argument("--decoder_heads", type=number(int, 1), help="of a foreign checkpoint; None = width / 32")
     add_device_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(METHOD_FLAGS), on_bad_image="stop", grad_checkpointing=False)
+    parser.set_defaults(**dict.fromkeys(METHOD_FLAGS), grad_checkpointing=False)
     return parser
 
 

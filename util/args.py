@@ -11,7 +11,7 @@ from pathlib import Path
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def expand(words: list[str], folder: Path = Path()) -> list[str]:
+def expand(words: list[str], folder: Path = Path(), within: tuple[Path, ...] = ()) -> list[str]:
     """Words with every @FILE replaced by the words in it; `#` starts a comment, an @FILE inside is next to its file."""
     expanded = []
     for word in words:
@@ -21,7 +21,13 @@ def expand(words: list[str], folder: Path = Path()) -> list[str]:
         recipe = folder / word[1:]
         if not recipe.is_file():
             raise ValueError(f"{word}: there is no recipe {recipe}; `ls recipes` lists ours")
-        expanded += expand(shlex.split(recipe.read_text(), comments=True), recipe.parent)
+        if recipe in within:
+            raise ValueError(f"{recipe} includes itself")
+        try:
+            inside = shlex.split(recipe.read_text(), comments=True)
+        except ValueError as error:  # an open quote, or no text at all
+            raise ValueError(f"{recipe} is no recipe: {error}") from error
+        expanded += expand(inside, recipe.parent, (*within, recipe))
     return expanded
 
 
@@ -95,9 +101,6 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
     group.add_argument("--data_path", required=True, help=layout)
     group.add_argument("--num_workers", type=number(int, 0),
                        help="loader processes of each rank; None = its share of the cores, at most 16")
-    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
-                       help="an image that cannot be read ends the run, or is replaced by another and listed in "
-                            "OUTPUT_DIR/bad_images.txt")
     return group
 
 
@@ -107,7 +110,7 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto = a GPU where there is one")
     group.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16",
                        help="precision of the model; fp16 scales the loss, off = float32; target and loss are float32")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of initial values, order, crops and masks")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of initial values, order, crops and masks")
     return group
 
 
@@ -117,6 +120,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group.add_argument("--output_dir", default=output_dir, help="folder of checkpoints and logs")
     group.add_argument("--resume", default="auto", metavar="auto|none|FILE",
                        help="auto = go on from OUTPUT_DIR/last.pth if it is there; none = start anew; FILE = from there")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
+                       help="a training image that cannot be read ends the run, or is replaced by another and listed "
+                            "in OUTPUT_DIR/bad_images.txt; evaluation always stops")
     group.add_argument("--overwrite", action="store_true", help="with --resume none: replace the run in OUTPUT_DIR")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; the first step takes minutes")
     group.add_argument("--log_every", type=number(int, 1), default=20, help="steps between log lines")

@@ -166,6 +166,8 @@ def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader
         scores = scores or [Score(num_classes, world.device) for _ in range(logits.shape[1])]
         for i, score in enumerate(scores):
             score.add(logits[:, i], batch["label"])
+    heads = max(world.gather(len(scores)))  # a rank without images knows of none, and must take part in every sum
+    scores += [Score(num_classes, world.device) for _ in range(heads - len(scores))]
     return [score.result(world) for score in scores]
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
 from util.args import channel_statistics
-from util.crop import SimpleResizedCrop
+from util.crop import SimpleResizedCrop, resize_to_cover
 from util.dist import World
 from util.rng import CROP, MASK, Seeded, generator, permutation
 from util.run import Run
@@ -94,7 +95,7 @@ def labelled_sources(data_path: str) -> tuple[Source, Source]:
 def read_image(path: bytes, in_chans: int) -> list[Image.Image]:
     """An image as a person would see it: [RGB] or [grey] upright, alpha over white; bands of a (H, W, C) uint8 .npy."""
     name = os.fsdecode(path)
-    if name.endswith(".npy"):
+    if name.lower().endswith(".npy"):
         pixels = np.atleast_3d(np.load(name))
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != in_chans:
             raise ValueError(f"holds {pixels.dtype} {pixels.shape}, not uint8 (height, width, {in_chans})")
@@ -123,17 +124,27 @@ def pretrain_transform(crop: str, size: tuple[int, int], interpolation: str | No
 
 
 def eval_transform(size: tuple[int, int], interpolation: str = "bicubic") -> Callable:
-    """Short side resized to 256 / 224 of the input, then the centre."""
-    short = int(min(size) * 256 / 224)
-    return Seeded(T.Compose([T.Resize(short, T_MODES[interpolation]), T.CenterCrop(size)]))
+    """Resized to cover 256 / 224 of the input, then the centre."""
+    height, width = (int(side * 256 / 224) for side in size)
+    resize = partial(resize_to_cover, size=(height, width), interpolation=interpolation)
+    return Seeded(T.Compose([resize, T.CenterCrop(size)]))
 
 
 class Samples(Dataset):
     """Whole batches of decoded, cropped uint8 images; what cannot be read is reported, not raised."""
 
-    def __init__(self, source: Source, transform: Callable, args, *, flip: bool = False, noise_length: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable,
+        args,
+        *,
+        flip: bool = False,
+        noise_length: int = 0,
+        skip_bad: bool = False,
+    ):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
-        self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, args.on_bad_image == "skip"
+        self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, skip_bad
 
     def __len__(self) -> int:
         return len(self.source.paths)
@@ -229,7 +240,9 @@ def as_it_is(batch: Any) -> Any:
 def make_loader(samples: Samples, order: Sampler, args, device: torch.device) -> DataLoader:
     workers = args.num_workers
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
+        cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )  # macOS has none
         workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(
         samples,
@@ -243,7 +256,8 @@ def make_loader(samples: Samples, order: Sampler, args, device: torch.device) ->
 
 def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, noise_length: int = 0) -> DataLoader:
     """Endless training data; `loader.batch_sampler.start(epoch, step)` says where the next iteration begins."""
-    samples = Samples(source, transform, run.args, flip=flip, noise_length=noise_length)
+    skip_bad = run.args.on_bad_image == "skip"
+    samples = Samples(source, transform, run.args, flip=flip, noise_length=noise_length, skip_bad=skip_bad)
     return make_loader(samples, TrainOrder(len(samples), run), run.args, run.world.device)
 
 
@@ -268,7 +282,9 @@ class Feed:
             bad = batch.pop("bad")
             if "images" not in batch:
                 path, reason = bad[0]
-                raise ValueError(f"{path} cannot be read: {reason}; mend or remove it, or --on_bad_image skip")
+                raise ValueError(
+                    f"{path} cannot be read: {reason}; mend or remove it; training can --on_bad_image skip"
+                )
             self.bad += bad
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             before = time.perf_counter()

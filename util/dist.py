@@ -57,13 +57,15 @@ def join(device: str, timeout_minutes: float = 30) -> World:
     rank, size, local_rank = placement()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device}: torch knows no such device; use auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu or install a CUDA build")
-        place = torch.device(device if ":" in device else f"cuda:{local_rank}")
+        place = place if place.index is not None else torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
-    else:
-        place = torch.device(device)
     if size > 1:
         torch_dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
