@@ -417,3 +417,18 @@ def test_positions_reach_the_decoder():
 def test_deep_small_and_rectangular_encoders_come_from_the_same_table():
     encoder = partial(ENCODERS["vit_tiny"], depth=1)(img_size=(32, 64), patch_size=8, in_chans=2)
     assert (encoder.grid, encoder.patch, encoder.in_chans) == ((4, 8), 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ratio": 0.0}, "leaves 16 of 16 patches visible"),
+        ({"mask_ratio": 1.0}, "leaves 0 of 16 patches visible"),
+        ({"mask_unit": 5}, "units of 5 patches are larger than the grid"),
+        ({"decoder_heads": 7}, "32 wide cannot be split among 7"),
+    ],
+)
+def test_what_leaves_nothing_to_learn_is_refused(options, message):
+    encoder = MaskedViT(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=1)
+    with pytest.raises(ValueError, match=message):
+        PixMIM(encoder, nn.Identity(), **{"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2} | options)

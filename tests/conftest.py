@@ -1,0 +1,148 @@
+"""What several test files share: small folders of images, and mains run in this process or in others."""
+
+import importlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util.dist import World
+from util.log import Log
+from util.run import Run
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+DEVICE = ["--amp", "off", "--num_workers", "0", "--device", "cpu"]
+MODEL = ["--model", "vit_tiny", "--patch_size", "8", "--input_size", "16"]
+PRETRAIN = [
+    *MODEL,
+    *DEVICE,
+    *["--decoder_dim", "32", "--decoder_depth", "1", "--decoder_heads", "2", "--log_every", "1"],
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums in the same order in every process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def smooth(rng: np.random.Generator, width: int, height: int, base=(128, 128, 128)) -> Image.Image:
+    """A random image without sharp edges around a colour."""
+    coarse = np.clip(rng.normal(base, 50, (4, 4, 3)), 0, 255).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def class_folders(folder: Path, counts: dict[str, int], seed: int) -> None:
+    """folder/<class>/<n>.png (every third a .JPG), of changing sizes; each class has its own mean colour."""
+    rng = np.random.default_rng(seed)
+    for i, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for n in range(count):
+            image = smooth(rng, 18 + 3 * n, 30 - 2 * n, np.roll((200, 100, 60), i))
+            image.save(folder / name / f"{n}{'.png' if n % 3 else '.JPG'}")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """train/ with 3 classes of 6, 5 and 5 images, val/ with 4, 3 and 2."""
+    folder = tmp_path_factory.mktemp("photos")
+    class_folders(folder / "train", {"ant": 6, "bee": 5, "cat": 5}, seed=0)
+    class_folders(folder / "val", {"ant": 4, "bee": 3, "cat": 2}, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, photos) -> Path:
+    """Output folder of a finished run: 2 epochs of 2 steps of 8 images. Copy it before you change it."""
+    torch.set_num_threads(1)
+    return pretrain(photos, tmp_path_factory.mktemp("pretrained") / "run", "--save_every", 1, "--image_every", 1)
+
+
+def pretrain(photos: Path, output: Path, *words) -> Path:
+    """Output folder of a tiny pre-training in this process."""
+    sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
+    call("main_pretrain", *PRETRAIN, *sizes, "--data_path", photos, "--output_dir", output, *words)
+    return output
+
+
+def call(name: str, *words) -> list[str]:
+    """What a main prints, run in this process; its errors are raised."""
+    output = io.StringIO()
+    with patch.object(sys, "argv", [f"{name}.py", *map(str, words)]), redirect_stdout(output):
+        importlib.import_module(name).main()
+    return output.getvalue().splitlines()
+
+
+def result(*words) -> dict:
+    """The JSON object that is the last line of a main."""
+    return json.loads(call(*words)[-1])
+
+
+def spawn(*words, **environment) -> subprocess.Popen:
+    """Python with these words and one thread, in the project's folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a process."""
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def ranks(count: int, *words) -> list[tuple[int, str, str]]:
+    """`ended` of each of several ranks that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [ended(p) for p in [spawn(*words, RANK=r, LOCAL_RANK=r, **group) for r in range(count)]]
+
+
+def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
+    """What `start` would make of these flags, without joining anybody."""
+    defaults = {"seed": 0, "in_chans": 3, "mean": None, "std": None, "on_bad_image": "stop", "num_workers": 0}
+    args = Namespace(**defaults | {"batch_size": 8, "accum_iter": 1, "amp": "off", "output_dir": str(tmp_path)} | flags)
+    batch = args.batch_size * args.accum_iter * size
+    return Run(args, World(rank, size, CPU), Log(tmp_path, False), tmp_path, batch, 0.1)
+
+
+def records(folder: Path, key: str = "loss") -> list[dict]:
+    """Objects of log.jsonl that have this key."""
+    return [x for x in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in x]
+
+
+def weights(folder: Path) -> dict:
+    return torch.load(folder / "last.pth", weights_only=True)
+
+
+def assert_same(a, b) -> None:
+    """Equal bit for bit: tensors, and what holds them."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,100 @@
+"""Optimisers and their groups against the rules of facebookresearch/mae written out."""
+
+import pytest
+import torch
+from conftest import MODEL, one_rank
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch.testing import assert_close
+
+import main_linprobe
+import main_pretrain
+from engine_pretrain import build_model
+from models_pixmim import ENCODERS
+from util.classify import Probe
+from util.lr_sched import set_lr
+
+
+class SlowLARS:
+    """facebookresearch/mae's util/lars.py, a parameter at a time; `adapt_bias` as the release of PixMIM has it."""
+
+    def __init__(self, weight, bias, adapt_bias: bool):
+        self.parameters = [(weight, True), (bias, adapt_bias)]
+        self.momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+
+    def step(self, gradients, lr: float) -> None:
+        for (p, adapt), momentum, gradient in zip(self.parameters, self.momenta, gradients, strict=True):
+            update = gradient
+            if adapt and p.norm() > 0 and update.norm() > 0:
+                update = update * (0.001 * p.norm() / update.norm())
+            momentum.mul_(0.9).add_(update)
+            p.sub_(lr * momentum)
+
+
+@pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
+def test_lars_is_that_of_mae_step_by_step_for_every_head(probe_as, tmp_path):
+    rates = [0.1, 0.025]
+    run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=0.0)
+    run = run._replace(lr=max(rates) * 512 / 256)
+    model = Probe(ENCODERS["vit_tiny"](img_size=16), "token", 7, 2)
+    optimizer = main_linprobe.lars(model, run)
+    slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup") for h in model.heads]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # nothing of the encoder
+    for step in range(6):
+        share = 1 - step / 10  # the schedule moves while the momentum lasts
+        set_lr(optimizer, run.lr * share)
+        for head, other, blr in zip(model.heads, slow, rates, strict=True):
+            gradients = [torch.randn_like(head.weight), torch.randn_like(head.bias)]
+            head.weight.grad, head.bias.grad = gradients
+            other.step(gradients, blr * 512 / 256 * share)
+        optimizer.step()
+    for head, other in zip(model.heads, slow, strict=True):
+        for mine, (theirs, _) in zip((head.weight, head.bias), other.parameters, strict=True):
+            assert_close(mine.detach(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def mae_layer(name: str, depth: int) -> int:
+    """get_layer_id_for_vit of facebookresearch/mae: 0 the embeddings, 1 ... depth the blocks, then the rest."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+        return 0
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks") else depth + 1
+
+
+@pytest.mark.parametrize(("name", "decay"), [("vit_tiny", 0.65), ("vit_base", 0.65), ("vit_large", 0.75)])
+def test_layer_decay_and_weight_decay_are_those_of_mae_for_every_parameter(name, decay):
+    with torch.device("meta"):
+        model = ENCODERS[name](num_classes=1000, global_pool="avg").requires_grad_(True)
+    groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=decay)
+    names = {p: name for name, p in model.named_parameters()}
+    seen = {names[p]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert seen.keys() == set(names.values())
+    depth = len(model.blocks)
+    for p, name in names.items():
+        scale, weight_decay = seen[name]
+        assert scale == pytest.approx(decay ** (depth + 1 - mae_layer(name, depth)))
+        assert weight_decay == (0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else 0.05)
+
+
+def test_pre_training_decays_weights_alone_and_leaves_fixed_position_embeddings_out():
+    args = main_pretrain.get_parser().parse_args([*MODEL, "--data_path", "x", "--decoder_depth", "2"])
+    model = build_model(args, ENCODERS)
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    names = {p: name for name, p in model.named_parameters()}
+    decay = {group["weight_decay"]: {names[p] for p in group["params"]} for group in groups}
+    assert decay.keys() == {0.0, 0.05}
+    fixed = {"encoder.pos_embed", "decoder.pos_embed"}
+    assert decay[0.0] | decay[0.05] == set(names.values()) - fixed
+    # facebookresearch/mae (through timm's add_weight_decay): biases and 1-d parameters have none, the tokens have it
+    assert all(name.endswith("bias") or "norm" in name for name in decay[0.0])
+    assert not any(name.endswith("bias") or "norm" in name for name in decay[0.05])
+    assert {"encoder.cls_token", "decoder.mask_token"} <= decay[0.05]
+
+
+def test_a_group_s_scale_reaches_the_optimizer():
+    model = ENCODERS["vit_tiny"](img_size=16, num_classes=3, global_pool="avg").requires_grad_(True)
+    groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
+    optimizer = torch.optim.AdamW(groups, 1.0)
+    set_lr(optimizer, 8.0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate[id(model.head.weight)] == 8.0
+    assert rate[id(model.blocks[11].mlp.fc1.weight)] == 4.0
+    assert rate[id(model.cls_token)] == 8 * 0.5**13

@@ -1,0 +1,344 @@
+"""Pre-training as a whole: the same run in one piece, in two, in smaller parts, on two ranks; what it writes; the picture."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CPU,
+    DEVICE,
+    MODEL,
+    PRETRAIN,
+    assert_same,
+    call,
+    ended,
+    pretrain,
+    ranks,
+    records,
+    result,
+    spawn,
+    weights,
+)
+from torch import nn
+from torch.testing import assert_close
+
+import engine_pretrain
+import main_pretrain
+from engine_pretrain import build_model, lowpass_radius, panel, to_uint8
+from models_pixmim import ENCODERS, LowPass, mask_from_noise, patch_statistics, patchify, take
+from util.data import Normalize
+
+SIZES = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
+TRAIN = [*PRETRAIN, *SIZES]
+
+
+@pytest.fixture(scope="module")
+def unbroken(photos, tmp_path_factory):
+    """A run of 4 epochs that nobody stopped."""
+    return pretrain(photos, tmp_path_factory.mktemp("unbroken"), "--epochs", 4)
+
+
+def losses(folder) -> list[float]:
+    return [x["loss"] for x in records(folder)]
+
+
+KILLED = """
+import os, signal, sys
+import main_pretrain
+
+real = main_pretrain.save
+def save(run, progress, *rest):
+    real(run, progress, *rest)
+    if progress.epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+main_pretrain.save = save
+main_pretrain.main()
+"""
+
+
+def test_a_run_killed_after_an_epoch_and_resumed_is_the_unbroken_one_bit_for_bit(unbroken, photos, tmp_path):
+    flags = ["--data_path", photos, "--output_dir", tmp_path, "--epochs", 4]
+    status, _, err = ended(spawn("-c", KILLED, *TRAIN, *flags))
+    assert status == -9, err
+    assert weights(tmp_path)["progress"]["epoch"] == 2
+    with (tmp_path / "log.jsonl").open("a") as log:  # as if it had been killed while it logged the next epoch
+        log.write('{"epoch": 2.5, "loss": 9, "step": 5}\n{"epoch": 3.0, "lo')
+    pretrain(photos, tmp_path, "--epochs", 4)
+    a, b = weights(unbroken), weights(tmp_path)
+    for part in ("model", "optimizer", "scaler", "progress"):
+        assert_same(a[part], b[part])
+    timeless = ("step", "epoch", "loss", "lr", "grad_norm")
+    assert [[x[k] for k in timeless] for x in records(unbroken)] == [
+        [x[k] for k in timeless] for x in records(tmp_path)
+    ]
+
+
+def assert_close_runs(a, b, tolerance: float) -> None:
+    """Losses, momenta (linear in the gradients of all steps) and weights of two runs."""
+    assert_close(torch.tensor(losses(a)), torch.tensor(losses(b)), rtol=tolerance, atol=tolerance)
+    one, other = weights(a), weights(b)
+    moments = ([state["exp_avg"] for state in run["optimizer"]["state"].values()] for run in (one, other))
+    for mine, theirs in zip(*moments, strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for name, value in one["model"].items():
+        moved = other["model"][name]
+        if name.endswith(
+            "qkv.bias"
+        ):  # the softmax does not feel the keys' bias: its gradient is noise, which Adam scales
+            value, moved = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (value, moved))
+        assert_close(value, moved, rtol=0, atol=2e-6)  # a thousandth of what the steps moved them
+
+
+def test_accumulating_two_batches_of_four_is_one_batch_of_eight(pretrained, photos, tmp_path):
+    pretrain(photos, tmp_path, "--batch_size", 4, "--accum_iter", 2)
+    assert_close_runs(pretrained, tmp_path, 1e-6)
+
+
+def test_two_ranks_are_one_with_the_doubled_batch_and_rank_0_alone_writes(pretrained, photos, tmp_path):
+    flags = ["--data_path", photos, "--output_dir", tmp_path, "--batch_size", 4, "--image_every", 1, "--knn_every", 2]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_pretrain.py"]
+    status, out, err = ended(spawn(*torchrun, *TRAIN, *flags))
+    assert status == 0, err
+    assert_close_runs(pretrained, tmp_path, 1e-5)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert [x["step"] for x in records(tmp_path)] == [1, 2, 3, 4]
+    assert out.count("samples a step") == 1
+    assert json.loads((tmp_path / "config.json").read_text())["world_size"] == 2
+    (shared,) = records(tmp_path, "knn_acc1")  # every image counted once, and the same as alone
+    alone = result("main_knn", "--checkpoint", tmp_path / "last.pth", "--data_path", photos, *DEVICE)
+    assert shared == {"epoch": 2} | {f"knn_{name}": value for name, value in alone.items()}
+
+
+def test_no_image_is_trained_twice_in_an_epoch_and_the_tail_waits(photos, tmp_path):
+    pretrain(photos, tmp_path, "--batch_size", 5)
+    assert [x["epoch"] for x in records(tmp_path)] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])  # 16 // 5 steps
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_names_epoch_step_and_the_last_good_state(photos, tmp_path, monkeypatch):
+    made, calls = main_pretrain.pretrain_loss, []
+
+    def broken(normalize):
+        loss = made(normalize)
+
+        def nan_in_the_fourth(model, batch):
+            calls.append(1)
+            return loss(model, batch) * (math.nan if len(calls) == 4 else 1)
+
+        return nan_in_the_fourth
+
+    monkeypatch.setattr(main_pretrain, "pretrain_loss", broken)
+    message = rf"the loss is nan at epoch 1, step 2 of 2; {tmp_path}/last\.pth holds the state before epoch 1"
+    with pytest.raises(FloatingPointError, match=message):
+        pretrain(photos, tmp_path, "--log_every", 50)
+    assert weights(tmp_path)["progress"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path)["model"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_with_one_line(photos, tmp_path):
+    flags = ["--data_path", photos, "--output_dir", tmp_path, "--batch_size", 4, "--blr", "1e30", "--warmup_epochs", 0]
+    for rank, (status, _, err) in enumerate(ranks(2, "main_pretrain.py", *TRAIN, *flags)):
+        assert status == 1
+        line = next(line for line in err.splitlines() if "error" in line)
+        start = rf"main_pretrain\.py \(rank {rank}\): error: the loss is (nan|inf) at epoch 0, step 2 of 2; nothing is"
+        assert re.match(start, line), err
+        assert "Traceback" not in err
+    assert not (tmp_path / "last.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--input_size 225 224", "an input size of 225 x 224 is not a multiple of the patch size 8"),
+        ("--decoder_heads 5", "a decoder 32 wide cannot be split among 5 attention heads"),
+        ("--decoder_dim 30", "needs a width that 4 divides, not 30"),
+        ("--in_chans 4", "--in_chans 4 needs 4 values of --mean, not 0"),
+        ("--amp fp16", "--amp fp16 needs a GPU"),
+    ],
+)
+def test_sizes_and_settings_that_do_not_fit_are_named(flags, message, photos, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain(photos, tmp_path, *flags.split())
+
+
+# ------------------------------------------------------------------------------------------------------- what it writes
+
+
+def test_log_has_one_object_for_each_log_step(pretrained, photos):
+    log = records(pretrained)
+    fields = ["step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gib"]
+    assert [list(x) for x in log] == [fields] * 4
+    assert [(x["step"], x["epoch"]) for x in log] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    peak = 0.03 * 8 / 256  # of 2 steps of warm-up from 0, then half a cosine over 2 more
+    assert [x["lr"] for x in log] == pytest.approx([0, peak / 2, peak, peak / 2])
+    assert all(0 <= x["data_wait"] <= 1 and x["images_per_s"] > 0 and x["memory_gib"] > 0 for x in log)
+
+
+def test_log_lines_average_the_steps_since_the_last_one(pretrained, photos, tmp_path):
+    pretrain(photos, tmp_path, "--log_every", 2)
+    each = losses(pretrained)
+    assert losses(tmp_path) == pytest.approx([sum(each[:2]) / 2, sum(each[2:]) / 2], rel=1e-6)
+
+
+def test_config_tells_arguments_versions_commit_command_and_ranks(pretrained):
+    config = json.loads((pretrained / "config.json").read_text())
+    assert config["args"] == weights(pretrained)["args"]
+    assert (config["world_size"], config["batch"], config["device"]) == (1, 8, "cpu")
+    assert config["torch"] == torch.__version__
+    assert {"commit", "python", "torchvision", "timm"} <= config.keys()
+    assert config["command"][1] == "main_pretrain.py"
+    assert "--mask_unit" not in config["command"]
+    assert str(pretrained) in config["command"]
+
+
+def test_plain_lines_tell_progress_speed_and_time_left(photos, tmp_path):
+    flags = [*TRAIN, "--epochs", 1, "--data_path", photos, "--output_dir", tmp_path]
+    head, first, second, last = call("main_pretrain", *flags, "--blr", 0.0256)
+    assert head == f"1 x cpu, 8 samples a step, peak learning rate 0.0008, output in {tmp_path}"
+    line = r"epoch {}  step {}/2  loss \d\.\d{{4}}  lr \d\.\d\de[+-]\d\d  \d+ images/s  waits for data \d+%  \d:\d\d:\d\d left"
+    assert re.fullmatch(line.format("0.50", 1), first)
+    assert re.fullmatch(line.format("1.00", 2), second)
+    assert last == f"1 epochs done: {tmp_path}/last.pth"
+
+
+def test_tensorboard_has_scalars_at_a_thousand_times_the_epoch_and_pictures(pretrained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(pretrained / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [500, 1000, 1500, 2000]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(pretrained), rel=1e-6)
+    assert [event.step for event in events.Images("reconstruction")] == [1000, 2000]
+
+
+# --------------------------------------------------------------------------------------------------------- other settings
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lowpass_radius 0 --crop rrc",
+        "--amp bf16",
+        "--input_size 16 24 --mask_unit 2 --lowpass centered --crop_interpolation bicubic --no-norm_pix_loss",
+        "--grad_checkpointing",
+        "--in_chans 1 --mean 0.5 --std 0.25",
+        "--knn_every 1",
+    ],
+)
+def test_other_settings_train(flags, photos, tmp_path):
+    pretrain(photos, tmp_path, "--epochs", 1, *flags.split())
+    assert len(losses(tmp_path)) == 2
+    if "knn" in flags:
+        (knn,) = records(tmp_path, "knn_acc1")
+        assert (knn["epoch"], knn["knn_n"]) == (1, 9)
+
+
+def test_recomputing_activations_changes_nothing(pretrained, photos, tmp_path):
+    pretrain(photos, tmp_path, "--epochs", 2, "--grad_checkpointing")
+    assert_same(weights(pretrained)["model"], weights(tmp_path)["model"])
+
+
+def test_kNN_and_pictures_do_not_change_the_training(pretrained, photos, tmp_path):
+    pretrain(photos, tmp_path, "--knn_every", 1)
+    assert_same(weights(pretrained)["model"], weights(tmp_path)["model"])
+
+
+def test_bf16_losses_are_near_those_of_float32(pretrained, photos, tmp_path):
+    pretrain(photos, tmp_path, "--amp", "bf16")
+    assert losses(tmp_path) == pytest.approx(losses(pretrained), rel=0.02)  # 8 bits of mantissa
+
+
+# ------------------------------------------------------------------------------------------------------------ the picture
+
+
+class Oracle(nn.Module):
+    """A decoder that knows the answer."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, tokens, mask):
+        return self.answer
+
+
+def parsed(*flags: str):
+    return main_pretrain.get_parser().parse_args([*MODEL, *PRETRAIN, "--data_path", "x", *flags])
+
+
+def columns(monkeypatch, flags: str, perfect: bool = True):
+    """(the panel's columns, images, target, removed) of a model that predicts its target exactly, or not at all."""
+    args = parsed(*flags.split())
+    model = build_model(args, ENCODERS)
+    pixels = torch.randint(0, 256, (3, 4, 4, args.in_chans), dtype=torch.uint8).repeat_interleave(6, 1)
+    batch = {
+        "images": pixels.repeat_interleave(4, 2).repeat_interleave(args.input_size[1] // 16, 2)[:, : args.input_size[0]]
+    }
+    images, noise = Normalize(args, CPU)(batch), torch.rand(3, model.noise_length)
+    mask = mask_from_noise(noise, args.mask_ratio, model.encoder.grid, args.mask_unit)
+    target = model.target(images)
+    if perfect:
+        answer = take(patchify(target, 8), mask.drop)
+        if args.norm_pix_loss:
+            mean, std = patch_statistics(answer)
+            answer = (answer - mean) / std
+        model.decoder = Oracle(answer)
+    drawn = {}
+    monkeypatch.setattr(engine_pretrain, "draw", drawn.update)
+    panel(model, images, noise, args)
+    mean, std = (
+        torch.tensor(x).view(-1, 1, 1) for x in (args.mean or (0.485, 0.456, 0.406), args.std or (0.229, 0.224, 0.225))
+    )
+    target = to_uint8(target * std + mean)
+    removed = mask.removed.unflatten(1, model.encoder.grid).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
+    return drawn, to_uint8(images * std + mean), target, removed
+
+
+@pytest.mark.parametrize("flags", ["", "--no-norm_pix_loss", "--lowpass_radius 0", "--in_chans 1 --mean 0.4 --std 0.3"])
+def test_a_perfect_prediction_shows_the_target_where_patches_were_removed(flags, monkeypatch):
+    drawn, pixels, target, removed = columns(monkeypatch, flags)
+    (prediction,) = (value for label, value in drawn.items() if label.startswith("prediction"))
+    assert np.array_equal(drawn["input"], pixels)
+    assert np.array_equal(prediction[~removed], pixels[~removed])
+    assert abs(prediction[removed].astype(int) - target[removed]).max() <= 1  # a rounding of 1/255
+    assert np.array_equal(drawn["masked input"][~removed], pixels[~removed])
+    assert set(np.unique(drawn["masked input"][removed])) <= {127, 128}  # grey
+    if "lowpass_radius" not in flags:
+        (shown,) = (value for label, value in drawn.items() if label.startswith("low-pass target, r = 2.85714"))
+        assert np.array_equal(shown, target)
+        assert abs(target.astype(int) - pixels).max() > 20  # the filter did something
+
+
+def test_labels_say_how_the_prediction_is_unnormalised(monkeypatch):
+    assert "prediction (true patch mean and std)" in columns(monkeypatch, "")[0]
+    assert "prediction (pixels)" in columns(monkeypatch, "--no-norm_pix_loss --lowpass_radius 0")[0]
+
+
+def test_the_filtered_and_the_removed_add_up_to_the_input():
+    args = parsed("--lowpass", "centered")
+    target, images = engine_pretrain.build_target(args), torch.randn(1, 3, 16, 16)
+    assert isinstance(target, LowPass)
+    rest = images - target(images)
+    low = torch.fft.fft2(rest * target.std)  # nothing that the filter keeps is left
+    assert low.abs()[0, :, :2, :2].max() < 1e-4
+
+
+def test_the_picture_is_a_labelled_row_for_each_image():
+    args = parsed()
+    model = build_model(args, ENCODERS)
+    picture = panel(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args)
+    assert picture.dtype == np.uint8
+    zoomed = 16 * 14  # 224 px of each column
+    font = max(11, zoomed // 17)
+    assert picture.shape == (2 * font + 2 * (zoomed + 6), 6 + 5 * (zoomed + 6), 3)
+    assert model.training  # as it was
+
+
+def test_the_cut_off_scales_with_the_shorter_side_unless_it_is_given():
+    assert lowpass_radius(parsed("--input_size", "224")) == 40
+    assert lowpass_radius(parsed("--input_size", "448", "560")) == 80
+    assert lowpass_radius(parsed("--lowpass_radius", "7")) == 7
