@@ -30,7 +30,7 @@ from util.train import grad_scaler, train_one_epoch, wrap
 
 def get_parser() -> argparse.ArgumentParser:
     schedule = {"batch_size": 128, "epochs": 100, "warmup_epochs": 5, "blr": 5e-4, "min_lr": 1e-6, "weight_decay": 0.05}
-    parser = classifier_parser(__doc__, ENCODERS, "output/finetune", **schedule)
+    parser = classifier_parser(__doc__, ENCODERS, "output/finetune", pool=False, **schedule)
     # fmt: off
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--layer_decay", type=number(float, 0, 1), default=0.65,
@@ -59,6 +59,10 @@ def finetune_loss(args, normalize, num_classes: int, device):
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
     mixup = None
     if args.mixup or args.cutmix:
+        if args.batch_size % 2:
+            raise ValueError(
+                f"--batch_size {args.batch_size}: mixup and cutmix mix pairs; use an even number, or 0 for both"
+            )
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
 
     def loss(model, batch):
@@ -83,6 +87,7 @@ def main() -> None:
     options = {"num_classes": classes, "global_pool": "avg", "drop_path_rate": args.drop_path}
     model = load_encoder(args, ENCODERS, weights, **options).requires_grad_(True).to(device)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
     loader = train_loader(run, train, finetune_transform(args), flip=False)
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size))
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)

@@ -30,7 +30,7 @@ from util.train import grad_scaler, train_one_epoch, wrap
 
 def get_parser() -> argparse.ArgumentParser:
     schedule = {"batch_size": 2048, "epochs": 90, "warmup_epochs": 10, "blr": [0.1], "min_lr": 0.0, "weight_decay": 0.0}
-    parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", **schedule)
+    parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", pool=True, **schedule)
     add = parser.add_argument_group("probe").add_argument
     add(
         "--probe_as",
@@ -70,7 +70,7 @@ def main() -> None:
         return
     train, val = labelled_sources(args.data_path)
     run = start(args)
-    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights))
+    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool))
     model = Probe(encoder, args.pool, len(train.classes), len(args.blr)).to(run.world.device)
     crop = Seeded(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
     loader = train_loader(run, train, crop, flip=True)

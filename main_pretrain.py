@@ -20,7 +20,7 @@ from util.args import (
 )
 from util.checkpoint import Progress, resume, save
 from util.classify import default_pool, knn
-from util.data import Feed, Normalize, labelled_sources, pretrain_transform, train_loader, unlabelled_source
+from util.data import Normalize, labelled_sources, one_batch, pretrain_transform, train_loader, unlabelled_source
 from util.run import start
 from util.train import due, grad_scaler, train_one_epoch, wrap
 
@@ -74,7 +74,7 @@ def main() -> None:
     progress = resume(run, model, optimizer, scaler)
     normalize = Normalize(args, device)
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
-    examples = next(iter(Feed([loader.dataset.__getitems__([(0, i) for i in range(4)])], device)))
+    examples = one_batch(loader.dataset, [i * len(source.paths) // 4 for i in range(4)], device)
 
     for epoch in range(progress.epoch, args.epochs):
         train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))

@@ -122,7 +122,7 @@ class LowPass(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.register_buffer("even", ((disc + mirrored) / 2)[:, :half], persistent=False)
-        self.register_buffer("odd", 1j * ((disc - mirrored) / 2)[:, :half], persistent=False)
+        self.register_buffer("odd", ((disc - mirrored) / 2)[:, :half], persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class LowPass(nn.Module):
             # two real transforms instead of a complex one, and the same numbers.
             low = torch.fft.irfft2(spectrum * self.even, s=self.size)
             if self.kind == "reference":
-                low = torch.hypot(low, torch.fft.irfft2(spectrum * self.odd, s=self.size))
+                low = torch.hypot(low, torch.fft.irfft2(spectrum * (1j * self.odd), s=self.size))
             return (low - self.mean) / self.std
 
 

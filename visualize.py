@@ -12,7 +12,7 @@ from models_pixmim import ENCODERS
 from util import convert
 from util.args import Parser, add_device_arguments, add_model_arguments, number, report_mistakes
 from util.classify import MODEL_FLAGS, own_arguments, read_architecture
-from util.data import Feed, Normalize, Samples, Source, eval_transform, list_images
+from util.data import Normalize, Samples, Source, eval_transform, list_images, one_batch
 from util.dist import join
 
 METHOD_FLAGS = (
@@ -33,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
     group.add_argument("--lowpass_radius", type=number(float, 0), help="cut-off of the target in bins; 0 = raw pixels")
     group.add_argument("--decoder_heads", type=number(int, 1), help="of a foreign checkpoint; None = width / 32")
-    add_device_arguments(parser)
+    add_device_arguments(parser, amp=False)
     parser.set_defaults(**dict.fromkeys(METHOD_FLAGS), grad_checkpointing=False)
     return parser
 
@@ -74,13 +74,13 @@ def main() -> None:
     if not own_arguments(weights):
         foreign = foreign_method(weights)
         args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD_FLAGS if getattr(args, name) is None})
-    device = join(args.device).device
+    device = join(args.device, "off").device
     model = build_model(args, ENCODERS)
     model.load_state_dict(convert.pixmim_names(weights.state))
     model.to(device).eval()
     source = find_images(args.images, args.count)
     samples = Samples(source, eval_transform(args.input_size), args, noise_length=model.noise_length)
-    batch = next(iter(Feed([samples.__getitems__([(0, i) for i in range(len(samples))])], device)))
+    batch = one_batch(samples, range(len(samples)), device)
     picture = Image.fromarray(panel(model, Normalize(args, device)(batch), batch["noise"], args))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)

@@ -71,8 +71,8 @@ def test_votes_are_those_of_a_loop_over_all_neighbours(k):
     train, labels, queries = torch.randn(30, 8), torch.randint(0, 4, (30,)), torch.randn(6, 8)
     votes = knn_votes(F.normalize(train), labels, F.normalize(queries), 4, k, 0.07)
     for query, mine in zip(queries.numpy(), votes, strict=True):
-        slow = slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07)
-        assert_close(mine, torch.tensor(slow), rtol=1e-4, atol=1e-6)
+        slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
+        assert_close(mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6)  # ours are relative to the nearest
 
 
 # ------------------------------------------------------------------------------------------------------------------ kNN
@@ -265,6 +265,26 @@ def test_a_finished_probe_started_again_gives_its_result(probed, pretrained, pho
     assert (folder / "log.jsonl").read_text() == (probed[0] / "log.jsonl").read_text()
 
 
+def test_a_probe_of_other_weights_in_the_same_folder_is_refused(probed, pretrained, photos, tmp_path):
+    folder = shutil.copytree(probed[0], tmp_path / "probe")
+    other = torch.load(pretrained / "last.pth", weights_only=True)
+    other["model"]["norm.bias"] += 1
+    torch.save(other, tmp_path / "other.pth")
+    content = torch.load(folder / "last.pth", weights_only=True)
+    content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights in it
+    torch.save(content, folder / "last.pth")
+    with pytest.raises(ValueError, match="began with other weights than --checkpoint has now"):
+        probe(folder, photos, tmp_path / "other.pth", "--blr", 0.1, 3, 30)
+
+
+def test_similarities_of_any_size_do_not_overflow():
+    train = F.normalize(torch.randn(30, 8), dim=1)
+    labels = torch.arange(30) % 3
+    votes = knn_votes(train, labels, train, 3, k=5, temperature=1e-3)
+    assert votes.isfinite().all()
+    assert torch.equal(votes.argmax(1), labels)  # at this temperature the nearest, itself, decides
+
+
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
 
 
@@ -330,8 +350,18 @@ def test_fine_tuning_goes_without_its_augmentations_and_from_scratch(words, phot
     assert tune(tmp_path, photos, "none", *MODEL, *words.split(), "--epochs", 1)["n"] == 9
 
 
+def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="--batch_size 7: mixup and cutmix mix pairs"):
+        tune(tmp_path, photos, "none", *MODEL, "--batch_size", 7)
+
+
+def test_the_class_token_of_a_fine_tuned_mean_is_not_measured(tuned, photos):
+    with pytest.raises(ValueError, match="use --pool mean"):
+        result("main_knn", *DEVICE, "--checkpoint", tuned[0] / "classifier.pth", "--data_path", photos)
+
+
 def test_fine_tuning_draws_labels_as_it_mixes_images():
-    args = Namespace(reprob=0.0, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    args = Namespace(batch_size=4, reprob=0.0, mixup=0.8, cutmix=1.0, smoothing=0.1)
     loss = main_finetune.finetune_loss(args, lambda batch: batch["images"], 3, CPU)
     images, seen = torch.randn(4, 3, 16, 16), []
     seed_everything(0)

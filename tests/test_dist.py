@@ -11,7 +11,7 @@ from util.dist import World, join, placement
 SUMS = """
 import json, torch
 from util.dist import join
-world = join("cpu", timeout_minutes=1)
+world = join("cpu", "off", timeout_minutes=1)
 mine = torch.tensor([1.0, 10.0]) * (world.rank + 1)
 print(json.dumps([world.sum(mine).tolist(), mine.tolist(), world.gather({"rank": world.rank}), world.leads]))
 world.leave()
@@ -28,11 +28,14 @@ def test_placement_is_read_from_torchrun():
     assert placement({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8, 1)
 
 
-def test_placement_is_read_from_srun_and_all_tasks_agree_where_to_meet():
-    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.3", "SLURM_JOB_ID": "123456"}
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu7", "gpu7"), ("a1,b2", "a1"), ("node[03-07,12]", "node03"), ("n[1,4],m2", "n1")]
+)
+def test_placement_is_read_from_srun_and_all_tasks_agree_where_to_meet(nodes, first):
+    step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456"}
     tasks = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 8)} for i in (3, 11)]
     assert [placement(task) for task in tasks] == [(3, 16, 3), (11, 16, 3)]
-    assert {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks} == {("10.0.0.3", "23456")}
+    assert {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks} == {(first, "23456")}
 
 
 def test_torchrun_inside_slurm_wins():
@@ -62,10 +65,10 @@ def test_a_device_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="--device cuda:3: torch sees no GPU here"):
-        join("cuda:3")
-    assert join("auto") == World(0, 1, CPU)
+        join("cuda:3", "bf16")
+    assert join("auto", "bf16") == World(0, 1, CPU)
 
 
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="--device gpu: torch knows no such device"):
-        join("gpu")
+        join("gpu", "off")

@@ -30,6 +30,7 @@ import main_pretrain
 from engine_pretrain import build_model, lowpass_radius, panel, to_uint8
 from models_pixmim import ENCODERS, LowPass, mask_from_noise, patch_statistics, patchify, take
 from util.data import Normalize
+from util.run import versions
 
 SIZES = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
 TRAIN = [*PRETRAIN, *SIZES]
@@ -138,6 +139,24 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_the_last_good_state(phot
         pretrain(photos, tmp_path, "--log_every", 50)
     assert weights(tmp_path)["progress"]["epoch"] == 1
     assert all(value.isfinite().all() for value in weights(tmp_path)["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved_as_a_good_state(photos, tmp_path, monkeypatch):
+    made = main_pretrain.pretrain_loss
+
+    def steep(normalize):
+        loss = made(normalize)
+        return lambda model, batch: loss(model, batch) + (0 * model.decoder.mask_token.sum()).sqrt()  # d sqrt(0) = inf
+
+    monkeypatch.setattr(main_pretrain, "pretrain_loss", steep)
+    with pytest.raises(FloatingPointError, match="the norm of the gradient is nan at epoch 0, step 1 of 2; nothing is"):
+        pretrain(photos, tmp_path)
+    assert not (tmp_path / "last.pth").exists()
+
+
+def test_a_machine_without_git_trains_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert versions()["commit"] is None
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_with_one_line(photos, tmp_path):

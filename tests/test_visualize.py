@@ -10,7 +10,7 @@ from util import convert
 
 
 def draw(checkpoint, images, output, *words) -> np.ndarray:
-    flags = ["--checkpoint", checkpoint, "--images", images, "--output", output, *DEVICE[:2], *DEVICE[4:]]
+    flags = ["--checkpoint", checkpoint, "--images", images, "--output", output, *DEVICE[4:]]
     (line,) = call("visualize", *flags, *words)
     with Image.open(output) as picture:
         assert line.endswith(f"images, {picture.width} x {picture.height}")

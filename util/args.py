@@ -85,13 +85,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | 
     return group
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser):
-    """Which weights, and which feature of them."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True):
+    """Which weights, and which feature of them is measured."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--checkpoint", required=True, metavar="FILE|none",
                        help="weights in any format that util/convert.py reads; none = an untrained --model")
-    group.add_argument("--pool", choices=["token", "mean"], default="token",
-                       help="feature of an image: the class token, or the mean of the patch tokens")
+    if pool:
+        group.add_argument("--pool", choices=["token", "mean"], default="token",
+                           help="feature of an image: the class token, or the mean of the patch tokens")
     return group
 
 
@@ -104,12 +105,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
     return group
 
 
-def add_device_arguments(parser: argparse.ArgumentParser):
+def add_device_arguments(parser: argparse.ArgumentParser, amp: bool = True):
     """Where and how precisely it is computed."""
     group = parser.add_argument_group("device")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto = a GPU where there is one")
-    group.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16",
-                       help="precision of the model; fp16 scales the loss, off = float32; target and loss are float32")
+    if amp:
+        group.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16",
+                           help="precision of the model; fp16, for GPUs without bf16, scales the loss; off = float32; "
+                                "target and loss are float32 in each")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of initial values, order, crops and masks")
     return group
 
@@ -147,11 +150,11 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
     return group
 
 
-def classifier_parser(description: str, encoders, output_dir: str, **schedule) -> Parser:
+def classifier_parser(description: str, encoders, output_dir: str, pool: bool, **schedule) -> Parser:
     """The flags that probing and fine-tuning share."""
     parser = Parser(description)
     add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
-    add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser, pool)
     add_model_arguments(parser, encoders)
     add_schedule_arguments(parser, **schedule)
     add_device_arguments(parser)

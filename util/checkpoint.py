@@ -59,6 +59,7 @@ def save(run: Run, progress: Progress, model: nn.Module, optimizer, scaler) -> P
         "scaler": scaler.state_dict(),
         "progress": progress._asdict(),
         "batch": run.batch,
+        "origin": run.origin,
         "args": plain(run.args),
     }
     write(last, content)
@@ -107,7 +108,7 @@ def resume(run: Run, model: nn.Module, optimizer, scaler) -> Progress:
         return Progress(0, 0)
     content = read(path)
     before, now = content["args"], plain(run.args)
-    for flag in sorted((set(before) | set(now)) - FREE):
+    for flag in sorted((set(before) & set(now)) - FREE):
         if before.get(flag) != now.get(flag):
             raise ValueError(
                 f"{path} was trained with --{flag} {before.get(flag)}, not {now.get(flag)}; "
@@ -117,6 +118,8 @@ def resume(run: Run, model: nn.Module, optimizer, scaler) -> Progress:
         raise ValueError(
             f"{path} was trained with {content['batch']} samples a step, not {run.batch} (--batch_size x --accum_iter x ranks)"
         )
+    if content["origin"] != run.origin:
+        raise ValueError(f"{path} began with other weights than --checkpoint has now; choose another --output_dir")
     own = dict(zip(mae_names(model.state_dict()), model.state_dict(), strict=True))  # name on disk -> name here
     model.load_state_dict({own.get(name, name): value for name, value in content["model"].items()})
     optimizer.load_state_dict(content["optimizer"])

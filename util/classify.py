@@ -97,11 +97,13 @@ def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **o
     return model
 
 
-def pooling(weights: convert.Weights | None) -> dict:
-    """timm's pooling options of a saved classifier or a pre-trained encoder."""
+def pooling(weights: convert.Weights | None, pool: str = "mean") -> dict:
+    """timm's pooling options of a saved classifier or a pre-trained encoder, of which `pool` is to be measured."""
     if weights is None:
         return {}
     if convert.architecture(weights.state)["pooled"]:
+        if pool == "token":
+            raise ValueError("--pool token: --checkpoint was fine-tuned on the mean of the patches; use --pool mean")
         return {"global_pool": "avg"}
     return (
         {"global_pool": "avg", "fc_norm": False}
@@ -195,7 +197,8 @@ def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, 
     """Votes (N, classes) of the k nearest: each weighs exp(cosine / temperature) (Wu et al., arXiv:1805.01978)."""
     similarity, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: no overflow, the same ranking
+    return votes.scatter_add_(1, labels[nearest], weight)
 
 
 def knn(
@@ -212,7 +215,8 @@ def knn(
     train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
     num_classes = len(sources[0].classes)
     score = Score(num_classes, world.device)
-    for some, answers in zip(queries.split(1024), truth.split(1024), strict=True):
+    rows = max(1, 2**26 // len(train))  # 256 MiB of similarities
+    for some, answers in zip(queries.split(rows), truth.split(rows), strict=True):
         score.add(knn_votes(train, labels, some, num_classes, k, temperature), answers)
     result = score.result(world)
     result.pop("loss")  # votes are no logits
@@ -271,8 +275,11 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, e
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
     """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
     if run.world.leads:
-        content = {"format": checkpoint.FORMAT, "model": state, "args": plain(run.args) | {"classes": classes}}
-        checkpoint.write(run.folder / "classifier.pth", content)
+        args = plain(run.args) | {"classes": classes}
+        path = checkpoint.write(
+            run.folder / "classifier.pth", {"format": checkpoint.FORMAT, "model": state, "args": args}
+        )
+        run.log.say(f"load it: {convert.usage(convert.Weights(state, args, 'pixmim', []), 'timm', path)}")
 
 
 def evaluate_saved(args: Namespace, encoders, weights: convert.Weights | None, interpolation: str = "bicubic") -> None:
@@ -286,7 +293,7 @@ def evaluate_saved(args: Namespace, encoders, weights: convert.Weights | None, i
         raise ValueError(
             f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}"
         )
-    world = join(args.device)
+    world = join(args.device, args.amp)
     model = load_encoder(args, encoders, weights, num_classes=count, **pooling(weights)).to(world.device)
     loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))
     print_result(world, evaluate(args, world, model, loader, count)[0])

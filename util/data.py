@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +35,15 @@ class Source(NamedTuple):
     classes: list[str]
 
 
+def refuse(error: OSError) -> None:
+    """A folder that cannot be read is an error, not an empty folder."""
+    raise error
+
+
 def list_images(folder: str | Path) -> list[bytes]:
     """Paths of all images below a folder, in the order of their names; links are followed once."""
     found, seen = [], set()
-    for parent, folders, files in os.walk(os.fsencode(folder), followlinks=True):
+    for parent, folders, files in os.walk(os.fsencode(folder), followlinks=True, onerror=refuse):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:  # a loop of links
             folders.clear()
@@ -76,11 +81,12 @@ def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = 
         raise ValueError(
             f"--data_path: {folder} has " + (f"classes without an image: {empty}" if empty else "no class folders")
         )
-    known = list(classes or by_class)
-    if set(by_class) - set(known):
-        raise ValueError(f"--data_path: {folder} has classes that train has not: {sorted(set(by_class) - set(known))}")
-    pairs = [(path, known.index(name)) for name, paths in by_class.items() for path in paths]
-    return Source(np.array([path for path, _ in pairs]), np.array([label for _, label in pairs]), known)
+    number = {name: i for i, name in enumerate(classes or by_class)}
+    if set(by_class) - set(number):
+        raise ValueError(f"--data_path: {folder} has classes that train has not: {sorted(set(by_class) - set(number))}")
+    paths = [path for group in by_class.values() for path in group]
+    labels = [number[name] for name, group in by_class.items() for _ in group]
+    return Source(np.array(paths), np.array(labels), list(number))
 
 
 def labelled_sources(data_path: str) -> tuple[Source, Source]:
@@ -250,7 +256,7 @@ def make_loader(samples: Samples, order: Sampler, args, device: torch.device) ->
         num_workers=workers,
         collate_fn=as_it_is,
         pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and isinstance(order, TrainOrder),
     )
 
 
@@ -270,7 +276,7 @@ def eval_loader(args, world: World, source: Source, transform: Callable) -> Data
 class Feed:
     """Batches on the device; knows how long it waited for them and which images were bad."""
 
-    def __init__(self, loader: DataLoader, device: torch.device):
+    def __init__(self, loader: Iterable[dict], device: torch.device):
         self.loader, self.device = loader, device
         self.waited = 0.0  # seconds
         self.bad: list[tuple[str, str]] = []
@@ -288,6 +294,11 @@ class Feed:
             self.bad += bad
             yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             before = time.perf_counter()
+
+
+def one_batch(samples: Samples, indices: Sequence[int], device: torch.device) -> dict:
+    """These samples of epoch 0, as a batch on the device."""
+    return next(iter(Feed([samples.__getitems__([(0, i) for i in indices])], device)))
 
 
 class Normalize:

@@ -1,6 +1,7 @@
 """Who else takes part in this run: rank, number of ranks, device."""
 
 import os
+import re
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -46,13 +47,22 @@ def placement(environ=os.environ) -> tuple[int, int, int]:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch: a bare python stays alone
-        environ.setdefault("MASTER_ADDR", environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])  # node[03-07,12] -> node03
+        environ.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "127.0.0.1")
         environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
         return int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"])
     return 0, 1, 0
 
 
-def join(device: str, timeout_minutes: float = 30) -> World:
+def check_precision(amp: str, device: torch.device) -> None:
+    """Refuse a precision that the device has not."""
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"--amp fp16 needs a GPU, and the device is {device}; use --amp bf16 or off")
+    if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp fp16 or off")
+
+
+def join(device: str, amp: str, timeout_minutes: float = 30) -> World:
     """Join the group that torchrun or Slurm describes, with NCCL on GPUs and gloo on CPUs."""
     rank, size, local_rank = placement()
     if device == "auto":
@@ -64,8 +74,12 @@ def join(device: str, timeout_minutes: float = 30) -> World:
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu or install a CUDA build")
-        place = place if place.index is not None else torch.device("cuda", local_rank)
+        if place.index is not None and size > 1:
+            raise ValueError(f"--device {device} puts all {size} ranks on one GPU; use --device cuda")
+        if place.index is None:  # a rank that Slurm shows a single GPU finds it at 0
+            place = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(place)
+    check_precision(amp, place)
     if size > 1:
         torch_dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",

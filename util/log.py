@@ -42,10 +42,10 @@ class Log:
         if not self.active:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
         if self.board is not None:
             for name, value in record.items():
-                if name not in ("step", "epoch"):
+                if name not in ("step", "epoch") and value is not None:
                     self.board.add_scalar(name, value, round(record["epoch"] * 1000))
 
     def image(self, name: str, pixels, epoch: float) -> None:

@@ -1,11 +1,13 @@
 """From arguments to a run: the ranks joined, the folder prepared, the configuration written."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ class Run(NamedTuple):
     folder: Path
     batch: int  # samples of a step over all ranks
     lr: float  # peak learning rate, the largest of several --blr
+    origin: str | None = None  # digest of the --checkpoint that the run began with
 
     def lr_at(self, epoch: float) -> float:
         """Learning rate at a fractional epoch."""
@@ -49,12 +52,13 @@ def plain(args: Namespace) -> dict:
 
 def versions() -> dict:
     """Versions of what computes, and the commit of this code where git knows it."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = None
+    with suppress(OSError):  # no git on this machine
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -62,22 +66,22 @@ def versions() -> dict:
     }
 
 
-def check_precision(amp: str, device: torch.device) -> None:
-    """Refuse a precision that the device has not."""
-    if amp == "fp16" and device.type != "cuda":
-        raise ValueError(f"--amp fp16 needs a GPU, and the device is {device}; use --amp bf16 or off")
-    if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp fp16 or off")
+def digest(path: str | None) -> str | None:
+    """SHA-256 of a file, so that a run knows the weights it began with; None where there is no file."""
+    if path in (None, "none"):
+        return None
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def start(args: Namespace) -> Run:
     """Join the ranks, prepare OUTPUT_DIR, write config.json, seed the initial values."""
-    world = join(args.device)
-    check_precision(args.amp, world.device)
+    world = join(args.device, args.amp)
     folder = Path(args.output_dir)
     batch = args.batch_size * args.accum_iter * world.size
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
-    run = Run(args, world, Log(folder, world.leads), folder, batch, peak_lr(blr, batch))
+    origin = digest(getattr(args, "checkpoint", None))
+    run = Run(args, world, Log(folder, world.leads), folder, batch, peak_lr(blr, batch), origin)
     if world.leads:
         prepare(run)
     world.gather(None)  # nobody looks for checkpoints before the folder is ready

