@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from models_pixmim import LowPass, PixMIM, patch_statistics, patchify, unpatchify
+from models_pixmim import LowPass, PixMIM, patch_statistics, patchify, take, unpatchify
 from util.args import channel_statistics
 
 
@@ -66,29 +66,22 @@ def panel(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> np.n
         for v in channel_statistics(args.in_chans, args.mean, args.std)
     )
     patch, grid = model.encoder.patch, model.encoder.grid
-    target = model.target(images)
-    visible = patchify(images, patch)
+    target, visible = model.target(images), patchify(images, patch)
+    grey = ((0.5 - mean) / std).expand_as(images)
     if model.norm_pix_loss:
-        centre, scale = patch_statistics(patchify(target, patch).gather(1, mask.drop[..., None].expand_as(prediction)))
+        centre, scale = patch_statistics(take(patchify(target, patch), mask.drop))
         prediction = prediction * scale + centre
     filled = visible.scatter(1, mask.drop[..., None].expand_as(prediction), prediction)
-    grey = torch.full_like(visible, 0.5).view(*visible.shape[:2], -1, images.shape[1])
-    grey = (grey - mean.flatten()) / std.flatten()
-    hidden = torch.where(mask.removed[..., None], grey.flatten(2), visible)
+    hidden = torch.where(mask.removed[..., None], patchify(grey, patch), visible)
+    filtered = isinstance(model.target, LowPass)
     how = "true patch mean and std" if model.norm_pix_loss else "pixels"
-    columns = {
-        "input": images,
-        "masked input": unpatchify(hidden, patch, grid),
-        f"prediction ({how})": unpatchify(filled, patch, grid),
-    }
-    if isinstance(model.target, LowPass):
-        radius = f"r = {model.target.radius:g}"
-        columns = {
-            "input": columns.pop("input"),
-            f"low-pass target, {radius}": target,
-            **columns,
-            "removed by the filter + grey": images - target + (0.5 - mean) / std,
-        }
+    columns = {"input": images}
+    if filtered:
+        columns[f"low-pass target, r = {model.target.radius:g}"] = target
+    columns["masked input"] = unpatchify(hidden, patch, grid)
+    columns[f"prediction ({how})"] = unpatchify(filled, patch, grid)
+    if filtered:
+        columns["removed by the filter + grey"] = images - target + grey
     return draw({label: to_uint8(x * std + mean) for label, x in columns.items()})
 
 
