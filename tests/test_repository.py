@@ -128,3 +128,13 @@ def test_every_command_of_the_readme_and_docs_parses(command, monkeypatch):
 def test_the_file_map_of_the_readme_names_every_source():
     readme = (ROOT / "README.md").read_text()
     assert [name for path in SOURCES if f"`{(name := str(path.relative_to(ROOT)))}`" not in readme] == []
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_pages_have_no_gaps_and_their_links_lead_somewhere(page):
+    text = page.read_text()
+    assert re.findall(r"\b(?:TODO|TBD|[A-Z]+_(?:[UMP]|TABLE|VERSIONS|MINUTES|RESULT))\b", text) == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
