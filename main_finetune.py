@@ -59,10 +59,6 @@ def finetune_loss(args, normalize, num_classes: int, device):
     erase = RandomErasing(args.reprob, mode="pixel", device=device)
     mixup = None
     if args.mixup or args.cutmix:
-        if args.batch_size % 2:
-            raise ValueError(
-                f"--batch_size {args.batch_size}: mixup and cutmix mix pairs; use an even number, or 0 for both"
-            )
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
 
     def loss(model, batch):
@@ -80,6 +76,8 @@ def main() -> None:
     if args.eval:
         evaluate_saved(args, ENCODERS, weights)
         return
+    if args.batch_size % 2 and (args.mixup or args.cutmix):
+        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix mix pairs; use an even one, or 0 for both")
     train, val = labelled_sources(args.data_path)
     run = start(args)
     device = run.world.device

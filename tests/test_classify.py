@@ -361,7 +361,7 @@ def test_the_class_token_of_a_fine_tuned_mean_is_not_measured(tuned, photos):
 
 
 def test_fine_tuning_draws_labels_as_it_mixes_images():
-    args = Namespace(batch_size=4, reprob=0.0, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    args = Namespace(reprob=0.0, mixup=0.8, cutmix=1.0, smoothing=0.1)
     loss = main_finetune.finetune_loss(args, lambda batch: batch["images"], 3, CPU)
     images, seen = torch.randn(4, 3, 16, 16), []
     seed_everything(0)
