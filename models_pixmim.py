@@ -252,7 +252,8 @@ class PixMIM(nn.Module):
         super().__init__()
         self.encoder, self.target = encoder, target
         self.mask_ratio, self.mask_unit, self.norm_pix_loss = mask_ratio, mask_unit, norm_pix_loss
-        length, visible = encoder.grid[0] * encoder.grid[1], int(encoder.grid[0] * encoder.grid[1] * (1 - mask_ratio))
+        length = encoder.grid[0] * encoder.grid[1]
+        visible = int(length * (1 - mask_ratio))
         if not 0 < visible < length:
             raise ValueError(f"a mask ratio of {mask_ratio} leaves {visible} of {length} patches visible")
         if mask_unit > min(encoder.grid):

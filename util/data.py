@@ -246,9 +246,8 @@ def as_it_is(batch: Any) -> Any:
 def make_loader(samples: Samples, order: Sampler, args, device: torch.device) -> DataLoader:
     workers = args.num_workers
     if workers is None:
-        cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )  # macOS has none
+        limited = hasattr(os, "sched_getaffinity")  # macOS has none
+        cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
         workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return DataLoader(
         samples,
