@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from models_pixmim import LowPass, PixMIM, patch_statistics, patchify, take, unpatchify
-from util.args import channel_statistics
+from util.args import channel_statistics, encoder_options
 
 
 def lowpass_radius(args: Namespace) -> float:
@@ -27,9 +27,8 @@ def build_target(args: Namespace) -> nn.Module:
 
 def build_model(args: Namespace, encoders) -> PixMIM:
     """The host with its target and decoder, initialised."""
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
     model = PixMIM(
-        encoders[args.model](img_size=args.input_size, in_chans=args.in_chans, **patch),
+        encoders[args.model](**encoder_options(args)),
         build_target(args),
         decoder_dim=args.decoder_dim,
         decoder_depth=args.decoder_depth,

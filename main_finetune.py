@@ -10,7 +10,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision import transforms as T
 
-from models_pixmim import ENCODERS
+from models import ENCODERS
 from util.args import classifier_parser, number, report_mistakes
 from util.checkpoint import Progress, resume, save
 from util.classify import (

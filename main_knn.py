@@ -2,7 +2,7 @@
 
 import argparse
 
-from models_pixmim import ENCODERS
+from models import ENCODERS
 from util.args import (
     Parser,
     add_checkpoint_arguments,
@@ -35,7 +35,7 @@ def main() -> None:
     world = join(args.device, args.amp)
     encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool)).to(world.device)
     sources = labelled_sources(args.data_path)
-    print_result(world, knn(args, world, encoder, sources, args.pool, args.k, args.temperature))
+    print_result(world, knn(args, world, encoder, sources, args.k, args.temperature))
     world.leave()
 
 

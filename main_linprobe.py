@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torchvision import transforms as T
 
-from models_pixmim import ENCODERS
+from models import ENCODERS
 from util.args import classifier_parser, report_mistakes
 from util.checkpoint import Progress, resume, save
 from util.classify import (
@@ -69,9 +69,9 @@ def main() -> None:
         evaluate_saved(args, ENCODERS, weights, interpolation)
         return
     train, val = labelled_sources(args.data_path)
-    run = start(args)
     encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool))
-    model = Probe(encoder, args.pool, len(train.classes), len(args.blr)).to(run.world.device)
+    run = start(args)
+    model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
     crop = Seeded(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
     loader = train_loader(run, train, crop, flip=True)
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))

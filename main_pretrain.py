@@ -1,4 +1,4 @@
-"""Pre-train PixMIM, or with --lowpass_radius 0 --crop rrc MAE. The defaults are ViT-B/16 for 300 epochs on 8 devices."""
+"""Pre-train PixMIM, or with --lowpass_radius 0 --crop rrc its host alone (MAE). The defaults are ViT-B/16 for 300 epochs on 8 devices."""
 
 import argparse
 import json
@@ -7,11 +7,12 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 from engine_pretrain import build_model, panel, pretrain_loss
-from models_pixmim import ENCODERS
+from models import ENCODERS
 from util.args import (
     Parser,
     add_data_arguments,
     add_device_arguments,
+    add_method_arguments,
     add_model_arguments,
     add_run_arguments,
     add_schedule_arguments,
@@ -19,7 +20,7 @@ from util.args import (
     report_mistakes,
 )
 from util.checkpoint import Progress, resume, save
-from util.classify import default_pool, knn
+from util.classify import knn
 from util.data import Normalize, labelled_sources, one_batch, pretrain_transform, train_loader, unlabelled_source
 from util.run import start
 from util.train import due, grad_scaler, train_one_epoch, wrap
@@ -30,22 +31,11 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser, "folder of images: train/<class>/ as ImageNet, or any other structure without classes")
     add_model_arguments(parser, ENCODERS, model="vit_base")
     # fmt: off
-    add = parser.add_argument_group("method").add_argument
-    add("--lowpass_radius", type=number(float, 0),
-        help="cut-off of the target in frequency bins; 0 = raw pixels (MAE), None = 40 for 224 px of side")
-    add("--lowpass", choices=["reference", "centered"], default="reference",
-        help="the release's filter, half a bin off centre, or the zero-phase one")
+    add = add_method_arguments(parser).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
         help="SimpleResizedCrop (PixMIM) or RandomResizedCrop of 0.2 to 1 of the area (MAE)")
     add("--crop_interpolation", choices=["bilinear", "bicubic"],
         help="of the crop's resize; None = bilinear for src as the release, bicubic for rrc as MAE")
-    add("--mask_ratio", type=number(float, 0, 1), default=0.75, help="share of patches removed, 0 to 1")
-    add("--mask_unit", type=number(int, 1), default=1, help="patches are removed in blocks of this side; 2 = LSMAE")
-    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=True,
-        help="normalise each patch of the target by its mean and deviation")
-    add("--decoder_dim", type=number(int, 4), default=512, help="width of the decoder")
-    add("--decoder_depth", type=number(int, 1), default=8, help="blocks of the decoder")
-    add("--decoder_heads", type=number(int, 1), default=16, help="attention heads of the decoder")
     add("--grad_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
@@ -83,7 +73,7 @@ def main() -> None:
         if due(args.image_every, done, args.epochs) and run.world.leads:
             run.log.image("reconstruction", panel(model, normalize(examples), examples["noise"], args), done)
         if labelled and due(args.knn_every, done, args.epochs):
-            result = knn(args, run.world, model.encoder, labelled, default_pool(model.encoder))
+            result = knn(args, run.world, model.encoder, labelled)
             run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.say(f"epoch {done}  kNN {json.dumps(result)}")
     run.log.say(f"{args.epochs} epochs done: {run.folder / 'last.pth'}")

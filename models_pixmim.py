@@ -35,6 +35,8 @@ class MaskedEncoder(Protocol):
     in_chans: int
     grid: Size
     patch: int
+    grad_checkpointing: bool
+    pretraining_only: tuple[str, ...]  # names of the parts that `encode` alone uses; probes and classifiers lack them
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor: ...  # (B, C, H, W) -> (B, prefix + V, D)
 
@@ -152,10 +154,10 @@ def sincos_pos_embed(dim: int, grid: Size, num_prefix_tokens: int) -> Tensor:
     return F.pad(embed, (0, 0, num_prefix_tokens, 0)).float().unsqueeze(0)
 
 
-def init_like_mae(module: nn.Module) -> None:
+def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> None:
     """Initial values of MAE: xavier-uniform linears and patch projection, zero biases, tokens normal(0.02)."""
     for name, m in module.named_modules():
-        if isinstance(m, nn.Linear) or name == "patch_embed.proj":
+        if isinstance(m, nn.Linear) or name == projection:
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
             nn.init.zeros_(m.bias)
     for name, p in module.named_parameters():
@@ -165,6 +167,8 @@ def init_like_mae(module: nn.Module) -> None:
 
 class MaskedViT(VisionTransformer):
     """timm's ViT, key for key, with MAE's initial values and one method more: `encode`."""
+
+    pretraining_only: tuple[str, ...] = ()
 
     def __init__(self, num_classes: int = 0, **kwargs):
         super().__init__(num_classes=num_classes, weight_init="skip", **kwargs)
@@ -183,14 +187,18 @@ class MaskedViT(VisionTransformer):
     def patch(self) -> int:
         return self.patch_embed.patch_size[0]
 
-    def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): normalised class token and visible patches. Removed patches are never read."""
+    def embed_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
+        """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches before the first block."""
         proj = self.patch_embed.proj
         x = take(patchify(images, self.patch), mask.keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
         x = x + self.pos_embed[0, self.num_prefix_tokens :][mask.keep]
         prefix = self.cls_token + self.pos_embed[:, : self.num_prefix_tokens]
-        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+
+    def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
+        """(B, C, H, W) -> (B, 1 + V, D): normalised class token and visible patches. Removed patches are never read."""
+        x = self.embed_visible(images, mask)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
 

@@ -8,16 +8,20 @@ import numpy as np
 from PIL import Image
 
 from engine_pretrain import build_model, panel
-from models_pixmim import ENCODERS
+from models import ENCODERS
 from util import convert
-from util.args import Parser, add_device_arguments, add_model_arguments, number, report_mistakes
+from util.args import (
+    METHOD,
+    Parser,
+    add_device_arguments,
+    add_method_arguments,
+    add_model_arguments,
+    number,
+    report_mistakes,
+)
 from util.classify import MODEL_FLAGS, own_arguments, read_architecture
 from util.data import Normalize, Samples, Source, eval_transform, list_images, one_batch
 from util.dist import join
-
-METHOD_FLAGS = (
-    "lowpass_radius", "lowpass", "mask_ratio", "mask_unit", "norm_pix_loss", "decoder_dim", "decoder_depth", "decoder_heads",
-)  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -29,12 +33,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=number(int, 1), default=8, help="images shown at most, spread over those found")
     # fmt: on
     add_model_arguments(parser, ENCODERS)
-    group = parser.add_argument_group("method; None = as in --checkpoint")
-    group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
-    group.add_argument("--lowpass_radius", type=number(float, 0), help="cut-off of the target in bins; 0 = raw pixels")
-    group.add_argument("--decoder_heads", type=number(int, 1), help="of a foreign checkpoint; None = width / 32")
+    group = add_method_arguments(parser, **dict.fromkeys(METHOD))
+    group.description = (
+        "None = as in --checkpoint; one that does not tell is taken for MAE's, its decoder for one of heads 32 wide"
+    )
     add_device_arguments(parser, amp=False)
-    parser.set_defaults(**dict.fromkeys(METHOD_FLAGS), grad_checkpointing=False)
+    parser.set_defaults(grad_checkpointing=False)
     return parser
 
 
@@ -42,12 +46,8 @@ def foreign_method(weights: convert.Weights) -> dict:
     """Method flags of a checkpoint that does not tell them: MAE's, and PixMIM's target if it brought its filter."""
     facts = convert.architecture(weights.state)
     filtered = any("low_pass_filter" in key for key in weights.dropped)
-    return {
+    return METHOD | {
         "lowpass_radius": None if filtered else 0,
-        "lowpass": "reference",
-        "mask_ratio": 0.75,
-        "mask_unit": 1,
-        "norm_pix_loss": True,
         "decoder_dim": facts["decoder_dim"],
         "decoder_depth": facts["decoder_depth"],
         "decoder_heads": facts["decoder_dim"] // 32,
@@ -68,12 +68,12 @@ def find_images(names: list[str], count: int) -> Source:
 
 
 def main() -> None:
-    args, weights = read_architecture(get_parser().parse_args(), ENCODERS, MODEL_FLAGS + METHOD_FLAGS)
+    args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
     if weights is None or "decoder_pred.weight" not in weights.state:
         raise ValueError(f"--checkpoint {args.checkpoint} has no decoder; a picture needs a pre-training checkpoint")
     if not own_arguments(weights):
         foreign = foreign_method(weights)
-        args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD_FLAGS if getattr(args, name) is None})
+        args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD if getattr(args, name) is None})
     device = join(args.device, "off").device
     model = build_model(args, ENCODERS)
     model.load_state_dict(convert.pixmim_names(weights.state))

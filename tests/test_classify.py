@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import main_finetune
 from models_pixmim import ENCODERS, MaskedViT
 from util import convert
-from util.classify import Probe, Score, extract, knn_votes, pool_features
+from util.classify import Probe, Score, extract, features, knn_votes, pooling
 from util.data import Feed, Normalize, Samples, eval_loader, eval_transform, labelled_sources
 from util.dist import World
 from util.rng import seed_everything
@@ -107,7 +107,7 @@ def test_a_rank_without_images_has_no_features_of_the_right_shape(photos):
     encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8)
     source = labelled_sources(str(photos))[1]
     loader = eval_loader(args, World(9, 10, CPU), source, eval_transform((16, 16)))
-    features, labels = extract(args, ALONE, encoder, loader, "token")
+    features, labels = extract(args, ALONE, encoder, loader)
     assert (features.shape, labels.shape) == ((0, 192), (0,))
 
 
@@ -232,11 +232,11 @@ def test_ranks_probe_together_even_where_one_has_nothing_to_evaluate(pretrained,
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_the_folded_classifier_is_the_probe_inside_timm(pool, pretrained, photos, tmp_path):
     probe(tmp_path, photos, pretrained / "last.pth", "--pool", pool, "--blr", 3)
-    encoder = MaskedViT(**TIMM | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3)
-    ours = Probe(encoder, pool, 3, 1).eval()
+    options = TIMM | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
+    encoder = MaskedViT(**options | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3)
+    ours = Probe(encoder, 3, 1).eval()
     state = weights(tmp_path)["model"]
     ours.load_state_dict({k if k.split(".")[0] in ("bn", "heads") else f"encoder.{k}": v for k, v in state.items()})
-    options = TIMM | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
     theirs = timm.create_model(
         "vit_tiny_patch16_224", **options, checkpoint_path=str(tmp_path / "classifier.pth")
     ).eval()
@@ -253,10 +253,11 @@ def test_the_release_s_probe_evaluates_bilinearly(pretrained, photos, tmp_path):
 
 
 def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
-    encoder, images = ENCODERS["vit_tiny"](img_size=16, patch_size=8).eval(), torch.randn(2, 3, 16, 16)
-    tokens = encoder.forward_features(images)
-    assert torch.equal(pool_features(encoder, images, "token"), tokens[:, 0])
-    assert_close(pool_features(encoder, images, "mean"), tokens[:, 1:].sum(1) / 4)
+    images = torch.randn(2, 3, 16, 16)
+    for pool in ("token", "mean"):
+        encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8, **pooling(None, pool)).eval()
+        tokens = encoder.forward_features(images)
+        assert_close(features(encoder, images), tokens[:, 0] if pool == "token" else tokens[:, 1:].sum(1) / 4)
 
 
 def test_a_finished_probe_started_again_gives_its_result(probed, pretrained, photos, tmp_path):
@@ -357,7 +358,7 @@ def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):
 
 def test_the_class_token_of_a_fine_tuned_mean_is_not_measured(tuned, photos):
     with pytest.raises(ValueError, match="use --pool mean"):
-        result("main_knn", *DEVICE, "--checkpoint", tuned[0] / "classifier.pth", "--data_path", photos)
+        knn(tuned[0] / "classifier.pth", photos, "--pool", "token")
 
 
 def test_fine_tuning_draws_labels_as_it_mixes_images():

@@ -8,6 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+METHOD = {
+    "lowpass_radius": None, "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
+    "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16,
+}  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -85,14 +89,39 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | 
     return group
 
 
+def encoder_options(args: argparse.Namespace) -> dict:
+    """What the model flags ask of an encoder's constructor."""
+    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
+    return {"img_size": args.input_size, "in_chans": args.in_chans, **patch}
+
+
+def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
+    """What PixMIM does with an encoder; `defaults` replace those of ViT-B."""
+    group = parser.add_argument_group("method")
+    group.add_argument("--lowpass_radius", type=number(float, 0),
+                       help="cut-off of the target in frequency bins; 0 = raw pixels (MAE), None = 40 for 224 px of side")
+    group.add_argument("--lowpass", choices=["reference", "centered"],
+                       help="the release's filter, half a bin off centre, or the zero-phase one")
+    group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
+    group.add_argument("--mask_unit", type=number(int, 1), help="patches are removed in blocks of this side; 2 = LSMAE")
+    group.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction,
+                       help="normalise each patch of the target by its mean and deviation")
+    group.add_argument("--decoder_dim", type=number(int, 4), help="width of the decoder")
+    group.add_argument("--decoder_depth", type=number(int, 1), help="blocks of the decoder")
+    group.add_argument("--decoder_heads", type=number(int, 1), help="attention heads of the decoder")
+    parser.set_defaults(**METHOD | defaults)
+    return group
+
+
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True):
     """Which weights, and which feature of them is measured."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--checkpoint", required=True, metavar="FILE|none",
                        help="weights in any format that util/convert.py reads; none = an untrained --model")
     if pool:
-        group.add_argument("--pool", choices=["token", "mean"], default="token",
-                           help="feature of an image: the class token, or the mean of the patch tokens")
+        group.add_argument("--pool", choices=["token", "mean"],
+                           help="feature of an image: the class token, or the mean of the patch tokens; None = as the "
+                                "checkpoint was probed, else the class token where there is one")
     return group
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import checkpoint, convert
+from util.args import encoder_options
 from util.data import Feed, Normalize, Source, eval_loader, eval_transform, labelled_source
 from util.dist import World, join
 from util.run import Run, plain
@@ -21,7 +22,9 @@ from util.train import autocast
 # ------------------------------------------------------------------------------------------------------------ encoders
 
 
-Encoder = Any  # timm's VisionTransformer, or a host with its forward_features, fc_norm, num_prefix_tokens, embed_dim
+Encoder = (
+    Any  # timm's VisionTransformer, or a host with its forward_features, forward_head, num_prefix_tokens, embed_dim
+)
 MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std")
 
 
@@ -53,38 +56,42 @@ def read_architecture(
 def infer_architecture(state: dict[str, Tensor], args: Namespace, encoders) -> dict:
     """Model flags that the shapes of a foreign checkpoint tell."""
     facts = convert.architecture(state)
-    shape = (facts["embed_dim"], facts["depth"])
-    model = next((n for n, e in encoders.items() if (e.keywords["embed_dim"], e.keywords["depth"]) == shape), None)
-    if model is None and args.model is None:
-        raise ValueError(f"--checkpoint {args.checkpoint}: no encoder here is {shape[0]} wide and {shape[1]} deep")
+    family, width, depth = facts["family"], facts["embed_dim"], facts["depth"]
+    known = {
+        (name.rpartition("_")[0], encoder.keywords["embed_dim"], encoder.keywords["depth"]): name
+        for name, encoder in encoders.items()
+    }
+    if args.model is None and (family, width, depth) not in known:
+        raise ValueError(f"--checkpoint {args.checkpoint}: no {family} here is {width} wide and {depth} deep")
     side = isqrt(facts["num_patches"]) * facts["patch_size"]
     return {
-        "model": model,
+        "model": known.get((family, width, depth)),
         "patch_size": facts["patch_size"],
         "input_size": (side, side),
         "in_chans": facts["in_chans"],
     }
 
 
-def build_encoder(args: Namespace, encoders, **options) -> Encoder:
-    """The encoder that the model flags describe, initialised from --seed."""
-    torch.manual_seed(args.seed)
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    return encoders[args.model](img_size=args.input_size, in_chans=args.in_chans, **patch, **options)
-
-
 def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **options) -> Encoder:
     """The encoder or classifier with the weights of --checkpoint; what is fresh is what pre-training has not: fc_norm, head."""
-    model = build_encoder(args, encoders, **options)
+    torch.manual_seed(args.seed)
+    model = encoders[args.model](**encoder_options(args), **options)
+    for name in model.pretraining_only:
+        delattr(model, name)
     if weights is None:
         return model
     state, own = convert.to_timm(weights.state), model.state_dict()
     if state["pos_embed"].shape != own["pos_embed"].shape:
+        sides = own_arguments(weights).get("input_size")
         state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], list(model.grid), num_prefix_tokens=model.num_prefix_tokens, antialias=False
+            state["pos_embed"],
+            list(model.grid),
+            [side // model.patch for side in sides] if sides else None,  # None: a square
+            num_prefix_tokens=model.num_prefix_tokens,
+            antialias=False,
         )
     fresh = {name for name in own if name.split(".")[0] in ("fc_norm", "head")}
-    unused = {name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm")}
+    unused = {name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm", *model.pretraining_only)}
     missing, unknown = set(own) - set(state) - fresh, set(state) - set(own) - unused
     misshaped = {name for name in set(own) & set(state) - fresh if own[name].shape != state[name].shape}
     if missing or unknown or misshaped:
@@ -97,31 +104,23 @@ def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **o
     return model
 
 
-def pooling(weights: convert.Weights | None, pool: str = "mean") -> dict:
-    """timm's pooling options of a saved classifier or a pre-trained encoder, of which `pool` is to be measured."""
-    if weights is None:
-        return {}
-    if convert.architecture(weights.state)["pooled"]:
+def pooling(weights: convert.Weights | None, pool: str | None = None) -> dict:
+    """timm's options of an encoder whose feature is `pool`; None = as the weights were probed, else the encoder's own."""
+    if weights and "fc_norm.weight" in weights.state:
         if pool == "token":
             raise ValueError("--pool token: --checkpoint was fine-tuned on the mean of the patches; use --pool mean")
         return {"global_pool": "avg"}
-    return (
-        {"global_pool": "avg", "fc_norm": False}
-        if own_arguments(weights).get("pool") == "mean"
-        else {"global_pool": "token"}
-    )
+    pool = pool or own_arguments(weights).get("pool")
+    return {
+        None: {},
+        "token": {"global_pool": "token"},
+        "mean": {"global_pool": "avg", "fc_norm": False},  # of the normalised patches, where a ViT is pre-trained
+    }[pool]
 
 
-def default_pool(encoder: Encoder) -> str:
-    """`token` where there is a class token, else `mean`."""
-    return "token" if encoder.num_prefix_tokens else "mean"
-
-
-def pool_features(encoder: Encoder, images: Tensor, pool: str) -> Tensor:
-    """Features (B, D) of whole images: the class token or the mean of the patch tokens, after the final norm."""
-    tokens = encoder.forward_features(images)
-    prefix = encoder.num_prefix_tokens
-    return encoder.fc_norm(tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1))
+def features(encoder: Encoder, images: Tensor) -> Tensor:
+    """What a classifier would see of whole images, (B, D): the class token or the mean of the patches (`pooling`)."""
+    return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- accuracy
@@ -177,19 +176,19 @@ def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader
 
 
 @torch.inference_mode()
-def extract(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, pool: str) -> tuple[Tensor, Tensor]:
+def extract(args: Namespace, world: World, encoder: Encoder, loader: DataLoader) -> tuple[Tensor, Tensor]:
     """(features (N, D) of length 1, labels (N,)) of this rank's share, float32 on the device."""
-    normalize, features, labels = Normalize(args, world.device), [], []
+    normalize, rows, labels = Normalize(args, world.device), [], []
     for batch in Feed(loader, world.device):
         with autocast(args.amp, world.device):
-            x = pool_features(encoder, normalize(batch), pool)
-        features.append(F.normalize(x.float(), dim=1))
+            x = features(encoder, normalize(batch))
+        rows.append(F.normalize(x.float(), dim=1))
         labels.append(batch["label"])
-    if not features:
+    if not rows:
         return torch.empty(0, encoder.embed_dim, device=world.device), torch.empty(
             0, dtype=torch.int64, device=world.device
         )
-    return torch.cat(features), torch.cat(labels)
+    return torch.cat(rows), torch.cat(labels)
 
 
 @torch.inference_mode()
@@ -202,14 +201,13 @@ def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, 
 
 
 def knn(
-    args: Namespace, world: World, encoder: Encoder, sources: tuple[Source, Source], pool: str, k: int = 20,
-    temperature: float = 0.07,
+    args: Namespace, world: World, encoder: Encoder, sources: tuple[Source, Source], k: int = 20, temperature: float = 0.07
 ) -> dict:  # fmt: skip
     """Accuracy of the nearest neighbours in (train, val): acc1, acc5, mean_class_acc, n."""
     training = encoder.training
     encoder.eval()
     loaders = [eval_loader(args, world, source, eval_transform(args.input_size)) for source in sources]
-    (train, labels), (queries, truth) = (extract(args, world, encoder, loader, pool) for loader in loaders)
+    (train, labels), (queries, truth) = (extract(args, world, encoder, loader) for loader in loaders)
     encoder.train(training)
     shares = world.gather((train.cpu(), labels.cpu()))
     train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
@@ -229,9 +227,9 @@ def knn(
 class Probe(nn.Module):
     """Frozen encoder -> batch norm without affine -> linear heads side by side: logits (B, heads, classes)."""
 
-    def __init__(self, encoder: Encoder, pool: str, num_classes: int, num_heads: int):
+    def __init__(self, encoder: Encoder, num_classes: int, num_heads: int):
         super().__init__()
-        self.encoder, self.pool = encoder.requires_grad_(False), pool
+        self.encoder = encoder.requires_grad_(False)
         self.bn: Any = nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6)
         head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.normal_(head.weight, std=0.01)
@@ -250,7 +248,7 @@ class Probe(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            x = pool_features(self.encoder, images, self.pool)
+            x = features(self.encoder, images)
         x = self.bn(x.float())
         return torch.stack([head(x) for head in self.heads], dim=1)
 
@@ -275,17 +273,18 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, e
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
     """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
     if run.world.leads:
-        args = plain(run.args) | {"classes": classes}
+        args, state = plain(run.args) | {"classes": classes}, convert.to_mae(state)
         path = checkpoint.write(
             run.folder / "classifier.pth", {"format": checkpoint.FORMAT, "model": state, "args": args}
         )
-        run.log.say(f"load it: {convert.usage(convert.Weights(state, args, 'pixmim', []), 'timm', path)}")
+        if target := convert.home(state):
+            run.log.say(f"load it: {convert.usage(convert.Weights(state, args, 'pixmim', []), target, path)}")
 
 
 def evaluate_saved(args: Namespace, encoders, weights: convert.Weights | None, interpolation: str = "bicubic") -> None:
     """--eval: print the accuracy of a saved classifier on DIR/val."""
     classes = own_arguments(weights).get("classes")
-    count = convert.architecture(weights.state)["num_classes"] if weights else 0
+    count = len(weights.state.get("head.weight", ())) if weights else 0
     if not count:
         raise ValueError(f"--eval: --checkpoint {args.checkpoint} has no classifier; train one, or use main_knn.py")
     val = labelled_source(args.data_path, "val", classes)

@@ -1,6 +1,7 @@
-"""Weights of masked ViTs from PixMIM, MAE, mmselfsup and timm, in one set of names; `python -m util.convert IN OUT`.
+"""Weights of PixMIM and its hosts from everybody's repositories, in one set of names; `python -m util.convert IN OUT`.
 
-Everything inside the project has the names of facebookresearch/mae, which are timm's plus a decoder. A key that no rule
+Everything inside the project has the names of facebookresearch/mae, which are timm's plus a decoder, and of
+Alpha-VL/ConvMAE, which has the same decoder. A key that no rule
 maps, that is missing or has another shape is an error, never dropped. A stranger's pickle is read, never executed.
 """
 
@@ -12,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,58 +33,82 @@ class Weights(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One tensor: its name in each family, N for the number of a block, and its shape.
+    """One tensor: its names, N for the number of a block, its shape, and which hosts have it.
 
-    D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G are D, F of the decoder.
+    D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G are D, F of the decoder. ConvMAE's stages:
+    widths X, Y, hidden widths U, V, strides Q, R, S. M layers fused by MFF.
     """
 
-    mae: str
-    mm: str
+    mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, timm
+    mm: str | None  # mmselfsup, mmcls, mmpretrain
     shape: str
+    hosts: tuple[str, ...]
 
 
+VIT, MFF, CONV = ("vit", "mff_vit"), ("mff_vit",), ("convvit",)
+ALL = (*VIT, *CONV)
 TENSORS = (
-    Rule("cls_token", "backbone.cls_token", "1 1 D"),
-    Rule("pos_embed", "backbone.pos_embed", "1 T D"),
-    Rule("mask_token", "neck.mask_token", "1 1 E"),
-    Rule("decoder_pos_embed", "neck.decoder_pos_embed", "1 T E"),
+    Rule("cls_token", "backbone.cls_token", "1 1 D", VIT),
+    Rule("pos_embed", "backbone.pos_embed", "1 T D", ALL),
+    Rule("mask_token", "neck.mask_token", "1 1 E", ALL),
+    Rule("decoder_pos_embed", "neck.decoder_pos_embed", "1 T E", ALL),
+    Rule("proj_weights", "backbone.proj_weights", "M 1 1 1", MFF),
 )
 LAYERS = (  # shape of the weight; the bias is as long as its first side
-    Rule("patch_embed.proj", "backbone.patch_embed.projection", "D C P P"),
-    Rule("norm", "backbone.ln1", "D"),
-    Rule("fc_norm", "backbone.ln2", "D"),
-    Rule("head", "head.fc", "K D"),
-    Rule("head", "head.layers.head", "K D"),  # mmselfsup's linear probe
-    Rule("decoder_embed", "neck.decoder_embed", "E D"),
-    Rule("decoder_norm", "neck.ln1", "E"),
-    Rule("decoder_pred", "neck.decoder_pred", "PPC E"),
+    Rule("patch_embed.proj", "backbone.patch_embed.projection", "D C P P", VIT),
+    Rule("patch_embed1.proj", None, "X C Q Q", CONV),
+    Rule("patch_embed1.norm", None, "X", CONV),
+    Rule("patch_embed2.proj", None, "Y X R R", CONV),
+    Rule("patch_embed2.norm", None, "Y", CONV),
+    Rule("patch_embed3.proj", None, "D Y S S", CONV),
+    Rule("patch_embed3.norm", None, "D", CONV),
+    Rule("patch_embed4", None, "D D", CONV),
+    Rule("stage1_output_decode", None, "D X 4 4", CONV),
+    Rule("stage2_output_decode", None, "D Y 2 2", CONV),
+    Rule("proj_layers.N", "backbone.proj_layers.N", "D D", MFF),
+    Rule("norm", "backbone.ln1", "D", ALL),
+    Rule("fc_norm", "backbone.ln2", "D", ALL),
+    Rule("head", "head.fc", "K D", ALL),
+    Rule("head", "head.layers.head", "K D", ALL),  # mmselfsup's linear probe
+    Rule("decoder_embed", "neck.decoder_embed", "E D", ALL),
+    Rule("decoder_norm", "neck.ln1", "E", ALL),
+    Rule("decoder_pred", "neck.decoder_pred", "PPC E", VIT),
+    Rule("decoder_pred", None, "QQRRSSC E", CONV),
 )
+CONV_BLOCK = (  # layers of a block of ConvMAE's first stage
+    ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
+    ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
+)  # fmt: skip
 BLOCK = (  # layers of a block
-    Rule("norm1", "ln1", "D"),
-    Rule("attn.qkv", "attn.qkv", "3D D"),
-    Rule("attn.proj", "attn.proj", "D D"),
-    Rule("norm2", "ln2", "D"),
-    Rule("mlp.fc1", "ffn.layers.0.0", "F D"),
-    Rule("mlp.fc2", "ffn.layers.1", "D F"),
+    ("norm1", "ln1", "D"),
+    ("attn.qkv", "attn.qkv", "3D D"),
+    ("attn.proj", "attn.proj", "D D"),
+    ("norm2", "ln2", "D"),
+    ("mlp.fc1", "ffn.layers.0.0", "F D"),
+    ("mlp.fc2", "ffn.layers.1", "D F"),
 )
 
 
 def _expand() -> Iterator[Rule]:
     yield from TENSORS
-    decoder = str.maketrans("DF", "EG")
-    blocks = [Rule(f"blocks.N.{ours}", f"backbone.layers.N.{mm}", shape) for ours, mm, shape in BLOCK]
-    blocks += [
-        Rule(f"decoder_blocks.N.{ours}", f"neck.decoder_blocks.N.{mm}", shape.translate(decoder))
-        for ours, mm, shape in BLOCK
-    ]
-    for mae, mm, shape in (*LAYERS, *blocks):
-        yield Rule(f"{mae}.weight", f"{mm}.weight", shape)
-        yield Rule(f"{mae}.bias", f"{mm}.bias", shape.split()[0])
+    decoder, second = str.maketrans("DF", "EG"), str.maketrans("XU", "YV")
+    blocks = [Rule(f"blocks1.N.{layer}", None, shape, CONV) for layer, shape in CONV_BLOCK]
+    blocks += [Rule(f"blocks2.N.{layer}", None, shape.translate(second), CONV) for layer, shape in CONV_BLOCK]
+    for ours, mm, shape in BLOCK:
+        blocks.append(Rule(f"blocks.N.{ours}", f"backbone.layers.N.{mm}", shape, VIT))
+        blocks.append(Rule(f"blocks3.N.{ours}", None, shape, CONV))
+        blocks.append(Rule(f"decoder_blocks.N.{ours}", f"neck.decoder_blocks.N.{mm}", shape.translate(decoder), ALL))
+    for layer in (*LAYERS, *blocks):
+        for kind, shape in (("weight", layer.shape), ("bias", layer.shape.split()[0])):
+            yield Rule(f"{layer.mae}.{kind}", layer.mm and f"{layer.mm}.{kind}", shape, layer.hosts)
 
 
 RULES = tuple(_expand())
 DROPPED = re.compile(r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)")
 DECODER = re.compile(r"mask_token|decoder_.*")
+FUSION = re.compile(
+    r"(proj_layers|stage[12]_output_decode)\..*|proj_weights"
+)  # of MFF and ConvMAE, in pre-training only
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 # Pickled beside the weights by mmengine and mmcv: training history (numpy arrays, bound methods) and configuration.
@@ -92,13 +118,22 @@ INERT = re.compile(
 )
 
 
+@cache
 def rename(key: str, source: str, target: str) -> str | None:
     """Name in column `target` of RULES of a tensor that column `source` calls `key`; None if no rule maps it."""
     for rule in RULES:
-        match = re.fullmatch(re.escape(getattr(rule, source)).replace("N", r"(0|[1-9]\d*)"), key)
+        theirs, name = getattr(rule, source), getattr(rule, target)
+        match = theirs and name and re.fullmatch(re.escape(theirs).replace("N", r"(0|[1-9]\d*)"), key)
         if match:
-            return getattr(rule, target).replace("N", "".join(match.groups()))
+            return name.replace("N", "".join(match.groups()))
     return None
+
+
+def family(state: State) -> str | None:
+    """The host, as the names in `models.ENCODERS` begin; None for one that RULES do not know."""
+    if any(rename(key, "mae", "mae") is None for key in state):
+        return None
+    return "convvit" if "patch_embed1.proj.weight" in state else "mff_vit" if "proj_weights" in state else "vit"
 
 
 def pixmim_names(state: State) -> State:
@@ -114,13 +149,22 @@ def mae_names(state: State) -> State:
 
 
 def to_timm(state: State) -> State:
-    """Encoder and classifier, as timm's VisionTransformer names them; the decoder is dropped."""
-    return {key: value for key, value in state.items() if not DECODER.fullmatch(key)}
+    """Encoder and classifier, as timm's VisionTransformer names them; what only pre-training uses is dropped."""
+    return {key: value for key, value in state.items() if not DECODER.fullmatch(key) and not FUSION.fullmatch(key)}
 
 
 def to_mae(state: State) -> State:
-    """Everything, as facebookresearch/mae names it."""
-    return dict(state)
+    """Everything, as facebookresearch/mae or Alpha-VL/ConvMAE names it."""
+    if family(state) != "convvit" or "head.weight" not in state or "fc_norm.weight" in state:
+        return dict(state)
+    width = state["head.weight"].shape[1]  # a probe of ConvMAE: there, the norm after pooling has parameters
+    kept = {key: value for key, value in state.items() if key not in ("norm.weight", "norm.bias")}
+    return kept | {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
+
+
+def to_mm(state: State) -> State:
+    """Everything, as mmpretrain names it."""
+    return {str(rename(key, "mae", "mm")): value for key, value in state.items()}
 
 
 def _depth(state: State, prefix: str) -> int:
@@ -129,22 +173,26 @@ def _depth(state: State, prefix: str) -> int:
 
 def _expected(state: State) -> dict[str, str]:
     """Name -> shape of every tensor of the parts that the state has: encoder, decoder, fc_norm in place of norm, head."""
+    host = family(state)
     parts = {key.split(".")[0] for key in state}
     decoder, pooled = any(map(DECODER.fullmatch, parts)), "fc_norm" in parts
     absent = {"norm"} if pooled else {"fc_norm"}
     absent |= {"head"} - parts
     expected: dict[str, str] = {}
-    for name, _, shape in RULES:
+    for name, _, shape, hosts in RULES:
         part = name.split(".")[0]
-        if part not in absent and (decoder or not DECODER.fullmatch(part)):
-            numbers = range(max(1, _depth(state, part)) if "N" in name else 1)
-            expected |= {name.replace("N", str(n)): shape for n in numbers}
+        pretraining = DECODER.fullmatch(part) or FUSION.fullmatch(name)
+        if host in hosts and part not in absent and (decoder or part in parts or not pretraining):
+            count = max(1, _depth(state, part)) if "N" in name else 1
+            if part == "proj_layers":
+                count = len(state["proj_weights"]) - 1
+            expected |= {name.replace("N", str(n)): shape for n in range(count)}
     return expected
 
 
 def _misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Name and complaint; the first tensor that has a letter in its shape decides what it stands for."""
-    sizes = {"1": 1, "3": 3}
+    sizes = {str(n): n for n in range(1, 6)}
     for name in (name for name in expected if name in state):
         shape, factors = list(state[name].shape), expected[name].split()
         if len(shape) == len(factors):
@@ -157,12 +205,17 @@ def _misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, st
 def architecture(state: State) -> dict[str, Any]:
     """Sizes that a checked state in facebookresearch/mae's names implies; heads leave no trace in it."""
     tokens, width = state["pos_embed"].shape[1:]
+    host = family(state)
+    stages = ("1", "2", "3") if host == "convvit" else ("",)
+    kernels = [state[f"patch_embed{stage}.proj.weight"] for stage in stages]
+    widths, depths = tuple(map(len, kernels)), tuple(_depth(state, f"blocks{stage}") for stage in stages)
     sizes = {
-        "embed_dim": width,
-        "depth": _depth(state, "blocks"),
-        "patch_size": state["patch_embed.proj.weight"].shape[-1],
-        "in_chans": state["patch_embed.proj.weight"].shape[1],
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "family": host,
+        "embed_dim": widths if host == "convvit" else width,
+        "depth": depths if host == "convvit" else depths[0],
+        "patch_size": math.prod(kernel.shape[-1] for kernel in kernels),
+        "in_chans": kernels[0].shape[1],
+        "mlp_ratio": state[f"blocks{stages[-1]}.0.mlp.fc1.weight"].shape[0] / width,
         "num_patches": tokens - ("cls_token" in state),
         "class_token": "cls_token" in state,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
@@ -244,8 +297,19 @@ def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
     return state, []
 
 
+def _join_qkv_bias(state: State) -> State:
+    """State with q_bias and v_bias, as long_seq_mae saves them on TPUs, as the one bias of qkv; keys have none."""
+    joined = dict(state)
+    for key in state:
+        block = key.removesuffix("q_bias")
+        if block != key and f"{block}v_bias" in state and f"{block}qkv.bias" not in state:
+            q, v = joined.pop(key), joined.pop(f"{block}v_bias")
+            joined[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    return joined
+
+
 def load(path: str | os.PathLike) -> Weights:
-    """Weights of a checkpoint of PixMIM, facebookresearch/mae, mmselfsup / mmcls / mmpretrain or timm.
+    """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, mmselfsup / mmcls / mmpretrain or timm.
 
     FileNotFoundError, or ValueError with the file, what was found in it (all unknown, missing and mis-shaped keys) and
     the remedy.
@@ -268,10 +332,12 @@ def load(path: str | os.PathLike) -> Weights:
         source = "mae" if "model" in box or "mask_token" in state else "timm"
     args = box.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    state, dropped = _fold_batch_norm(state)
+    state, dropped = _fold_batch_norm(_join_qkv_bias(state))
     dropped += [key for key in state if DROPPED.fullmatch(key)]
-    mapped = _map(path, {key: value for key, value in state.items() if key not in dropped}, source)
-    return Weights(mapped, args if isinstance(args, dict) else {}, source, dropped)
+    state = {key: value for key, value in state.items() if key not in dropped}
+    if source != "pixmim" or family(state):  # a run's own host without rules is left to its model to check
+        state = _map(path, state, source)
+    return Weights(state, args if isinstance(args, dict) else {}, source, dropped)
 
 
 def _map(path: Path, state: State, source: str) -> State:
@@ -288,7 +354,7 @@ def _map(path: Path, state: State, source: str) -> State:
     if not native:
         raise ValueError(
             f"{path}: not one of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
-            "expected the ViT of PixMIM, MAE, mmselfsup or timm"
+            "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain or timm's ViT"
         )
     mapped = {name: state[key] for name, key in native.items()}
     expected = _expected(mapped)
@@ -299,7 +365,7 @@ def _map(path: Path, state: State, source: str) -> State:
     }
     if any(problems.values()):
         lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"{path} (read as {source}) is not a ViT that convert.RULES describes: {lists}")
+        raise ValueError(f"{path} (read as {source}) is not what convert.RULES describe: {lists}")
     return mapped
 
 
@@ -322,8 +388,72 @@ def _img_size(sizes: dict[str, Any], args: dict[str, Any]) -> str:
     return str(side * patch) if side**2 == sizes["num_patches"] else "(HEIGHT, WIDTH)"  # the file does not say which
 
 
+HOMES = {  # host -> the formats that have a place for it
+    "vit": ("timm", "mae", "mmpretrain"),
+    "mff_vit": ("timm", "mmpretrain"),
+    "convvit": ("mae",),
+}
+
+
+def _convmae_usage(weights: Weights, out: str | os.PathLike) -> str:
+    """The line that loads the file in Alpha-VL/ConvMAE."""
+    sizes = architecture(weights.state)
+    side = math.isqrt(sizes["num_patches"]) * sizes["patch_size"]
+    height, width = weights.args.get("input_size") or (side, side)
+    first = sizes["patch_size"] // 4
+    options = {
+        "img_size": [height // n if height == width else (height // n, width // n) for n in (1, first, 2 * first)],
+        "patch_size": [first, 2, 2],
+        "in_chans": sizes["in_chans"],
+        "embed_dim": [*sizes["embed_dim"]],
+        "depth": [*sizes["depth"]],
+        "num_heads": sizes["embed_dim"][-1] // 64,
+        "mlp_ratio": [4, 4, 4],
+    }
+    if "decoder_dim" in sizes:
+        home = "models_convmae.MaskedAutoencoderConvViT"
+        options |= _decoder_options(sizes, weights.args)
+    else:
+        home = "models_convvit.ConvViT"
+        options |= {"num_classes": sizes["num_classes"], "global_pool": True, "qkv_bias": True}
+    return _load_line(home, options, out)
+
+
+def _decoder_options(sizes: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    heads = args.get("decoder_heads", sizes["decoder_dim"] // 32)
+    return {
+        "decoder_embed_dim": sizes["decoder_dim"],
+        "decoder_depth": sizes["decoder_depth"],
+        "decoder_num_heads": heads,
+    }
+
+
+def _load_line(home: str, options: dict[str, Any], out: str | os.PathLike) -> str:
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    model = f"{home}({given}, norm_layer=partial(nn.LayerNorm, eps=1e-6))"
+    return f"{model}.load_state_dict(torch.load('{out}', weights_only=True)['model'])"
+
+
+def home(state: State) -> str | None:
+    """The format in which a classifier of this host is read best; None for a host that RULES do not know."""
+    host = family(state)
+    return HOMES[host][0] if host else None
+
+
 def usage(weights: Weights, target: str, out: str | os.PathLike) -> str:
-    """The line that loads the converted file in its home, timm or facebookresearch/mae."""
+    """The line that loads the converted file in its home: timm, mmpretrain, facebookresearch/mae or Alpha-VL/ConvMAE."""
+    host = family(weights.state)
+    if host is None:
+        raise ValueError(
+            "convert.RULES do not know this host: add its tensors there, or take model from the file as it is"
+        )
+    if target not in HOMES[host]:
+        raise ValueError(f"--to {target} has no place for a {host}: use --to {' or '.join(HOMES[host])}")
+    if target == "mmpretrain":
+        options = {"type": "Pretrained", "checkpoint": out, "prefix": "backbone."}
+        return f"--cfg-options {' '.join(f'model.backbone.init_cfg.{key}={value}' for key, value in options.items())}"
+    if host == "convvit":
+        return _convmae_usage(weights, out)
     sizes = architecture(weights.state)
     entry, patch, depth, heads = ENTRIES.get(sizes["embed_dim"], ENTRIES[768])
     usual = {"img_size": "224", "patch_size": patch, "depth": depth, "num_heads": heads, "in_chans": 3, "mlp_ratio": 4}
@@ -342,17 +472,11 @@ def usage(weights: Weights, target: str, out: str | os.PathLike) -> str:
         return f"timm.create_model('{entry}', {given}, checkpoint_path='{out}')"
     if mean_of_normed:
         raise ValueError("no model of facebookresearch/mae averages patches after the final norm: use --to timm")
-    home = "models_vit.VisionTransformer"
     options["embed_dim"] = sizes["embed_dim"]
     if "decoder_dim" in sizes:
-        home = "models_mae.MaskedAutoencoderViT"
-        options |= {"decoder_embed_dim": sizes["decoder_dim"], "decoder_depth": sizes["decoder_depth"]}
-        options |= {"decoder_num_heads": weights.args.get("decoder_heads", 16)}
-    else:
-        options |= classifier | {"global_pool": sizes["pooled"], "qkv_bias": True}
-    given = ", ".join(f"{key}={value}" for key, value in options.items())
-    model = f"{home}({given}, norm_layer=partial(nn.LayerNorm, eps=1e-6))"
-    return f"{model}.load_state_dict(torch.load('{out}', weights_only=True)['model'])"
+        return _load_line("models_mae.MaskedAutoencoderViT", options | _decoder_options(sizes, weights.args), out)
+    options |= classifier | {"global_pool": sizes["pooled"], "qkv_bias": True}
+    return _load_line("models_vit.VisionTransformer", options, out)
 
 
 def convert(source: Path, out: Path, target: str) -> str:
@@ -363,16 +487,20 @@ def convert(source: Path, out: Path, target: str) -> str:
         raise ValueError(f"cannot write {out}: it must be a file in an existing folder")
     weights = load(source)
     line = usage(weights, target, out)
-    state = {"timm": to_timm, "mae": to_mae}[target](weights.state)
+    state = {"timm": to_timm, "mae": to_mae, "mmpretrain": to_mm}[target](weights.state)
     state = {key: value.detach().clone().contiguous() for key, value in state.items()}  # of a view, only what it shows
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"model": state} if target == "mae" else state, temporary)
+        wrapped = {"timm": state, "mae": {"model": state}, "mmpretrain": {"state_dict": state, "meta": {}}}
+        torch.save(wrapped[target], temporary)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    decoder = len(weights.state) - len(state)
-    dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
+    dropped = [*weights.dropped]
+    if target == "timm":
+        decoder = sum(1 for key in weights.state if DECODER.fullmatch(key))
+        dropped += [f"mask_token and decoder_* ({decoder} keys)"] if decoder else []
+        dropped += [key for key in weights.state if FUSION.fullmatch(key)]
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
@@ -383,9 +511,14 @@ def convert(source: Path, out: Path, target: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m util.convert", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("IN", type=Path, help="checkpoint of PixMIM, MAE, mmselfsup / mmcls / mmpretrain or timm")
+    parser.add_argument("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain or timm")
     parser.add_argument("OUT", type=Path, help="file to write")
-    parser.add_argument("--to", choices=["timm", "mae"], default="timm", help="format (default: %(default)s)")
+    parser.add_argument(
+        "--to",
+        choices=["timm", "mae", "mmpretrain"],
+        default="timm",
+        help="format (default: %(default)s); mae is Alpha-VL/ConvMAE's as well",
+    )
     args = parser.parse_args()
     try:
         print(convert(args.IN, args.OUT, args.to))

@@ -1,0 +1,6 @@
+"""Every encoder by name, as --model knows them. A new host is one file beside these, and one line here."""
+
+import models_convmae
+import models_pixmim
+
+ENCODERS = models_pixmim.ENCODERS | models_convmae.ENCODERS

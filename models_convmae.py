@@ -1,0 +1,209 @@
+"""ConvMAE (arXiv:2205.03892): two stages of masked convolutions below a ViT.
+
+Nothing is computed for removed patches. Both stages keep each visible patch as a small map of its own, 4 x 4 and then
+2 x 2 positions with the channels last; only the depthwise convolution looks beyond a patch, for which the maps are laid
+out as a picture that is zero where patches were removed. That is what multiplying by the mask gives.
+
+Letters as in models_pixmim.py; n x n positions of a patch, D1 and D2 widths of the convolution stages.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block, checkpoint_seq
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models_pixmim import PatchMask, Size, init_like_mae, patchify, sincos_pos_embed, take, unpatchify
+
+
+class Pointwise(nn.Conv2d):
+    """1 x 1 convolution of (..., D): a Linear whose weight has a convolution's shape."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__(in_dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class Merge(nn.Conv2d):
+    """k x k convolution with stride k inside each patch: (B, V, n, n, D) -> (B, V, n / k, n / k, D')."""
+
+    def __init__(self, in_dim: int, dim: int, k: int):
+        super().__init__(in_dim, dim, k, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.stride[0]
+        x = x.unflatten(3, (-1, k)).unflatten(2, (-1, k)).transpose(3, 4)  # (B, V, n / k, n / k, k, k, D)
+        return F.linear(x.flatten(4), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """A finer grid -> a coarser one: strided convolution, norm, GELU."""
+
+    def __init__(self, in_dim: int, dim: int, k: int):
+        super().__init__()
+        self.proj = Merge(in_dim, dim, k)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.proj(x)))
+
+
+class ConvBlock(nn.Module):
+    """Residual 5 x 5 depthwise convolution between two pointwise ones, and residual MLP; its norms have eps 1e-5."""
+
+    def __init__(self, dim: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.conv1 = Pointwise(dim, dim)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = Pointwise(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", Pointwise(dim, 4 * dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", Pointwise(4 * dim, dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: Size, keep: Tensor | None) -> Tensor:
+        """(B, V, n, n, D) -> the same; `keep` (B, V) tells which patches of the grid they are, None = all of them."""
+        x = x + self.drop_path(self.conv2(self.look_around(self.conv1(self.norm1(x)), grid, keep)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def look_around(self, x: Tensor, grid: Size, keep: Tensor | None) -> Tensor:
+        """Depthwise convolution over the whole picture, in which removed patches are zero."""
+        n, patches = x.shape[2], x.flatten(2)
+        if keep is not None:
+            everywhere = patches.new_zeros(len(x), grid[0] * grid[1], patches.shape[2])
+            patches = everywhere.scatter(1, keep.unsqueeze(-1).expand_as(patches), patches)
+        patches = patchify(self.attn(unpatchify(patches, n, grid)), n)
+        return (patches if keep is None else take(patches, keep)).unflatten(2, (n, n, -1))
+
+
+class ConvViT(nn.Module):
+    """ConvMAE's encoder, with the names that Alpha-VL/ConvMAE gives its parameters; no class token.
+
+    `embed_dim` and `depth` of the two convolution stages and the ViT. Pooling is that repository's: the mean of the
+    patches, then `fc_norm`, which is learned where `global_pool` is "avg" (a classifier) and else a plain LayerNorm;
+    `norm` belongs to the fused output of pre-training.
+    """
+
+    num_prefix_tokens = 0
+    pretraining_only = ("stage1_output_decode", "stage2_output_decode")
+
+    def __init__(  # noqa: PLR0913 - the names of timm and of ConvMAE
+        self,
+        img_size: Size = (224, 224),
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: Sequence[int] = (256, 384, 768),
+        depth: Sequence[int] = (2, 2, 11),
+        num_heads: int = 12,
+        num_classes: int = 0,
+        global_pool: str = "",
+        fc_norm: bool | None = None,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        if patch_size % 4:
+            raise ValueError(f"ConvMAE halves a patch twice: a patch size of {patch_size} must be a multiple of 4")
+        if any(side % patch_size for side in img_size):
+            raise ValueError(
+                f"an input size of {img_size[0]} x {img_size[1]} is not a multiple of the patch size {patch_size}"
+            )
+        if global_pool == "token":
+            raise ValueError("--pool token: ConvMAE has no class token; use --pool mean")
+        dim1, dim2, dim = embed_dim
+        self.embed_dim, self.in_chans, self.patch = dim, in_chans, patch_size
+        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.grad_checkpointing = False
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        rates = torch.linspace(0, drop_path_rate, sum(depth)).split([*depth])
+        drop1, drop2, drop3 = (stage.tolist() for stage in rates)
+
+        self.patch_embed1 = PatchEmbed(in_chans, dim1, patch_size // 4)
+        self.blocks1 = nn.ModuleList(ConvBlock(dim1, rate) for rate in drop1)
+        self.patch_embed2 = PatchEmbed(dim1, dim2, 2)
+        self.blocks2 = nn.ModuleList(ConvBlock(dim2, rate) for rate in drop2)
+        self.patch_embed3 = PatchEmbed(dim2, dim, 2)
+        self.patch_embed4 = nn.Linear(dim, dim)
+        self.blocks3 = nn.Sequential(
+            *(Block(dim, num_heads, qkv_bias=True, norm_layer=norm_layer, drop_path=rate) for rate in drop3)
+        )
+        self.stage1_output_decode = Merge(dim1, dim, 4)
+        self.stage2_output_decode = Merge(dim2, dim, 2)
+        learned = global_pool == "avg" and fc_norm is not False
+        self.norm = nn.Identity() if learned else norm_layer(dim)
+        self.fc_norm = norm_layer(dim, elementwise_affine=learned)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_like_mae(self, projection="patch_embed3.proj")
+        self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid, 0), requires_grad=False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for timm.optim: stem and convolution stages are 0, ViT block i is i + 1, what follows is the last."""
+        return {
+            "stem": r"^(pos_embed|patch_embed|blocks[12])",
+            "blocks": [(r"^blocks3\.(\d+)", None), (r"^", (99999,))],
+        }
+
+    def stages(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output of the convolution stages (B, V, 4, 4, D1), (B, V, 2, 2, D2), and of the ViT (B, V, D)."""
+        patches, positions = patchify(images, self.patch), self.pos_embed
+        if keep is not None:
+            patches, positions = take(patches, keep), positions[0][keep]
+        x = self.patch_embed1(patches.unflatten(2, (self.patch, self.patch, -1)))
+        x = first = self.convolve(self.blocks1, x, keep)
+        x = second = self.convolve(self.blocks2, self.patch_embed2(x), keep)
+        x = self.patch_embed4(self.patch_embed3(x).flatten(2)) + positions
+        return first, second, checkpoint_seq(self.blocks3, x) if self.grad_checkpointing else self.blocks3(x)
+
+    def convolve(self, blocks: nn.ModuleList, x: Tensor, keep: Tensor | None) -> Tensor:
+        for block in blocks:
+            x = (
+                checkpoint(block, x, self.grid, keep, use_reentrant=False)
+                if self.grad_checkpointing
+                else block(x, self.grid, keep)
+            )
+        return x
+
+    def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
+        """(B, C, H, W) -> (B, V, D): normalised sum of all three stages at the visible patches."""
+        first, second, x = self.stages(images, mask.keep)
+        return self.norm(x + self.stage1_output_decode(first).flatten(2) + self.stage2_output_decode(second).flatten(2))
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """Maps of whole images for detection and segmentation: (B, D1, H / 4, W / 4), (B, D2, H / 8, W / 8), (B, D, H / 16, W / 16).
+
+        The strides are those of 16-px patches.
+        """
+        first, second, x = self.stages(images, None)
+        return [
+            unpatchify(first.flatten(2), 4, self.grid),
+            unpatchify(second.flatten(2), 2, self.grid),
+            unpatchify(x, 1, self.grid),
+        ]
+
+    def forward_head(self, maps: list[Tensor], pre_logits: bool = False) -> Tensor:
+        """Maps -> classes (B, K), or with pre_logits pooled features (B, D)."""
+        x = self.fc_norm(maps[-1].mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+ENCODERS: dict[str, Callable[..., ConvViT]] = {
+    "convvit_tiny": partial(ConvViT, embed_dim=(64, 96, 192), depth=(2, 2, 11), num_heads=3),
+    "convvit_base": partial(ConvViT, embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12),
+}
