@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from inspect import signature
 
 import numpy as np
 import torch
@@ -27,8 +28,13 @@ def build_target(args: Namespace) -> nn.Module:
 
 def build_model(args: Namespace, encoders) -> PixMIM:
     """The host with its target and decoder, initialised."""
+    build, options = encoders[args.model], encoder_options(args)
+    if args.fuse_layers:
+        if "fuse_layers" not in signature(build).parameters:
+            raise ValueError(f"--fuse_layers: --model {args.model} fuses no layers")
+        options["fuse_layers"] = args.fuse_layers
     model = PixMIM(
-        encoders[args.model](**encoder_options(args)),
+        build(**options),
         build_target(args),
         decoder_dim=args.decoder_dim,
         decoder_depth=args.decoder_depth,

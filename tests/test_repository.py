@@ -17,7 +17,7 @@ MAINS = ("main_pretrain", "main_knn", "main_linprobe", "main_finetune", "visuali
 LAYERS = (
     {*MAINS},
     {"engine_pretrain", "models"},
-    {"models_convmae"},
+    {"models_convmae", "models_mff"},
     {"models_pixmim"},
     {"util.demo", "util.classify"},
     {"util.checkpoint", "util.train"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 METHOD = {
     "lowpass_radius": None, "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
-    "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16,
+    "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "fuse_layers": None,
 }  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -109,6 +109,8 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     group.add_argument("--decoder_dim", type=number(int, 4), help="width of the decoder")
     group.add_argument("--decoder_depth", type=number(int, 1), help="blocks of the decoder")
     group.add_argument("--decoder_heads", type=number(int, 1), help="attention heads of the decoder")
+    group.add_argument("--fuse_layers", type=number(int, 0), nargs="+",
+                       help="layers of an MFF encoder that the decoder reads, from 0; None = 0 2 4 6 8 11 of twelve")
     parser.set_defaults(**METHOD | defaults)
     return group
 
