@@ -10,9 +10,8 @@ Letters as in models_pixmim.py; n x n positions of a patch, D1 and D2 widths of 
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models.vision_transformer import Block, checkpoint_seq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -123,8 +122,7 @@ class ConvViT(nn.Module):
         self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
         self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        rates = torch.linspace(0, drop_path_rate, sum(depth)).split([*depth])
-        drop1, drop2, drop3 = (stage.tolist() for stage in rates)
+        drop1, drop2, drop3 = calculate_drop_path_rates(drop_path_rate, [*depth], stagewise=True)
 
         self.patch_embed1 = PatchEmbed(in_chans, dim1, patch_size // 4)
         self.blocks1 = nn.ModuleList(ConvBlock(dim1, rate) for rate in drop1)
@@ -153,8 +151,8 @@ class ConvViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for timm.optim: stem and convolution stages are 0, ViT block i is i + 1, what follows is the last."""
         return {
-            "stem": r"^(pos_embed|patch_embed|blocks[12])",
-            "blocks": [(r"^blocks3\.(\d+)", None), (r"^", (99999,))],
+            "stem": r"^(?:pos_embed|patch_embed|blocks[12])",
+            "blocks": r"^blocks3\.(\d+)",
         }
 
     def stages(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
