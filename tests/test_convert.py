@@ -13,14 +13,23 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import assert_same
+from reference.make import read
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from models_pixmim import MaskedViT, PixMIM
+from models_convmae import ConvViT
+from models_mff import MFFViT
+from models_pixmim import MaskedEncoder, MaskedViT, PixMIM
 from util import convert
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
+HOSTS = {
+    "vit": lambda **kwargs: MaskedViT(**SIZES, **kwargs),
+    "convvit": lambda **kwargs: ConvViT((32, 32), 8, embed_dim=(8, 16, 192), depth=(1, 2, 2), num_heads=3, **kwargs),
+    "mff_vit": lambda **kwargs: MFFViT(**SIZES | {"depth": 3}, **kwargs),  # fuses all three layers
+}
 TIMM = "vit_tiny_patch16_224"
 TIMM_OPTIONS = {"img_size": 32, "patch_size": 8, "depth": 2}
 
@@ -37,10 +46,17 @@ def perturbed(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def method(encoder: MaskedEncoder) -> PixMIM:
+    return perturbed(PixMIM(encoder, nn.Identity(), decoder_dim=64, decoder_depth=1, decoder_heads=2))
+
+
+def state_of(host: str) -> dict[str, Tensor]:
+    return convert.mae_names(method(HOSTS[host]()).state_dict())
+
+
 @pytest.fixture
 def model() -> PixMIM:
-    encoder = MaskedViT(**SIZES)
-    return perturbed(PixMIM(encoder, nn.Identity(), decoder_dim=64, decoder_depth=1, decoder_heads=2))
+    return method(HOSTS["vit"]())
 
 
 @pytest.fixture
@@ -178,6 +194,123 @@ def test_architecture_of_a_pretrained_model(mae):
     assert "decoder_dim" not in convert.architecture(convert.to_timm(mae))
 
 
+@pytest.mark.parametrize(("host", "sizes"), [
+    ("convvit", {"embed_dim": (8, 16, 192), "depth": (1, 2, 2), "class_token": False}),
+    ("mff_vit", {"embed_dim": 192, "depth": 3, "class_token": True}),
+])  # fmt: skip
+def test_architecture_and_family_of_a_host(host, sizes):
+    state = state_of(host)
+    assert convert.family(state) == host
+    assert convert.architecture(state) == sizes | {
+        "family": host, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16,
+        "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
+    }  # fmt: skip
+
+
+def test_biases_of_query_and_value_are_read_as_one_with_none_for_the_keys(mae, tmp_path):
+    """As long_seq_mae saves them, in encoder and decoder."""
+    state, joined = dict(mae), {}
+    for key in [key for key in mae if key.endswith("qkv.bias")]:
+        q, _, v = state.pop(key).chunk(3)
+        state |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
+        joined[key] = torch.cat([q, torch.zeros(len(q)), v])
+    weights = convert.load(saved(tmp_path, {"model": state}))
+    assert len(joined) == 3
+    assert same(weights.state, mae | joined)
+    assert weights.dropped == []
+
+    block = "decoder_blocks.0.attn"
+    del state[f"{block}.v_bias"]
+    with pytest.raises(ValueError, match=rf"unknown: {block}\.q_bias; missing: {block}\.qkv\.bias$"):
+        convert.load(saved(tmp_path, {"model": state}))
+
+
+# ------------------------------------------------------------------------------------------------------ there and back
+
+
+@pytest.mark.parametrize(("name", "target"), [("lsmae", "mae"), ("convmae", "mae"), ("mff", "mmpretrain")])
+def test_a_file_of_the_reference_comes_back_as_it_was(name, target, tmp_path):
+    theirs = read(name)["checkpoint"]
+    modules = convert.pixmim_names(convert.load(saved(tmp_path, theirs)).state)
+    ours = saved(tmp_path, {"format": "pixmim-1", "model": convert.mae_names(modules)})
+    convert.convert(ours, tmp_path / "out.pth", target)
+    assert_same(torch.load(tmp_path / "out.pth", weights_only=True), theirs)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_is_written_is_read_again_as_it_was(host, tuned, tmp_path):
+    state = classifier(state_of(host)) if tuned else state_of(host)
+    path = saved(tmp_path, {"format": "pixmim-1", "model": state})
+    for target in {"mae", "mmpretrain"} & {*convert.HOMES[convert.family(state)]}:
+        report = convert.convert(path, tmp_path / "out.pth", target)
+        again = convert.load(tmp_path / "out.pth")
+        assert same(again.state, state)
+        assert again.source == {"mae": "mae", "mmpretrain": "mm"}[target]
+        assert "dropped  nothing" in report
+
+
+def test_a_fine_tuned_ConvMAE_comes_back_with_the_keys_of_a_classifier(tmp_path):
+    model = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg"))
+    fusion = {key for key in model.state_dict() if key.startswith(model.pretraining_only)}
+    state = {key: value for key, value in model.state_dict().items() if key not in fusion}
+    assert state.keys() == classifier(state_of("convvit")).keys()
+    report = convert.convert(saved(tmp_path, state), tmp_path / "out.pth", "mae")
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True)["model"], state)
+    assert reported_line(report).startswith("models_convvit.ConvViT(img_size=[32, 16, 8], patch_size=[2, 2, 2],")
+    assert "num_classes=5, global_pool=True, qkv_bias=True" in report
+
+
+def test_a_probe_of_ConvMAE_is_written_with_the_norm_that_its_repository_expects(tmp_path):
+    probe = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg", fc_norm=False))
+    state = convert.to_timm(probe.state_dict())
+    report = convert.convert(saved(tmp_path, state), tmp_path / "out.pth", "mae")
+    tuned = HOSTS["convvit"](num_classes=5, global_pool="avg").eval()
+    unused = {key: value for key, value in tuned.state_dict().items() if key.startswith(tuned.pretraining_only)}
+    tuned.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True)["model"] | unused)
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(tuned(images), probe(images))
+    assert "dropped  norm.weight, norm.bias" in report
+
+
+CONVMAE_LINE = (
+    "models_convmae.MaskedAutoencoderConvViT(img_size={}, patch_size=[4, 2, 2], in_chans=3, embed_dim=[8, 16, 64], "
+    "depth=[1, 1, 1], num_heads=1, mlp_ratio=[4, 4, 4], decoder_embed_dim=64, decoder_depth=1, decoder_num_heads={}, "
+    "norm_layer=partial(nn.LayerNorm, eps=1e-6)).load_state_dict(torch.load('x.pth', weights_only=True)['model'])"
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "args", "given"),
+    [
+        ((224, 224), {}, ("[224, 56, 28]", 2)),  # heads: 32 wide each
+        ((224, 224), {"input_size": 224}, ("[224, 56, 28]", 2)),  # as in a file of Alpha-VL/ConvMAE
+        ((224, 224), {"input_size": [224, 224], "decoder_heads": 4}, ("[224, 56, 28]", 4)),
+        ((32, 64), {"input_size": [32, 64]}, ("[(32, 64), (8, 16), (4, 8)]", 2)),
+    ],
+)
+def test_the_line_for_ConvMAE_names_the_sizes_of_all_stages(size, args, given):
+    encoder = ConvViT(size, 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
+    weights = convert.Weights(convert.mae_names(method(encoder).state_dict()), args, "mae", [])
+    assert convert.usage(weights, "mae", "x.pth") == CONVMAE_LINE.format(*given)
+
+
+def test_the_line_for_an_encoder_of_ConvMAE_alone_asks_for_the_norm_that_the_file_has():
+    weights = convert.Weights(convert.to_timm(state_of("convvit")), {}, "mae", [])
+    assert "models_convvit.ConvViT(" in (line := convert.usage(weights, "mae", "x.pth"))
+    assert "num_classes=0, global_pool=False" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "target", "remedy"),
+    [("convvit", "timm", "mae"), ("convvit", "mmpretrain", "mae"), ("mff_vit", "mae", "timm or mmpretrain")],
+)
+def test_a_format_without_a_place_for_the_host_is_refused(host, target, remedy, tmp_path):
+    with pytest.raises(ValueError, match=rf"--to {target} has no place for a {host}: use --to {remedy}$"):
+        convert.convert(saved(tmp_path, {"model": state_of(host)}), tmp_path / "out.pth", target)
+    assert not (tmp_path / "out.pth").exists()
+
+
 # -------------------------------------------------------------------------------------------------- what timm makes of it
 
 
@@ -237,6 +370,16 @@ def test_the_reported_line_loads_the_result_in_timm(kind, mae, tmp_path):
         images = torch.randn(2, 3, 32, 32)
         tokens = loaded.forward_features(images)[:, 1:].mean(1)
         assert_close(loaded(images), tokens @ state["head.weight"].T + state["head.bias"], rtol=1e-4, atol=1e-4)
+
+
+def test_MFF_without_its_fusion_is_the_vit_of_timm(tmp_path):
+    model = method(HOSTS["mff_vit"]())
+    path = saved(tmp_path, {"state_dict": mm_of(convert.mae_names(model.state_dict())), "meta": {}})
+    report = convert.convert(path, tmp_path / "out.pth", "timm")
+    fusion = ["proj_weights", *(f"proj_layers.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias"))]
+    assert report.splitlines()[1] == f"dropped  mask_token and decoder_* (20 keys), {', '.join(fusion)}"
+    theirs, images = eval(reported_line(report), {"timm": timm}).eval(), torch.randn(2, 3, 32, 32)
+    assert_close(theirs.forward_features(images), model.encoder.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
 def test_defaults_of_timm_are_not_repeated_in_the_line():
@@ -300,17 +443,49 @@ def test_one_key_too_many_is_an_error_that_names_it(key, value, mae, tmp_path):
     assert key.split(".")[0] in str(error.value)
 
 
-@pytest.mark.parametrize("part", ["", "decoder"])
-def test_every_single_key_is_missed(part, mae, tmp_path):
-    for key in [key for key in mae if key.startswith(part)]:
-        with pytest.raises(ValueError, match=rf"missing: {re.escape(key)}$"):
-            convert._map(tmp_path, {k: v for k, v in mae.items() if k != key}, "mae")
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_single_key_is_missed(host, tmp_path):
+    state = state_of(host)
+    for key in state:
+        with pytest.raises(ValueError, match=rf"convert\.RULES describe: missing: {re.escape(key)}$"):
+            convert._map(tmp_path, {k: v for k, v in state.items() if k != key}, "mae")
 
 
-def test_every_single_shape_is_checked(mae, tmp_path):
-    for key, value in mae.items():
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_single_shape_is_checked(host, tmp_path):
+    state = state_of(host)
+    for key, value in state.items():
         with pytest.raises(ValueError, match="mis-shaped"):
-            convert._map(tmp_path, mae | {key: torch.cat([value, value], -1)}, "mae")
+            convert._map(tmp_path, state | {key: torch.cat([value, value], -1)}, "mae")
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "value", "problem"),
+    [
+        ("convvit", "blocks1.0.gamma", torch.ones(8), "unknown: blocks1.0.gamma"),
+        ("convvit", "cls_token", torch.ones(1, 1, 192), "unknown: cls_token"),
+        ("convvit", "blocks1.0.attn.weight", torch.ones(8, 1, 3, 3),
+         "mis-shaped: blocks1.0.attn.weight is [8, 1, 3, 3], expected [8, 1, 5, 5]"),
+        ("convvit", "stage2_output_decode.weight", torch.ones(192, 8, 2, 2),
+         "mis-shaped: stage2_output_decode.weight is [192, 8, 2, 2], expected [192, 16, 2, 2]"),
+        ("mff_vit", "backbone.proj_layers.2.bias", torch.ones(192), "unknown: backbone.proj_layers.2.bias"),
+        ("mff_vit", "backbone.proj_layers.1.weight", torch.ones(192, 64),
+         "mis-shaped: backbone.proj_layers.1.weight is [192, 64], expected [192, 192]"),
+    ],
+)  # fmt: skip
+def test_a_key_that_does_not_fit_its_host_is_named(host, key, value, problem, tmp_path):
+    state = state_of(host)
+    content = {"model": state | {key: value}} if host == "convvit" else {"state_dict": mm_of(state) | {key: value}}
+    with pytest.raises(ValueError, match=rf"in\.pth .* describe: {re.escape(problem)}$"):
+        convert.load(saved(tmp_path, content))
+
+
+@pytest.mark.parametrize(("host", "part"), [("convvit", "stage1_output_decode"), ("mff_vit", "proj_layers.1")])
+def test_a_layer_of_the_fusion_that_is_not_there_is_named(host, part, tmp_path):
+    state = state_of(host)
+    gone = [key for key in state if key.startswith(part)]
+    with pytest.raises(ValueError, match=rf"describe: missing: {re.escape(', '.join(gone))}$"):
+        convert.load(saved(tmp_path, {"model": {key: state[key] for key in state.keys() - gone}}))
 
 
 @pytest.mark.parametrize(
@@ -473,6 +648,18 @@ def test_a_failed_command_is_one_line_status_1_and_leaves_out_alone(mae, tmp_pat
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert out.read_bytes() == b"precious"
+
+
+def test_a_run_of_a_host_without_rules_is_loaded_as_it_is_and_not_converted(mae, tmp_path):
+    state = mae | {"gate.weight": torch.ones(3)}
+    path = saved(tmp_path, {"format": "pixmim-1", "model": state, "args": {"model": "gated"}})
+    weights = convert.load(path)
+    assert same(weights.state, state)
+    assert convert.family(state) is convert.home(state) is None
+    result = run(path, tmp_path / "out.pth", module=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: no rule knows gate\.weight: .*\n", result.stderr)
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_a_wrong_flag_is_status_2():

@@ -111,11 +111,9 @@ def pooling(weights: convert.Weights | None, pool: str | None = None) -> dict:
             raise ValueError("--pool token: --checkpoint was fine-tuned on the mean of the patches; use --pool mean")
         return {"global_pool": "avg"}
     pool = pool or own_arguments(weights).get("pool")
-    return {
-        None: {},
-        "token": {"global_pool": "token"},
-        "mean": {"global_pool": "avg", "fc_norm": False},  # of the normalised patches, where a ViT is pre-trained
-    }[pool]
+    if pool == "mean":
+        return {"global_pool": "avg", "fc_norm": False}  # of a ViT's normalised patches
+    return {"global_pool": pool} if pool else {}
 
 
 def features(encoder: Encoder, images: Tensor) -> Tensor:

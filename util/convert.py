@@ -1,8 +1,8 @@
 """Weights of PixMIM and its hosts from everybody's repositories, in one set of names; `python -m util.convert IN OUT`.
 
-Everything inside the project has the names of facebookresearch/mae, which are timm's plus a decoder, and of
-Alpha-VL/ConvMAE, which has the same decoder. A key that no rule
-maps, that is missing or has another shape is an error, never dropped. A stranger's pickle is read, never executed.
+Everything inside the project has the names of facebookresearch/mae, which are timm's plus a decoder, or of
+Alpha-VL/ConvMAE, which has the same decoder. A key that no rule maps, that is missing or has another shape is an error,
+never dropped. A stranger's pickle is read, never executed.
 """
 
 import argparse
@@ -106,9 +106,12 @@ def _expand() -> Iterator[Rule]:
 RULES = tuple(_expand())
 DROPPED = re.compile(r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)")
 DECODER = re.compile(r"mask_token|decoder_.*")
-FUSION = re.compile(
-    r"(proj_layers|stage[12]_output_decode)\..*|proj_weights"
-)  # of MFF and ConvMAE, in pre-training only
+FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")  # MFF's, ConvMAE's: not for features
+HOMES = {  # host -> the formats that have a place for it
+    "vit": ("timm", "mae", "mmpretrain"),
+    "mff_vit": ("timm", "mmpretrain"),
+    "convvit": ("mae",),
+}
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 # Pickled beside the weights by mmengine and mmcv: training history (numpy arrays, bound methods) and configuration.
@@ -133,7 +136,14 @@ def family(state: State) -> str | None:
     """The host, as the names in `models.ENCODERS` begin; None for one that RULES do not know."""
     if any(rename(key, "mae", "mae") is None for key in state):
         return None
-    return "convvit" if "patch_embed1.proj.weight" in state else "mff_vit" if "proj_weights" in state else "vit"
+    marks = {"patch_embed1.": "convvit", "proj_": "mff_vit"}
+    return next((host for mark, host in marks.items() if any(key.startswith(mark) for key in state)), "vit")
+
+
+def home(state: State) -> str | None:
+    """The format in which a classifier of this host is read best; None for a host that RULES do not know."""
+    host = family(state)
+    return HOMES[host][0] if host else None
 
 
 def pixmim_names(state: State) -> State:
@@ -184,8 +194,8 @@ def _expected(state: State) -> dict[str, str]:
         pretraining = DECODER.fullmatch(part) or FUSION.fullmatch(name)
         if host in hosts and part not in absent and (decoder or part in parts or not pretraining):
             count = max(1, _depth(state, part)) if "N" in name else 1
-            if part == "proj_layers":
-                count = len(state["proj_weights"]) - 1
+            if part == "proj_layers" and "proj_weights" in state:
+                count = state["proj_weights"].numel() - 1
             expected |= {name.replace("N", str(n)): shape for n in range(count)}
     return expected
 
@@ -378,36 +388,30 @@ ENTRIES = {  # width -> timm's entry point, its patch, depth and heads
 }
 
 
-def _img_size(sizes: dict[str, Any], args: dict[str, Any]) -> str:
-    """Image size, as code: the run's if it fits the position embedding, else the square that does."""
+def _img_size(sizes: dict[str, Any], args: dict[str, Any], stride: int = 1) -> str:
+    """Image size / stride, as code: the run's size if it fits the position embedding, else the square that does."""
     patch, side = sizes["patch_size"], math.isqrt(sizes["num_patches"])
     said = args.get("input_size")
     height, width = (said * 2)[:2] if isinstance(said, list | tuple) and said else (said, said)
-    if isinstance(height, int) and (height // patch) * (width // patch) == sizes["num_patches"]:
-        return str(height) if height == width else f"({height}, {width})"
-    return str(side * patch) if side**2 == sizes["num_patches"] else "(HEIGHT, WIDTH)"  # the file does not say which
-
-
-HOMES = {  # host -> the formats that have a place for it
-    "vit": ("timm", "mae", "mmpretrain"),
-    "mff_vit": ("timm", "mmpretrain"),
-    "convvit": ("mae",),
-}
+    if not isinstance(height, int) or (height // patch) * (width // patch) != sizes["num_patches"]:
+        if side**2 != sizes["num_patches"]:
+            return "(HEIGHT, WIDTH)"  # the file does not say which
+        height = width = side * patch
+    return str(height // stride) if height == width else f"({height // stride}, {width // stride})"
 
 
 def _convmae_usage(weights: Weights, out: str | os.PathLike) -> str:
     """The line that loads the file in Alpha-VL/ConvMAE."""
     sizes = architecture(weights.state)
-    side = math.isqrt(sizes["num_patches"]) * sizes["patch_size"]
-    height, width = weights.args.get("input_size") or (side, side)
     first = sizes["patch_size"] // 4
+    sides = (_img_size(sizes, weights.args, stride) for stride in (1, first, 2 * first))
     options = {
-        "img_size": [height // n if height == width else (height // n, width // n) for n in (1, first, 2 * first)],
+        "img_size": f"[{', '.join(sides)}]",
         "patch_size": [first, 2, 2],
         "in_chans": sizes["in_chans"],
         "embed_dim": [*sizes["embed_dim"]],
         "depth": [*sizes["depth"]],
-        "num_heads": sizes["embed_dim"][-1] // 64,
+        "num_heads": max(1, sizes["embed_dim"][-1] // 64),
         "mlp_ratio": [4, 4, 4],
     }
     if "decoder_dim" in sizes:
@@ -415,7 +419,8 @@ def _convmae_usage(weights: Weights, out: str | os.PathLike) -> str:
         options |= _decoder_options(sizes, weights.args)
     else:
         home = "models_convvit.ConvViT"
-        options |= {"num_classes": sizes["num_classes"], "global_pool": True, "qkv_bias": True}
+        pooled = sizes["pooled"] or sizes["num_classes"] > 0  # to_mae gives a probe its fc_norm
+        options |= {"num_classes": sizes["num_classes"], "global_pool": pooled, "qkv_bias": True}
     return _load_line(home, options, out)
 
 
@@ -434,24 +439,17 @@ def _load_line(home: str, options: dict[str, Any], out: str | os.PathLike) -> st
     return f"{model}.load_state_dict(torch.load('{out}', weights_only=True)['model'])"
 
 
-def home(state: State) -> str | None:
-    """The format in which a classifier of this host is read best; None for a host that RULES do not know."""
-    host = family(state)
-    return HOMES[host][0] if host else None
-
-
 def usage(weights: Weights, target: str, out: str | os.PathLike) -> str:
     """The line that loads the converted file in its home: timm, mmpretrain, facebookresearch/mae or Alpha-VL/ConvMAE."""
     host = family(weights.state)
     if host is None:
-        raise ValueError(
-            "convert.RULES do not know this host: add its tensors there, or take model from the file as it is"
-        )
+        stranger = next(key for key in weights.state if rename(key, "mae", "mae") is None)
+        raise ValueError(f"no rule knows {stranger}: add the host's tensors to convert.RULES, or use the file as it is")
     if target not in HOMES[host]:
         raise ValueError(f"--to {target} has no place for a {host}: use --to {' or '.join(HOMES[host])}")
     if target == "mmpretrain":
-        options = {"type": "Pretrained", "checkpoint": out, "prefix": "backbone."}
-        return f"--cfg-options {' '.join(f'model.backbone.init_cfg.{key}={value}' for key, value in options.items())}"
+        init = {"type": "Pretrained", "checkpoint": out, "prefix": "backbone."}
+        return f"--cfg-options {' '.join(f'model.backbone.init_cfg.{key}={value}' for key, value in init.items())}"
     if host == "convvit":
         return _convmae_usage(weights, out)
     sizes = architecture(weights.state)
@@ -497,10 +495,11 @@ def convert(source: Path, out: Path, target: str) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     dropped = [*weights.dropped]
-    if target == "timm":
-        decoder = sum(1 for key in weights.state if DECODER.fullmatch(key))
+    if target != "mmpretrain":  # there, everything stays, under other names
+        gone = [key for key in weights.state if key not in state]
+        decoder = sum(1 for key in gone if DECODER.fullmatch(key))
         dropped += [f"mask_token and decoder_* ({decoder} keys)"] if decoder else []
-        dropped += [key for key in weights.state if FUSION.fullmatch(key)]
+        dropped += [key for key in gone if not DECODER.fullmatch(key)]
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
