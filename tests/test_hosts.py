@@ -1,0 +1,494 @@
+"""Every host through everything: ConvMAE, MFF and LSMAE under PixMIM and alone, and a host that is not ours."""
+
+import json
+import re
+import socket
+from argparse import Namespace
+from functools import cache, partial
+from itertools import combinations
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import CPU, DEVICE, PRETRAIN, assert_same, one_rank, pretrain, ranks, records, result, weights
+from test_classify import TUNE, knn, tune
+from test_models import slow_loss
+from test_pretrain import SIZES, assert_close_runs, losses
+from test_visualize import draw
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import main_finetune
+import main_pretrain
+from engine_pretrain import build_model, panel
+from models import ENCODERS
+from models_convmae import ConvViT
+from models_pixmim import LowPass, MaskedViT, PixMIM, mask_from_noise
+from util import classify, convert
+from util.classify import Encoder, load_encoder, pooling
+from util.data import Normalize, Samples, eval_transform, labelled_sources, one_batch
+from visualize import find_images
+
+HOSTS = {  # patches of 8 px; the stages of ConvMAE have patches of 2 and 4 px
+    "convvit": "--model convvit_tiny --input_size 32 48",
+    "mff": "--model mff_vit_tiny --input_size 32",
+    "lsmae": "--model vit_tiny --input_size 40 56 --mask_unit 2 --decoder_dim 48 --decoder_heads 3",  # grid 5 x 7
+}
+METHODS = {"PixMIM": "", "alone": "--lowpass_radius 0 --crop rrc"}
+every_host = pytest.mark.parametrize("host", HOSTS)
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """(host, further flags) -> folder of its run of 2 epochs of 2 steps, made once. Copy it before you change it."""
+
+    @cache
+    def run(host: str, flags: str = ""):
+        words = f"{HOSTS[host]} --knn_every 2 {flags}".split()
+        return pretrain(photos, tmp_path_factory.mktemp(host), *words)
+
+    return run
+
+
+def parsed(host: str, flags: str = "") -> Namespace:
+    words = [*PRETRAIN, *HOSTS[host].split(), *flags.split()]
+    return main_pretrain.get_parser().parse_args([*words, "--data_path", "x"])
+
+
+def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
+    """(model, images, noise), the same in every call with the same sizes."""
+    torch.manual_seed(0)
+    model = build_model(args, ENCODERS)
+    torch.manual_seed(1)
+    return model, torch.randn(2, 3, *args.input_size), torch.rand(2, model.noise_length)
+
+
+# --------------------------------------------------------------------------------------------------------- pre-training
+
+
+@every_host
+def test_the_target_is_the_low_passed_image_and_alone_the_image(host):
+    predictions, found = [], []
+    for flags in METHODS.values():
+        model, images, noise = built(parsed(host, flags))
+        loss, prediction, mask = model(images, noise)
+        assert loss.item() == pytest.approx(slow_loss(model, images, prediction, mask), rel=1e-5)
+        predictions.append(prediction)
+        found.append(model.target)
+    assert torch.equal(*predictions)  # the method does not touch the host
+    assert [type(target) for target in found] == [LowPass, nn.Identity]
+
+
+@every_host
+@every_method
+def test_a_run_stopped_after_an_epoch_and_resumed_is_the_unbroken_one_bit_for_bit(
+    host, method, trained, photos, tmp_path, monkeypatch
+):
+    real, saved = main_pretrain.save, []
+
+    def stopped_once(run, progress, *rest):
+        real(run, progress, *rest)
+        saved.append(progress.epoch)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_pretrain, "save", stopped_once)
+    words = f"{HOSTS[host]} {METHODS[method]}".split()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(photos, tmp_path, *words)
+    pretrain(photos, tmp_path, *words)
+    assert saved == [1, 2]  # not trained anew
+    one, other = weights(trained(host, METHODS[method])), weights(tmp_path)
+    for part in ("model", "optimizer", "scaler", "progress"):
+        assert_same(one[part], other[part])
+    assert losses(tmp_path) == losses(trained(host, METHODS[method]))
+
+
+@every_host
+def test_accumulating_two_batches_of_four_is_one_batch_of_eight(host, trained, photos, tmp_path):
+    pretrain(photos, tmp_path, *HOSTS[host].split(), "--batch_size", 4, "--accum_iter", 2)
+    assert_close_runs(trained(host), tmp_path, 1e-6)
+
+
+@every_host
+def test_bf16_losses_are_near_those_of_float32_and_not_they(host, trained, photos, tmp_path):
+    pretrain(photos, tmp_path, *HOSTS[host].split(), "--amp", "bf16")
+    assert losses(tmp_path) == pytest.approx(losses(trained(host)), rel=0.02)  # 8 bits of mantissa
+    assert all(mine != theirs for mine, theirs in zip(losses(tmp_path), losses(trained(host)), strict=True))
+
+
+@every_host
+def test_recomputing_activations_changes_nothing(host, trained, photos, tmp_path):
+    pretrain(photos, tmp_path, *HOSTS[host].split(), "--grad_checkpointing")
+    assert_same(weights(trained(host))["model"], weights(tmp_path)["model"])
+
+
+@every_host
+@pytest.mark.parametrize("flag", ["", "--grad_checkpointing"])
+def test_every_block_is_computed_twice_where_activations_are_recomputed(host, flag):
+    model, images, noise = built(parsed(host, flag))
+    calls = dict.fromkeys((n for n, _ in model.named_modules() if re.search(r"blocks\d?\.\d+$", n)), 0)
+    for name in calls:
+
+        def count(*_, name=name):
+            calls[name] += 1
+
+        model.get_submodule(name).register_forward_pre_hook(count)
+    model(images, noise)[0].backward()
+    assert len(calls) == 1 + {"convvit": 2 + 2 + 11}.get(host, 12)
+    assert set(calls.values()) == {2 if flag else 1}
+
+
+@every_host
+def test_the_compiled_model_is_one_graph_with_the_same_loss_and_gradients(host):
+    """Without inductor, which takes minutes: a graph break is an error here."""
+    model, images, noise = built(parsed(host))
+    losses, gradients = [], []
+    for run in (model, torch.compile(model, dynamic=False, fullgraph=True, backend="eager")):
+        model.zero_grad()
+        loss = run(images, noise)[0]
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert_close(*losses, rtol=1e-6, atol=0)
+    assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------ two ranks
+
+JOBS = """
+import importlib, json, os, sys
+for port, name, words in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"], sys.argv[1:] = str(port), words
+    importlib.import_module(name).main()
+"""
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop_path", "0"]  # nothing that a rank draws for itself
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(trained, photos, tmp_path_factory):
+    """Folder with a folder of each host's run, and of ConvMAE's fine-tuning, with batches of 4 on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = {host: ["main_pretrain", [*PRETRAIN, *SIZES, *flags.split()]] for host, flags in HOSTS.items()}
+    checkpoint = str(trained("convvit") / "last.pth")
+    jobs["tuned"] = ["main_finetune", [*DEVICE, *TUNE, *PLAIN, "--checkpoint", checkpoint]]
+    ports = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]  # one for each, so that no rank meets the last group
+    listed = []
+    for (name, (main, words)), port in zip(jobs.items(), ports, strict=True):
+        place = ["--data_path", str(photos), "--output_dir", str(folder / name), "--batch_size", "4"]
+        listed.append([port.getsockname()[1], main, [*words, *place]])
+        port.close()
+    for status, _, err in ranks(2, "-c", JOBS, json.dumps(listed)):
+        assert status == 0, err
+    return folder
+
+
+@every_host
+def test_two_ranks_are_one_with_the_doubled_batch(host, on_two_ranks, trained):
+    assert json.loads((on_two_ranks / host / "config.json").read_text())["world_size"] == 2
+    assert_close_runs(trained(host), on_two_ranks / host, 1e-5)
+
+
+def test_two_ranks_fine_tune_every_parameter_of_ConvMAE_as_one_does(on_two_ranks, trained, photos, tmp_path):
+    tune(tmp_path, photos, trained("convvit") / "last.pth", *PLAIN)
+    assert_close_runs(tmp_path, on_two_ranks / "tuned", 1e-5)
+    before, after = convert.to_timm(weights(trained("convvit"))["model"]), weights(on_two_ranks / "tuned")["model"]
+    assert after.keys() ^ before.keys() == {f"{x}.{y}" for x in ("norm", "fc_norm", "head") for y in ("weight", "bias")}
+    assert not [name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])]
+
+
+# ------------------------------------------------------------------------------------------------- features and probes
+
+
+def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, int]) -> Encoder:
+    """timm's ViT, or ConvViT as it is built by hand, with a checkpoint's encoder trained at another `grid`."""
+    if host == "convvit":
+        model: Encoder = ConvViT(size, 8, embed_dim=(64, 96, 192), depth=(2, 2, 11), num_heads=3)
+        del model.stage1_output_decode, model.stage2_output_decode
+    else:
+        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        model = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=8, num_classes=0, depth=depth)
+    own = {name: value for name, value in state.items() if name in model.state_dict()}
+    place = own["pos_embed"][:, -grid[0] * grid[1] :].unflatten(1, grid).permute(0, 3, 1, 2)
+    place = F.interpolate(place, [side // 8 for side in size], mode="bicubic", align_corners=False)
+    prefix = own["pos_embed"][:, : -grid[0] * grid[1]]
+    model.load_state_dict(own | {"pos_embed": torch.cat([prefix, place.flatten(2).mT], dim=1)})
+    return model.eval()
+
+
+def pooled(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
+    """Feature of images by its definition."""
+    if isinstance(model, ConvViT):
+        return F.layer_norm(model.stages(images, None)[2].mean(1), (192,), eps=1e-6)
+    tokens = model.forward_features(images)
+    return tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
+
+
+def seen_by_neighbours(monkeypatch, checkpoint, photos, *words) -> Tensor:
+    """Features of train/ and val/, of length 1, among which main_knn looks for neighbours."""
+    seen, real = [], classify.knn_votes
+
+    def votes(train, labels, queries, *rest):
+        seen.append(torch.cat([train, queries]))
+        return real(train, labels, queries, *rest)
+
+    monkeypatch.setattr(classify, "knn_votes", votes)
+    knn(checkpoint, photos, *words)
+    (features,) = seen
+    return features
+
+
+def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
+    """All of train/ and val/ as they are evaluated."""
+    args, parts = one_rank(photos).args, []
+    for source in labelled_sources(str(photos)):
+        samples = Samples(source, eval_transform(size), args)
+        parts.append(Normalize(args, CPU)(one_batch(samples, range(len(samples)), CPU)))
+    return torch.cat(parts)
+
+
+@every_host
+@pytest.mark.parametrize(("pool", "size"), [(None, None), ("mean", None), (None, (48, 24)), ("mean", (24, 48))])
+def test_features_of_neighbours_are_those_of_the_reference_at_any_size(host, pool, size, trained, photos, monkeypatch):
+    args, state = parsed(host), weights(trained(host))["model"]
+    words = [*["--pool", pool] * bool(pool), *["--input_size", *(size or ())] * bool(size)]
+    found = seen_by_neighbours(monkeypatch, trained(host) / "last.pth", photos, *words)
+    height, width = args.input_size
+    model = reference(host, state, size or args.input_size, (height // 8, width // 8))
+    expected = F.normalize(pooled(model, normalised_photos(photos, size or args.input_size), pool), dim=1)
+    assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+    assert torch.pdist(found).min() > 1e-3  # a hundred times that, so images are told apart
+
+
+@every_host
+def test_accuracy_of_neighbours_is_the_same_in_the_run_and_from_its_checkpoint(host, trained, photos):
+    (during,) = records(trained(host), "knn_acc1")
+    after = knn(trained(host) / "last.pth", photos)
+    assert during == {"epoch": 2} | {f"knn_{name}": value for name, value in after.items()}
+
+
+def probe(folder, photos, checkpoint, *words) -> dict:
+    flags = ["--epochs", 1, "--batch_size", 8, "--warmup_epochs", 0, "--blr", 3]
+    place = ["--checkpoint", checkpoint, "--data_path", photos, "--output_dir", folder]
+    return result("main_linprobe", *DEVICE, *flags, *place, *words)
+
+
+@every_host
+@pytest.mark.parametrize("pool", [None, "mean"])
+def test_a_probe_leaves_the_encoder_as_it_was_and_scores_the_same_again(host, pool, trained, photos, tmp_path):
+    best = probe(tmp_path, photos, trained(host) / "last.pth", *["--pool", pool] * bool(pool))
+    after, before = weights(tmp_path)["model"], convert.to_timm(weights(trained(host))["model"])
+    assert_same({name: value for name, value in after.items() if name.split(".")[0] not in ("bn", "heads")}, before)
+    assert after["heads.0.bias"].norm() > 0
+    flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE]
+    again = result("main_linprobe", *flags)
+    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)  # the batch norm is folded
+
+
+@pytest.mark.parametrize("main", ["main_knn", "main_linprobe"])
+def test_the_class_token_of_ConvMAE_is_refused(main, trained, photos, tmp_path):
+    flags = ["--checkpoint", trained("convvit") / "last.pth", "--data_path", photos, "--pool", "token", *DEVICE]
+    output = ["--output_dir", tmp_path / "new"] if main == "main_linprobe" else []
+    with pytest.raises(ValueError, match=r"^--pool token: ConvMAE has no class token; use --pool mean$"):
+        result(main, *flags, *output)
+    assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture(scope="module")
+def tuned(trained, photos, tmp_path_factory):
+    """host -> (folder, result) of an epoch of fine-tuning; LSMAE's at another size than it was pre-trained at."""
+
+    @cache
+    def run(host: str):
+        folder = tmp_path_factory.mktemp(f"tuned-{host}")
+        words = ["--epochs", 1, *["--input_size", 24, 32] * (host == "lsmae")]
+        return folder, tune(folder, photos, trained(host) / "last.pth", *words)
+
+    return run
+
+
+@every_host
+def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(host, tuned, photos):
+    folder, last = tuned(host)
+    flags = ["--checkpoint", folder / "classifier.pth", "--data_path", photos, *DEVICE]
+    assert result("main_finetune", *flags, "--eval") == last
+
+
+@pytest.mark.parametrize("host", ["mff", "lsmae"])
+def test_a_fine_tuned_classifier_gives_the_same_logits_in_timm(host, tuned):
+    path = tuned(host)[0] / "classifier.pth"
+    size = (24, 32) if host == "lsmae" else (32, 32)
+    options = {"img_size": size, "patch_size": 8, "num_classes": 3, "global_pool": "avg"}
+    theirs = timm.create_model("vit_tiny_patch16_224", **options, checkpoint_path=str(path)).eval()
+    file = convert.load(path)
+    assert file.state.keys() == theirs.state_dict().keys()
+    args = main_finetune.get_parser().parse_args(["--checkpoint", str(path), "--data_path", "x"])
+    args = Namespace(**vars(args) | {name: file.args[name] for name in classify.MODEL_FLAGS})
+    ours = load_encoder(args, ENCODERS, file, num_classes=3, **pooling(file)).eval()
+    images = torch.randn(5, 3, *size)
+    logits = theirs(images)
+    assert_close(ours(images), logits, rtol=1e-5, atol=1e-7)
+    assert torch.pdist(logits.detach()).min() > 1e-5  # they depend on the image
+
+
+def test_a_classifier_of_ConvMAE_has_the_parts_that_its_repository_loads(tuned, trained, photos, tmp_path):
+    probe(tmp_path, photos, trained("convvit") / "last.pth")
+    before = weights(trained("convvit"))["model"]
+    decoder = {name for name in before if name.startswith(("decoder", "mask_token"))}
+    fused = {f"{x}.{y}" for x in ("stage1_output_decode", "stage2_output_decode", "norm") for y in ("weight", "bias")}
+    assert fused <= before.keys()
+    learned = {f"{x}.{y}" for x in ("fc_norm", "head") for y in ("weight", "bias")}
+    for folder, is_learned in ((tuned("convvit")[0], True), (tmp_path, False)):
+        after = torch.load(folder / "classifier.pth", weights_only=True)["model"]
+        assert after.keys() == before.keys() - decoder - fused | learned
+        assert after["fc_norm.bias"].any() == is_learned
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndarray]:
+    """Columns (B, H, W, 3) of a picture, at their own size again."""
+    zoom = max(1, round(224 / size[1]))
+    height, width = (side * zoom for side in size)
+    header = picture.shape[0] - rows * (height + 6)
+    return [
+        np.stack([picture[header + row * (height + 6) :, left:][:height:zoom, :width:zoom] for row in range(rows)])
+        for left in range(6, picture.shape[1], width + 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("host", "flags"),
+    [(host, flags) for host in HOSTS for flags in METHODS.values()] + [("mff", "--fuse_layers 3 7 11")],
+)
+def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, flags, trained, photos, tmp_path):
+    args = parsed(host, flags)
+    model = build_model(args, ENCODERS)
+    model.load_state_dict(convert.pixmim_names(weights(trained(host, flags))["model"]))
+    samples = Samples(
+        find_images([str(photos / "val")], 3), eval_transform(args.input_size), args, noise_length=model.noise_length
+    )
+    batch = one_batch(samples, range(3), CPU)
+    picture = draw(trained(host, flags) / "last.pth", photos / "val", tmp_path / "x.png", "--count", 3)
+    assert np.array_equal(picture, panel(model, Normalize(args, CPU)(batch), batch["noise"], args))
+
+    columns = cells(picture, args.input_size, rows=3)
+    pixels, filtered = columns[0], not args.lowpass_radius and args.lowpass_radius != 0
+    masked, prediction = columns[2:4] if filtered else columns[1:]
+    removed = mask_from_noise(batch["noise"], 0.75, model.encoder.grid, args.mask_unit).removed
+    removed = removed.unflatten(1, model.encoder.grid).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
+    assert np.array_equal(pixels, batch["images"].numpy())
+    assert np.array_equal(masked[~removed], pixels[~removed])
+    assert set(np.unique(masked[removed])) <= {127, 128}  # grey
+    assert np.array_equal(prediction[~removed], pixels[~removed])
+    differs = [prediction[removed] != other[removed] for other in (pixels, masked)]
+    assert all(different.mean() > 0.5 for different in differs)
+    assert len(columns) == (5 if filtered else 3)
+    if filtered:
+        assert (columns[1] != pixels).mean() > 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos, tmp_path):
+    pretrain(photos, tmp_path, *HOSTS["mff"].split(), "--model", "vit_tiny")
+    alone = trained("mff", "--fuse_layers 11")
+    state = weights(alone)["model"]
+    assert state.pop("proj_weights").shape == (1, 1, 1, 1)
+    assert_same(state, weights(tmp_path)["model"])
+    assert losses(alone) == losses(tmp_path)
+
+
+def test_the_decoder_reads_the_layers_that_are_named(trained):
+    """The same weights, other layers: another loss. The number of layers is that of the weights of the sum."""
+    state = convert.pixmim_names(weights(trained("mff", "--fuse_layers 3 7 11"))["model"])
+    found = []
+    for layers in ("3 7 11", "3 8 11", "2 7 11"):
+        model, images, noise = built(parsed("mff", f"--fuse_layers {layers}"))
+        model.load_state_dict(state)
+        found.append(model(images, noise)[0].item())
+    assert min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5  # float32 losses of about 1 are told apart at 1e-7
+    assert len(weights(trained("mff"))["model"]["proj_weights"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "message"),
+    [
+        ("lsmae", "--fuse_layers 11", "--fuse_layers: --model vit_tiny fuses no layers"),
+        ("convvit", "--fuse_layers 11", "--fuse_layers: --model convvit_tiny fuses no layers"),
+        *[
+            ("mff", f"--fuse_layers {layers}", f"--fuse_layers {layers}: they must ascend from 0 and end with the last, 11")
+            for layers in ("7 3 11", "11 3", "3 3 11", "3 7", "3 7 11 12", "12")
+        ],
+        ("convvit", "--patch_size 6", "ConvMAE halves a patch twice: a patch size of 6 must be a multiple of 4"),
+        ("convvit", "--input_size 32 44", "an input size of 32 x 44 is not a multiple of the patch size 8"),
+        ("mff", "--input_size 36", "an input size of 36 x 36 is not a multiple of the patch size 8"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_the_host_are_refused_in_one_line(host, flags, message, photos, tmp_path):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pretrain(photos, tmp_path, *HOSTS[host].split(), *flags.split())
+    assert not (tmp_path / "last.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "message"),
+    [
+        ("mff", "--fuse_layers 3 7 11", r"with --fuse_layers None, not \[3, 7, 11\]; give the same flag"),
+        ("mff", "--model vit_tiny", "with --model mff_vit_tiny, not vit_tiny; give the same flag"),
+        ("lsmae", "--mask_unit 1", "with --mask_unit 2, not 1; give the same flag"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_host(host, flags, message, trained, photos, tmp_path):
+    words = [*HOSTS[host].split(), *flags.split(), "--resume", trained(host) / "last.pth"]
+    with pytest.raises(ValueError, match=message):
+        pretrain(photos, tmp_path, *words)
+
+
+# ------------------------------------------------------------------------------------------------ a host that is not ours
+
+
+class Scaled(MaskedViT):
+    """A ViT whose tokens are scaled by what only pre-training learns."""
+
+    pretraining_only = ("scale",)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = nn.Parameter(torch.ones(self.embed_dim))
+
+    def encode(self, images, mask):
+        return self.scale * super().encode(images, mask)
+
+
+def test_a_host_of_somebody_else_needs_no_rule(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS, "scaled_vit", partial(Scaled, embed_dim=192, depth=2, num_heads=3))
+    words = ["--model", "scaled_vit"]
+    whole, broken = pretrain(photos, tmp_path / "whole", *words, "--save_every", 1), tmp_path / "broken"
+    pretrain(photos, broken, *words, "--resume", whole / "epoch-0001.pth")
+    state = weights(whole)["model"]
+    assert_same(state, weights(broken)["model"])
+    assert [x["epoch"] for x in records(broken)] == [1.5, 2]  # the second epoch alone
+    assert not torch.equal(state["scale"], torch.ones(192))
+    assert convert.rename("scale", "mae", "mae") is None
+
+    checkpoint = whole / "last.pth"
+    found = seen_by_neighbours(monkeypatch, checkpoint, photos, "--input_size", 24, 16)
+    model = reference("scaled_vit", state, (24, 16), (2, 2))
+    expected = F.normalize(pooled(model, normalised_photos(photos, (24, 16)), None), dim=1)
+    assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+
+    last = tune(tmp_path / "tuned", photos, checkpoint, "--epochs", 1)
+    classifier = tmp_path / "tuned" / "classifier.pth"
+    assert "scale" not in torch.load(classifier, weights_only=True)["model"]
+    assert result("main_finetune", "--eval", "--checkpoint", classifier, "--data_path", photos, *DEVICE) == last
+    assert probe(tmp_path / "probe", photos, checkpoint)["n"] == 9
+    assert draw(checkpoint, photos / "val", tmp_path / "x.png").ndim == 3
