@@ -1,0 +1,72 @@
+"""docs/plug_in.md: its code runs and does what the page says, its diffs are the sources'."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_models import perturb
+from torch import nn
+from torch.testing import assert_close
+
+from engine_pretrain import build_target
+from main_pretrain import get_parser
+from models_pixmim import PixMIM, mask_from_noise
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "plug_in.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def names() -> dict:
+    """Everything that the page's code defines."""
+    found: dict = {}
+    for block in blocks("python"):
+        exec(block, found)
+    return found
+
+
+def test_the_crop_gives_a_window_at_random_of_the_resized_image(names):
+    image = Image.effect_mandelbrot((300, 240), (-2, -1.5, 1, 1.5), 20)
+    torch.manual_seed(0)
+    windows = [names["crop"](image) for _ in range(8)]
+    assert {(window.size, window.mode) for window in windows} == {((224, 224), "RGB")}
+    assert len({window.tobytes() for window in windows}) > 1
+    torch.manual_seed(0)
+    assert [names["crop"](image).tobytes() for _ in range(8)] == [window.tobytes() for window in windows]
+
+
+def test_the_low_pass_is_that_of_pre_training(names):
+    images = torch.randn(2, 3, 224, 224)
+    target = build_target(get_parser().parse_args(["--data_path", "x"]))
+    assert torch.equal(names["low_pass"](images), target(images))
+
+
+def test_the_example_of_a_host_is_one(names):
+    encoder = perturb(names["ENCODERS"]["last_two_vit_tiny"](img_size=(32, 32), patch_size=8))
+    model = PixMIM(encoder, nn.Identity(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    model(images, noise)[0].backward()
+    assert all(p.grad.abs().max() > 0 for p in encoder.blocks.parameters())
+    outputs: list[torch.Tensor] = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
+    tokens = encoder.encode(images, mask_from_noise(noise, 0.75, encoder.grid))
+    assert_close(tokens, encoder.norm((outputs[-2] + outputs[-1]) / 2))
+
+
+def test_the_diffs_are_in_the_sources():
+    source = ""
+    shown = 0
+    for line in "".join(blocks("diff")).splitlines():
+        if file := re.match(r"--- ([\w/.]+)", line):
+            source = (ROOT / file[1]).read_text()
+        elif source and line.startswith("+") and line[1:].strip():
+            assert line[1:].strip() in source, line
+            shown += 1
+    assert shown == 10
