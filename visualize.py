@@ -76,7 +76,14 @@ def main() -> None:
         args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD if getattr(args, name) is None})
     device = join(args.device, "off").device
     model = build_model(args, ENCODERS)
-    model.load_state_dict(convert.pixmim_names(weights.state))
+    try:
+        model.load_state_dict(convert.pixmim_names(weights.state))
+    except RuntimeError as error:
+        differs = " ".join(str(error).split("\n\t")[1:2])
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} does not fit --model {args.model} and its --input_size, --patch_size, "
+            f"--decoder_* and --fuse_layers: {differs}"
+        ) from error
     model.to(device).eval()
     source = find_images(args.images, args.count)
     samples = Samples(source, eval_transform(args.input_size), args, noise_length=model.noise_length)
