@@ -1,4 +1,4 @@
-"""Pre-train PixMIM, or with --lowpass_radius 0 --crop rrc its host alone (MAE). The defaults are ViT-B/16 for 300 epochs on 8 devices."""
+"""Pre-train PixMIM, or with --lowpass_radius 0 --crop rrc its host alone (MAE). Defaults: ViT-B/16, 300 epochs, 8 devices."""
 
 import argparse
 import json

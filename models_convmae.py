@@ -142,9 +142,6 @@ class ConvViT(nn.Module):
         init_like_mae(self, projection="patch_embed3.proj")
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid, 0), requires_grad=False)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}
 
@@ -157,6 +154,8 @@ class ConvViT(nn.Module):
 
     def stages(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Output of the convolution stages (B, V, 4, 4, D1), (B, V, 2, 2, D2), and of the ViT (B, V, D)."""
+        if tuple(side // self.patch for side in images.shape[-2:]) != self.grid:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} px are not for a grid of {self.grid} patches")
         patches, positions = patchify(images, self.patch), self.pos_embed
         if keep is not None:
             patches, positions = take(patches, keep), positions[0][keep]
@@ -181,9 +180,9 @@ class ConvViT(nn.Module):
         return self.norm(x + self.stage1_output_decode(first).flatten(2) + self.stage2_output_decode(second).flatten(2))
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """Maps of whole images for detection and segmentation: (B, D1, H / 4, W / 4), (B, D2, H / 8, W / 8), (B, D, H / 16, W / 16).
+        """Maps of whole images for detection and segmentation, (B, D1, 4h, 4w), (B, D2, 2h, 2w) and (B, D, h, w).
 
-        The strides are those of 16-px patches.
+        With 16-px patches those are strides of 4, 8 and 16 pixels.
         """
         first, second, x = self.stages(images, None)
         return [

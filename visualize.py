@@ -9,6 +9,7 @@ from PIL import Image
 
 from engine_pretrain import build_model, panel
 from models import ENCODERS
+from models_pixmim import PixMIM
 from util import convert
 from util.args import (
     METHOD,
@@ -50,7 +51,7 @@ def foreign_method(weights: convert.Weights) -> dict:
         "lowpass_radius": None if filtered else 0,
         "decoder_dim": facts["decoder_dim"],
         "decoder_depth": facts["decoder_depth"],
-        "decoder_heads": facts["decoder_dim"] // 32,
+        "decoder_heads": convert.decoder_heads(weights),
     }
 
 
@@ -67,6 +68,24 @@ def find_images(names: list[str], count: int) -> Source:
     return Source(np.array(chosen), np.zeros(len(chosen), np.int64), [])
 
 
+def fit(model: PixMIM, weights: convert.Weights, args: Namespace) -> None:
+    """Load the weights, or say what does not fit."""
+    if "proj_weights" in weights.state and (fused := getattr(model.encoder, "fuse_layers", None)):
+        count = weights.state["proj_weights"].numel()
+        if count != len(fused):
+            raise ValueError(
+                f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; say which by --fuse_layers"
+            )
+    try:
+        model.load_state_dict(convert.pixmim_names(weights.state))
+    except RuntimeError as error:
+        differs = "; ".join(str(error).split("\n\t")[1:])
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} does not fit --model {args.model} with --input_size {args.input_size} and "
+            f"these --decoder_* flags: {differs[:200]}"
+        ) from error
+
+
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
     if weights is None or "decoder_pred.weight" not in weights.state:
@@ -76,14 +95,7 @@ def main() -> None:
         args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD if getattr(args, name) is None})
     device = join(args.device, "off").device
     model = build_model(args, ENCODERS)
-    try:
-        model.load_state_dict(convert.pixmim_names(weights.state))
-    except RuntimeError as error:
-        differs = " ".join(str(error).split("\n\t")[1:2])
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} does not fit --model {args.model} and its --input_size, --patch_size, "
-            f"--decoder_* and --fuse_layers: {differs}"
-        ) from error
+    fit(model, weights, args)
     model.to(device).eval()
     source = find_images(args.images, args.count)
     samples = Samples(source, eval_transform(args.input_size), args, noise_length=model.noise_length)

@@ -11,12 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import CPU, DEVICE, MODEL, assert_same, call, one_rank, ranks, records, result, weights
+from timm.layers import resample_abs_pos_embed
 from torch.testing import assert_close
 
 import main_finetune
 from models_pixmim import ENCODERS, MaskedViT
 from util import convert
-from util.classify import Probe, Score, extract, features, knn_votes, pooling
+from util.classify import Probe, Score, extract, features, knn_votes, pooling, resample
 from util.data import Feed, Normalize, Samples, eval_loader, eval_transform, labelled_sources
 from util.dist import World
 from util.rng import seed_everything
@@ -149,8 +150,31 @@ def test_another_input_size_resamples_the_position_embedding(pretrained, photos,
     assert torch.equal(embeds[0][:, 0], embeds[1][:, 0])  # the class token has no place
 
 
+@pytest.mark.parametrize("grids", [((4, 4), (6, 6)), ((2, 6), (5, 3)), ((3, 5), (4, 4))])
+def test_resampling_is_that_of_timm(grids):
+    old, new = grids
+    embed = torch.randn(1, 1 + old[0] * old[1], 8)
+    theirs = resample_abs_pos_embed(embed, [*new], [*old], num_prefix_tokens=1, antialias=False)
+    assert_close(resample(embed, old, new, 1), theirs, rtol=0, atol=1e-6)
+
+
+def test_resampling_to_a_square_of_as_many_patches_is_done():
+    embed = torch.arange(16.0).view(1, 16, 1)
+    assert not torch.equal(resample(embed, (2, 8), (4, 4), 0), embed)
+
+
+def test_a_foreign_checkpoint_that_is_no_square_asks_for_its_size(photos, tmp_path):
+    state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=192, depth=12, num_heads=3).state_dict()
+    torch.save({"model": state}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches are no square; give --input_size H W"):
+        knn(tmp_path / "foreign.pth", photos)
+    assert knn(tmp_path / "foreign.pth", photos, "--input_size", 16, 24)["n"] == 9
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_list(pretrained, photos):
-    with pytest.raises(ValueError, match=r"last\.pth does not fit --model vit_small: .*of another shape \['blocks\.0"):
+    with pytest.raises(
+        ValueError, match=r"last\.pth, a vit, does not fit --model vit_small: of another shape: blocks\.0"
+    ):
         knn(pretrained / "last.pth", photos, "--model", "vit_small")
 
 

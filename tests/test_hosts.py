@@ -251,7 +251,7 @@ def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
 
 
 @every_host
-@pytest.mark.parametrize(("pool", "size"), [(None, None), ("mean", None), (None, (48, 24)), ("mean", (24, 48))])
+@pytest.mark.parametrize(("pool", "size"), [(None, None), ("mean", None), (None, (48, 24)), ("mean", (48, 32))])
 def test_features_of_neighbours_are_those_of_the_reference_at_any_size(host, pool, size, trained, photos, monkeypatch):
     args, state = parsed(host), weights(trained(host))["model"]
     words = [*["--pool", pool] * bool(pool), *["--input_size", *(size or ())] * bool(size)]
@@ -286,6 +286,53 @@ def test_a_probe_leaves_the_encoder_as_it_was_and_scores_the_same_again(host, po
     flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE]
     again = result("main_linprobe", *flags)
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)  # the batch norm is folded
+
+
+def test_a_probe_of_a_probe_keeps_its_pooling(trained, photos, tmp_path):
+    probe(tmp_path / "first", photos, trained("mff") / "last.pth", "--pool", "mean")
+    best = probe(tmp_path / "second", photos, tmp_path / "first" / "classifier.pth")
+    saved = torch.load(tmp_path / "second" / "classifier.pth", weights_only=True)
+    assert saved["args"]["pool"] == "mean"
+    flags = ["--eval", "--checkpoint", tmp_path / "second" / "classifier.pth", "--data_path", photos, *DEVICE]
+    again = result("main_linprobe", *flags)
+    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "message"),
+    [
+        ("convvit", "--model vit_tiny", "a convvit, does not fit --model vit_tiny: missing: .* and .* more; unknown: "),
+        ("lsmae", "--model convvit_tiny", "a vit, does not fit --model convvit_tiny: missing: "),
+        ("lsmae", "--patch_size 16 --input_size 32", "of another shape: patch_embed.proj.weight"),
+        ("convvit", "--model vit_tiny --input_size 48 48", "a convvit, does not fit --model vit_tiny"),
+    ],
+)
+def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, flags, message, trained, photos):
+    with pytest.raises(ValueError, match=message) as caught:
+        knn(trained(host) / "last.pth", photos, *flags.split())
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "message"),
+    [
+        ("mff", "--fuse_layers 3 11", "fuses 6 layers, not 2; say which by --fuse_layers"),
+        ("convvit", "--model vit_tiny", "does not fit --model vit_tiny with --input_size"),
+        ("lsmae", "--decoder_dim 96", "these --decoder_[*] flags: size mismatch for decoder.mask_token"),
+    ],
+)
+def test_a_picture_of_what_a_checkpoint_is_not_is_answered_in_one_line(host, flags, message, trained, photos, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        draw(trained(host) / "last.pth", photos / "val", tmp_path / "x.png", *flags.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
+    with torch.device("meta"):
+        encoder = ENCODERS[name]()
+    left = {key for key in encoder.state_dict() if key.split(".")[0] in encoder.pretraining_only}
+    assert left == {key for key in encoder.state_dict() if convert.FUSION.fullmatch(key)}
 
 
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe"])

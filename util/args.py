@@ -99,7 +99,7 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     """What PixMIM does with an encoder; `defaults` replace those of ViT-B."""
     group = parser.add_argument_group("method")
     group.add_argument("--lowpass_radius", type=number(float, 0),
-                       help="cut-off of the target in frequency bins; 0 = raw pixels (MAE), None = 40 for 224 px of side")
+                       help="cut-off of the target in frequency bins; 0 = raw pixels (MAE); unless given, 40 for 224 px")
     group.add_argument("--lowpass", choices=["reference", "centered"],
                        help="the release's filter, half a bin off centre, or the zero-phase one")
     group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
@@ -110,7 +110,7 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     group.add_argument("--decoder_depth", type=number(int, 1), help="blocks of the decoder")
     group.add_argument("--decoder_heads", type=number(int, 1), help="attention heads of the decoder")
     group.add_argument("--fuse_layers", type=number(int, 0), nargs="+",
-                       help="layers of an MFF encoder that the decoder reads, from 0; None = 0 2 4 6 8 11 of twelve")
+                       help="layers of an MFF encoder that the decoder reads, from 0; unless given, 0 2 4 6 8 11 of twelve")
     parser.set_defaults(**METHOD | defaults)
     return group
 

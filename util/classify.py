@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,10 +21,9 @@ from util.train import autocast
 # ------------------------------------------------------------------------------------------------------------ encoders
 
 
-Encoder = (
-    Any  # timm's VisionTransformer, or a host with its forward_features, forward_head, num_prefix_tokens, embed_dim
-)
-MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std")
+# timm's VisionTransformer, or a host with its forward_features, forward_head, num_prefix_tokens, embed_dim
+Encoder = Any
+MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "pool")
 
 
 def own_arguments(weights: convert.Weights | None) -> dict:
@@ -49,7 +47,7 @@ def read_architecture(
         weights = convert.load(args.checkpoint)
         found = own_arguments(weights) or infer_architecture(weights.state, args, encoders)
         found = found | {"input_size": tuple(found["input_size"])}
-    filled = {name: found.get(name) for name in flags if getattr(args, name) is None}
+    filled = {name: found.get(name) for name in flags if getattr(args, name, "") is None}
     return Namespace(**vars(args) | filled), weights
 
 
@@ -57,12 +55,14 @@ def infer_architecture(state: dict[str, Tensor], args: Namespace, encoders) -> d
     """Model flags that the shapes of a foreign checkpoint tell."""
     facts = convert.architecture(state)
     family, width, depth = facts["family"], facts["embed_dim"], facts["depth"]
-    known = {
-        (name.rpartition("_")[0], encoder.keywords["embed_dim"], encoder.keywords["depth"]): name
-        for name, encoder in encoders.items()
-    }
+    sizes = {name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()}  # of partials
+    known = {(name.rpartition("_")[0], size.get("embed_dim"), size.get("depth")): name for name, size in sizes.items()}
     if args.model is None and (family, width, depth) not in known:
         raise ValueError(f"--checkpoint {args.checkpoint}: no {family} here is {width} wide and {depth} deep")
+    if args.input_size is None and isqrt(facts["num_patches"]) ** 2 != facts["num_patches"]:
+        raise ValueError(
+            f"--checkpoint {args.checkpoint}: {facts['num_patches']} patches are no square; give --input_size H W"
+        )
     side = isqrt(facts["num_patches"]) * facts["patch_size"]
     return {
         "model": known.get((family, width, depth)),
@@ -72,8 +72,34 @@ def infer_architecture(state: dict[str, Tensor], args: Namespace, encoders) -> d
     }
 
 
+def old_grid(weights: convert.Weights, model: Encoder) -> tuple[int, int]:
+    """Grid of the weights' position embedding: that of the run that wrote them, else a square, else the model's."""
+    run = own_arguments(weights)
+    if run:
+        height, width = (side // (run["patch_size"] or model.patch) for side in run["input_size"])
+        return height, width
+    count = weights.state["pos_embed"].shape[1] - model.num_prefix_tokens
+    side = isqrt(count)
+    return (side, side) if side**2 == count else model.grid
+
+
+def resample(embed: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """Position embedding (1, prefix + L, D) of another grid, bicubic without antialiasing as facebookresearch/mae.
+
+    timm's resample_abs_pos_embed returns a 2 x 8 grid as it is when 4 x 4 is wanted.
+    """
+    prefix, patches = embed[:, :num_prefix_tokens], embed[:, num_prefix_tokens:]
+    patches = F.interpolate(patches.mT.unflatten(2, old), new, mode="bicubic").flatten(2).mT
+    return torch.cat([prefix, patches], dim=1)
+
+
+def listed(names: set[str]) -> str:
+    """The first of many names."""
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **options) -> Encoder:
-    """The encoder or classifier with the weights of --checkpoint; what is fresh is what pre-training has not: fc_norm, head."""
+    """The encoder or classifier with the weights of --checkpoint; fresh is what pre-training has not: fc_norm, head."""
     torch.manual_seed(args.seed)
     model = encoders[args.model](**encoder_options(args), **options)
     for name in model.pretraining_only:
@@ -81,24 +107,20 @@ def load_encoder(args: Namespace, encoders, weights: convert.Weights | None, **o
     if weights is None:
         return model
     state, own = convert.to_timm(weights.state), model.state_dict()
-    if state["pos_embed"].shape != own["pos_embed"].shape:
-        sides = own_arguments(weights).get("input_size")
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"],
-            list(model.grid),
-            [side // model.patch for side in sides] if sides else None,  # None: a square
-            num_prefix_tokens=model.num_prefix_tokens,
-            antialias=False,
-        )
+    old, prefix = old_grid(weights, model), model.num_prefix_tokens
+    if old != model.grid and old[0] * old[1] + prefix == state["pos_embed"].shape[1]:
+        state["pos_embed"] = resample(state["pos_embed"], old, model.grid, prefix)
     fresh = {name for name in own if name.split(".")[0] in ("fc_norm", "head")}
     unused = {name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm", *model.pretraining_only)}
-    missing, unknown = set(own) - set(state) - fresh, set(state) - set(own) - unused
-    misshaped = {name for name in set(own) & set(state) - fresh if own[name].shape != state[name].shape}
-    if missing or unknown or misshaped:
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} does not fit --model {args.model}: "
-            f"missing {sorted(missing)}, unknown {sorted(unknown)}, of another shape {sorted(misshaped)}"
-        )
+    problems = {
+        "missing": set(own) - set(state) - fresh,
+        "unknown": set(state) - set(own) - unused,
+        "of another shape": {n for n in set(own) & set(state) - fresh if own[n].shape != state[n].shape},
+    }
+    if any(problems.values()):
+        kind = convert.family(weights.state) or "host without rules"
+        what = "; ".join(f"{problem}: {listed(names)}" for problem, names in problems.items() if names)
+        raise ValueError(f"--checkpoint {args.checkpoint}, a {kind}, does not fit --model {args.model}: {what}")
     kept = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(own | kept)
     return model
@@ -251,7 +273,7 @@ class Probe(nn.Module):
         return torch.stack([head(x) for head in self.heads], dim=1)
 
     def classifier(self, best: int) -> dict[str, Tensor]:
-        """State of timm's ViT with one of the heads, the batch norm folded into it."""
+        """State of a classifier: the encoder and one of the heads, the batch norm folded into it."""
         head: Any = self.heads[best]
         scale = (self.bn.running_var + self.bn.eps).rsqrt()
         weight = head.weight * scale

@@ -159,7 +159,7 @@ def mae_names(state: State) -> State:
 
 
 def to_timm(state: State) -> State:
-    """Encoder and classifier, as timm's VisionTransformer names them; what only pre-training uses is dropped."""
+    """Encoder and classifier, as timm's VisionTransformer (of ConvMAE, its repository) names them; no more."""
     return {key: value for key, value in state.items() if not DECODER.fullmatch(key) and not FUSION.fullmatch(key)}
 
 
@@ -404,7 +404,7 @@ def _convmae_usage(weights: Weights, out: str | os.PathLike) -> str:
     """The line that loads the file in Alpha-VL/ConvMAE."""
     sizes = architecture(weights.state)
     first = sizes["patch_size"] // 4
-    sides = (_img_size(sizes, weights.args, stride) for stride in (1, first, 2 * first))
+    sides = [_img_size(sizes, weights.args, stride) for stride in (1, first, 2 * first)]
     options = {
         "img_size": f"[{', '.join(sides)}]",
         "patch_size": [first, 2, 2],
@@ -416,7 +416,9 @@ def _convmae_usage(weights: Weights, out: str | os.PathLike) -> str:
     }
     if "decoder_dim" in sizes:
         home = "models_convmae.MaskedAutoencoderConvViT"
-        options |= _decoder_options(sizes, weights.args)
+        options |= _decoder_options(weights)
+        if not sides[0].isdecimal():
+            return "none: Alpha-VL/ConvMAE pre-trains squares alone; its models_convvit takes the encoder"
     else:
         home = "models_convvit.ConvViT"
         pooled = sizes["pooled"] or sizes["num_classes"] > 0  # to_mae gives a probe its fc_norm
@@ -424,12 +426,17 @@ def _convmae_usage(weights: Weights, out: str | os.PathLike) -> str:
     return _load_line(home, options, out)
 
 
-def _decoder_options(sizes: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
-    heads = args.get("decoder_heads", sizes["decoder_dim"] // 32)
+def decoder_heads(weights: Weights) -> int:
+    """As the run that wrote the file says, else 32 wide each, as MAE's and LSMAE's are."""
+    return weights.args.get("decoder_heads") or max(1, weights.state["mask_token"].shape[-1] // 32)
+
+
+def _decoder_options(weights: Weights) -> dict[str, Any]:
+    sizes = architecture(weights.state)
     return {
         "decoder_embed_dim": sizes["decoder_dim"],
         "decoder_depth": sizes["decoder_depth"],
-        "decoder_num_heads": heads,
+        "decoder_num_heads": decoder_heads(weights),
     }
 
 
@@ -472,7 +479,7 @@ def usage(weights: Weights, target: str, out: str | os.PathLike) -> str:
         raise ValueError("no model of facebookresearch/mae averages patches after the final norm: use --to timm")
     options["embed_dim"] = sizes["embed_dim"]
     if "decoder_dim" in sizes:
-        return _load_line("models_mae.MaskedAutoencoderViT", options | _decoder_options(sizes, weights.args), out)
+        return _load_line("models_mae.MaskedAutoencoderViT", options | _decoder_options(weights), out)
     options |= classifier | {"global_pool": sizes["pooled"], "qkv_bias": True}
     return _load_line("models_vit.VisionTransformer", options, out)
 
