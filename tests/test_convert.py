@@ -286,13 +286,21 @@ CONVMAE_LINE = (
         ((224, 224), {}, ("[224, 56, 28]", 2)),  # heads: 32 wide each
         ((224, 224), {"input_size": 224}, ("[224, 56, 28]", 2)),  # as in a file of Alpha-VL/ConvMAE
         ((224, 224), {"input_size": [224, 224], "decoder_heads": 4}, ("[224, 56, 28]", 4)),
-        ((32, 64), {"input_size": [32, 64]}, ("[(32, 64), (8, 16), (4, 8)]", 2)),
+        ((64, 64), {"input_size": [64, 64]}, ("[64, 16, 8]", 2)),
     ],
 )
 def test_the_line_for_ConvMAE_names_the_sizes_of_all_stages(size, args, given):
     encoder = ConvViT(size, 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
     weights = convert.Weights(convert.mae_names(method(encoder).state_dict()), args, "mae", [])
     assert convert.usage(weights, "mae", "x.pth") == CONVMAE_LINE.format(*given)
+
+
+def test_no_line_loads_a_pre_training_of_ConvMAE_that_is_no_square_but_one_loads_its_encoder():
+    encoder = ConvViT((32, 64), 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
+    state, args = convert.mae_names(method(encoder).state_dict()), {"input_size": [32, 64]}
+    assert "pre-trains squares alone" in convert.usage(convert.Weights(state, args, "mae", []), "mae", "x.pth")
+    line = convert.usage(convert.Weights(convert.to_timm(state), args, "mae", []), "mae", "x.pth")
+    assert "models_convvit.ConvViT(img_size=[(32, 64), (8, 16), (4, 8)], patch_size=[4, 2, 2]" in line
 
 
 def test_the_line_for_an_encoder_of_ConvMAE_alone_asks_for_the_norm_that_the_file_has():
