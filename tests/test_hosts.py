@@ -376,7 +376,7 @@ def test_a_fine_tuned_classifier_gives_the_same_logits_in_timm(host, tuned):
     file = convert.load(path)
     assert file.state.keys() == theirs.state_dict().keys()
     args = main_finetune.get_parser().parse_args(["--checkpoint", str(path), "--data_path", "x"])
-    args = Namespace(**vars(args) | {name: file.args[name] for name in classify.MODEL_FLAGS})
+    args = Namespace(**vars(args) | {name: file.args.get(name) for name in classify.MODEL_FLAGS})
     ours = load_encoder(args, ENCODERS, file, num_classes=3, **pooling(file)).eval()
     images = torch.randn(5, 3, *size)
     logits = theirs(images)
