@@ -12,11 +12,20 @@ from functools import partial
 
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models.vision_transformer import Block, checkpoint_seq
+from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models_pixmim import PatchMask, Size, init_like_mae, patchify, sincos_pos_embed, take, unpatchify
+from models_pixmim import (
+    PatchMask,
+    Size,
+    init_like_mae,
+    patchify,
+    sincos_pos_embed,
+    take,
+    transformer_block,
+    unpatchify,
+)
 
 
 class Pointwise(nn.Conv2d):
@@ -130,9 +139,7 @@ class ConvViT(nn.Module):
         self.blocks2 = nn.ModuleList(ConvBlock(dim2, rate) for rate in drop2)
         self.patch_embed3 = PatchEmbed(dim2, dim, 2)
         self.patch_embed4 = nn.Linear(dim, dim)
-        self.blocks3 = nn.Sequential(
-            *(Block(dim, num_heads, qkv_bias=True, norm_layer=norm_layer, drop_path=rate) for rate in drop3)
-        )
+        self.blocks3 = nn.Sequential(*(transformer_block(dim, num_heads, rate) for rate in drop3))
         self.stage1_output_decode = Merge(dim1, dim, 4)
         self.stage2_output_decode = Merge(dim2, dim, 2)
         learned = global_pool == "avg" and fc_norm is not False

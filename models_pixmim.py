@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_seq
+from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
 
 Size = tuple[int, int]
@@ -165,13 +165,31 @@ def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> No
             nn.init.normal_(p, std=0.02)
 
 
+class ShortAttention(Attention):
+    """timm's attention; short sequences in half precision on a CPU by explicit products, 2 to 4 times faster there."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        explicit = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[1] <= 256
+        if not explicit or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask, is_causal)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = self.attn_drop((self.q_norm(q) * self.scale @ self.k_norm(k).mT).softmax(dim=-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+def transformer_block(dim: int, heads: int, drop_path: float = 0.0) -> Block:
+    """Block of MAE's encoder and decoder."""
+    norm_layer = partial(nn.LayerNorm, eps=1e-6)
+    return Block(dim, heads, qkv_bias=True, norm_layer=norm_layer, attn_layer=ShortAttention, drop_path=drop_path)
+
+
 class MaskedViT(VisionTransformer):
     """timm's ViT, key for key, with MAE's initial values and one method more: `encode`."""
 
     pretraining_only: tuple[str, ...] = ()
 
     def __init__(self, num_classes: int = 0, **kwargs):
-        super().__init__(num_classes=num_classes, weight_init="skip", **kwargs)
+        super().__init__(num_classes=num_classes, weight_init="skip", attn_layer=ShortAttention, **kwargs)
         size = self.patch_embed.img_size
         if any(side % self.patch for side in size):
             raise ValueError(f"an input size of {size[0]} x {size[1]} is not a multiple of the patch size {self.patch}")
@@ -212,11 +230,10 @@ class Decoder(nn.Module):
             raise ValueError(f"a decoder {dim} wide cannot be split among {heads} attention heads")
         self.num_prefix_tokens = num_prefix_tokens
         self.grad_checkpointing = False
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)))
-        self.norm = norm_layer(dim)
+        self.blocks = nn.Sequential(*(transformer_block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, out_dim)
         init_like_mae(self)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, grid, num_prefix_tokens), requires_grad=False)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -14,6 +14,7 @@ from models_pixmim import (
     LowPass,
     MaskedViT,
     PixMIM,
+    ShortAttention,
     low_pass_disc,
     mask_from_noise,
     mask_units,
@@ -50,6 +51,31 @@ def small_pixmim(target: nn.Module | None = None, in_chans: int = 3, **kwargs) -
 
 
 # ---------------------------------------------------------------------------------------------------------- the encoder
+
+
+@pytest.mark.parametrize(
+    ("length", "amp", "fused"),
+    [(5, False, True), (256, False, True), (5, True, False), (256, True, False), (257, True, True)],
+)
+def test_attention_is_timm_s_explicit_on_cpus_in_bf16_up_to_256_tokens_and_else_fused(length, amp, fused):
+    x, timms, ours = torch.randn(2, length, 24), Attention(24, 3, qkv_bias=True), ShortAttention(24, 3, qkv_bias=True)
+    ours.load_state_dict(perturb(timms).state_dict())
+    timms.fused_attn = fused
+    outputs, gradients = [], []
+    for attention in (timms, ours):
+        with torch.autocast("cpu", enabled=amp):
+            outputs.append(attention(x))
+        outputs[-1].square().sum().backward()
+        gradients.append([p.grad for p in attention.parameters()])
+    assert_close(*outputs, rtol=0, atol=0)
+    assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_attention_with_a_mask_is_timm_s():
+    x, mask, attention = torch.randn(1, 5, 24), torch.ones(5, 5, dtype=torch.bool).tril(), ShortAttention(24, 3)
+    with torch.autocast("cpu"):
+        assert torch.equal(attention(x, mask), Attention.forward(attention, x, mask))
+        assert not torch.equal(attention(x, mask), attention(x))
 
 
 def scribble(images: Tensor, mask, patch: int = 8, grid=(4, 6)) -> Tensor:
