@@ -21,7 +21,7 @@ from util.args import (
 )
 from util.checkpoint import Progress, resume, save
 from util.classify import knn
-from util.data import Normalize, labelled_sources, one_batch, pretrain_transform, train_loader, unlabelled_source
+from util.data import Normalize, labelled_sources, one_batch, pretrain_source, pretrain_transform, train_loader
 from util.run import start
 from util.train import due, grad_scaler, train_one_epoch, wrap
 
@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = get_parser().parse_args()
-    source = unlabelled_source(args.data_path)
+    source = pretrain_source(args)
     labelled = labelled_sources(args.data_path) if args.knn_every else None
     run = start(args)
     device = run.world.device
@@ -64,7 +64,7 @@ def main() -> None:
     progress = resume(run, model, optimizer, scaler)
     normalize = Normalize(args, device)
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
-    examples = one_batch(loader.dataset, [i * len(source.paths) // 4 for i in range(4)], device)
+    examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
 
     for epoch in range(progress.epoch, args.epochs):
         train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))

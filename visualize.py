@@ -21,8 +21,9 @@ from util.args import (
     report_mistakes,
 )
 from util.classify import MODEL_FLAGS, own_arguments, read_architecture
-from util.data import Normalize, Samples, Source, eval_transform, list_images, one_batch
+from util.data import Normalize, Samples, eval_transform, one_batch
 from util.dist import join
+from util.sources import Folder, list_images
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -55,7 +56,7 @@ def foreign_method(weights: convert.Weights) -> dict:
     }
 
 
-def find_images(names: list[str], count: int) -> Source:
+def find_images(names: list[str], count: int) -> Folder:
     """At most `count` images, evenly spread over the files and folders named."""
     paths: list[bytes] = []
     for name in names:
@@ -65,7 +66,7 @@ def find_images(names: list[str], count: int) -> Source:
     if not paths:
         raise ValueError(f"--images {' '.join(names)}: no images there")
     chosen = [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
-    return Source(np.array(chosen), np.zeros(len(chosen), np.int64), [])
+    return Folder(np.array(chosen), np.zeros(len(chosen), np.int64), [])
 
 
 def fit(model: PixMIM, weights: convert.Weights, args: Namespace) -> None:

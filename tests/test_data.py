@@ -12,6 +12,7 @@ from conftest import CPU, PRETRAIN, call, class_folders, ended, one_rank, pretra
 from PIL import Image
 from torchvision import transforms as T
 
+from util import data
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.data import (
     EvalOrder,
@@ -22,13 +23,11 @@ from util.data import (
     eval_transform,
     labelled_source,
     labelled_sources,
-    list_images,
     pretrain_transform,
-    read_image,
     train_loader,
-    unlabelled_source,
 )
 from util.dist import World
+from util.sources import list_images, read_image, unlabelled_folder
 
 RGB = Namespace(in_chans=3, mean=None, std=None, seed=0)
 
@@ -78,7 +77,7 @@ def test_a_class_that_val_lacks_keeps_the_labels_of_train(tmp_path):
 def test_images_are_found_in_any_structure(files, found, tmp_path):
     save(tmp_path, *files)
     (tmp_path / "notes.txt").write_text("no image")
-    source = unlabelled_source(str(tmp_path))
+    source = unlabelled_folder(str(tmp_path))
     assert names(source.paths, tmp_path) == found
     assert source.labels.tolist() == [0] * len(found)
     assert source.classes == []
@@ -95,17 +94,17 @@ def test_loops_of_links_end_and_linked_folders_are_read_once(tmp_path):
 def test_any_file_name_is_read(name, tmp_path):
     save(tmp_path, "0.png")
     os.rename(tmp_path / "0.png", os.path.join(os.fsencode(tmp_path), name))
-    source = unlabelled_source(str(tmp_path))
+    source = unlabelled_folder(str(tmp_path))
     assert source.paths.tolist() == [os.path.join(os.fsencode(tmp_path), name)]
     assert read_image(source.paths[0], 3)[0].size == (12, 10)
 
 
 def test_a_missing_folder_and_one_without_images_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--data_path.*/nowhere;"):
-        unlabelled_source(str(tmp_path / "nowhere"))
+        unlabelled_folder(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match=rf"--data_path: {tmp_path} holds no image \(\.jpg"):
-        unlabelled_source(str(tmp_path))
+        unlabelled_folder(str(tmp_path))
 
 
 def test_missing_empty_and_unknown_classes_are_named(tmp_path):
@@ -245,7 +244,7 @@ def test_the_next_image_that_can_be_read_takes_the_place_and_the_label(tmp_path)
 
 def test_a_folder_of_bad_images_alone_is_an_error_even_with_skip(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
-    samples = Samples(unlabelled_source(str(tmp_path)), eval_transform((8, 8)), RGB, skip_bad=True)
+    samples = Samples(unlabelled_folder(str(tmp_path)), eval_transform((8, 8)), RGB, skip_bad=True)
     with pytest.raises(ValueError, match=r"0\.png cannot be read"):
         next(iter(Feed([samples.__getitems__([(0, 0)])], CPU)))
 
@@ -256,7 +255,7 @@ def test_a_folder_of_bad_images_alone_is_an_error_even_with_skip(tmp_path):
 def step_batches(photos, tmp_path, size: int, accum: int, crop: str = "src", workers: int = 0) -> list[dict]:
     """The global batch of each step of epoch 1: 8 images over `size` ranks and `accum` forward passes."""
     micro, shares = 8 // size // accum, []
-    source = unlabelled_source(str(photos))
+    source = unlabelled_folder(str(photos))
     for rank in range(size):
         run = one_rank(tmp_path, rank, size, batch_size=micro, accum_iter=accum, num_workers=workers)
         loader = train_loader(run, source, pretrain_transform(crop, (16, 24), None), flip=True, noise_length=6)
@@ -286,7 +285,7 @@ def test_samples_crops_flips_and_masks_of_a_step_are_those_of_one_rank(photos, t
 def test_epochs_differ_in_order_crops_flips_and_masks(photos, tmp_path):
     run = one_rank(tmp_path, batch_size=16)
     crop = pretrain_transform("src", (16, 16), None)
-    loader = train_loader(run, unlabelled_source(str(photos)), crop, flip=True, noise_length=4)
+    loader = train_loader(run, unlabelled_folder(str(photos)), crop, flip=True, noise_length=4)
     epochs = []
     for epoch in range(2):
         loader.batch_sampler.start(epoch)
@@ -297,9 +296,22 @@ def test_epochs_differ_in_order_crops_flips_and_masks(photos, tmp_path):
         assert not torch.equal(epochs[0][name], epochs[1][name])
 
 
+def test_a_large_batch_is_prepared_in_parts_and_is_the_same(photos, tmp_path, monkeypatch):
+    whole = step_batches(photos, tmp_path, 1, 1)
+    monkeypatch.setattr(data, "PART", 3)
+    run, source = one_rank(tmp_path), unlabelled_folder(str(photos))
+    loader = train_loader(run, source, pretrain_transform("src", (16, 24), None), flip=True, noise_length=6)
+    loader.batch_sampler.start(1)
+    assert [len(keys) for keys in loader.batch_sampler] == [3, 3, 2] * 2
+    assert len(loader) == 6
+    for mine, theirs in zip(Feed(loader, CPU, loader.batch_sampler.parts), whole, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_an_epoch_can_begin_at_any_step(photos, tmp_path):
     run = one_rank(tmp_path, batch_size=2, accum_iter=2)
-    loader = train_loader(run, unlabelled_source(str(photos)), pretrain_transform("src", (8, 8), None), flip=True)
+    loader = train_loader(run, unlabelled_folder(str(photos)), pretrain_transform("src", (8, 8), None), flip=True)
     order = loader.batch_sampler
     order.start(3)
     whole = list(order)
@@ -320,7 +332,7 @@ def test_evaluation_covers_every_index_once_without_padding(size):
 def test_too_few_images_name_batch_size(photos, tmp_path):
     run = one_rank(tmp_path, size=4, batch_size=2, accum_iter=3)
     with pytest.raises(ValueError, match=r"--batch_size 2 x --accum_iter 3 x 4 ranks asks for 24 .* has 16; lower"):
-        train_loader(run, unlabelled_source(str(photos)), pretrain_transform("src", (8, 8), None), flip=True)
+        train_loader(run, unlabelled_folder(str(photos)), pretrain_transform("src", (8, 8), None), flip=True)
     with pytest.raises(ValueError, match="lower --batch_size"):
         call("main_pretrain", *PRETRAIN, "--batch_size", 17, "--data_path", photos, "--output_dir", tmp_path)
 

@@ -22,7 +22,8 @@ LAYERS = (
     {"util.demo", "util.classify"},
     {"util.checkpoint", "util.train"},
     {"util.data"},
-    {"util.run"},
+    {"util.cache", "util.tars"},
+    {"util.run", "util.sources"},
     {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.convert", "util.args"},
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py")])

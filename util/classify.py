@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from util import checkpoint, convert
 from util.args import encoder_options
-from util.data import Feed, Normalize, Source, eval_loader, eval_transform, labelled_source
+from util.data import Feed, Normalize, eval_loader, eval_transform, labelled_source
 from util.dist import World, join
 from util.run import Run, plain
+from util.sources import Source
 from util.train import autocast
 
 # ------------------------------------------------------------------------------------------------------------ encoders

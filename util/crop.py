@@ -3,7 +3,7 @@
 Needs Pillow and NumPy only. The resize is deterministic: only the window and the flip are random.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -21,28 +21,45 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 
+def mirrored(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
+    """(where, whence): how `side` lines from `start` on are filled from n lines that are mirrored at their edges."""
+    before, after = max(-start, 0), max(start + side - n, 0)
+    yield slice(before, side - after), slice(start + before, start + side - after)
+    if before:
+        yield slice(before), slice(before, 0, -1)
+    if after:
+        yield slice(side - after, side), slice(n - 2, n - 2 - after if n - 2 - after >= 0 else None, -1)
+
+
 def window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, padding: int = 4) -> np.ndarray:
-    """Window (H, W, C) of pixels (h, w, C), reflected `padding` pixels beyond each edge; u (2,) in [0, 1) places it.
+    """Window (H, W, C) of pixels (h, w, C), mirrored `padding` pixels beyond each edge; u (2,) in [0, 1) places it.
 
     RandomCrop(size, padding=4, padding_mode="reflect") without the padded copy.
     """
-    for axis, (side, draw) in enumerate(zip(size, u, strict=True)):
-        n = pixels.shape[axis]
-        start = int(draw * (n + 2 * padding - side + 1)) - padding
-        index = np.abs(np.arange(start, start + side))
-        pixels = pixels.take(n - 1 - np.abs(n - 1 - index), axis=axis)
-    return pixels
+    starts = [
+        int(draw * (n + 2 * padding - side + 1)) - padding for n, side, draw in zip(pixels.shape, size, u, strict=False)
+    ]
+    result = np.empty((*size, pixels.shape[2]), pixels.dtype)
+    columns = [*mirrored(starts[1], size[1], pixels.shape[1])]
+    for where, whence in mirrored(starts[0], size[0], pixels.shape[0]):
+        for across, from_across in columns:
+            result[where, across] = pixels[whence, from_across]
+    return result
 
 
 class SimpleResizedCrop:
     """Bands of PIL images -> uint8 (H, W, C), to be flipped with probability 0.5 on the device (paper, section 3.3).
 
-    An RGB image is one band; an image of any other number of channels is a list of grey ones.
+    An RGB image is one band; an image of any other number of channels is a list of grey ones. `resize` draws nothing:
+    its result (h, w, C) can be kept and given instead of the bands.
     """
 
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear"):
         self.size, self.interpolation = size, interpolation
 
-    def __call__(self, bands: Sequence[Image.Image], rng: np.random.Generator) -> np.ndarray:
-        resized = np.dstack([np.asarray(resize_to_cover(band, self.size, self.interpolation)) for band in bands])
+    def resize(self, bands: Sequence[Image.Image]) -> np.ndarray:
+        return np.dstack([np.asarray(resize_to_cover(band, self.size, self.interpolation)) for band in bands])
+
+    def __call__(self, image: Sequence[Image.Image] | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        resized = image if isinstance(image, np.ndarray) else self.resize(image)
         return window(resized, self.size, rng.random(2))

@@ -4,14 +4,13 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms as T
 
 from util.args import channel_statistics
@@ -19,107 +18,29 @@ from util.crop import SimpleResizedCrop, resize_to_cover
 from util.dist import World
 from util.rng import CROP, MASK, Seeded, generator, permutation
 from util.run import Run
+from util.sources import Source, class_folders, unlabelled_folder
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy")
 T_MODES = {mode.value: mode for mode in T.InterpolationMode}
+PART = 256  # images that a worker prepares at once: a large batch neither waits for one worker nor fills its memory
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ----------------------------------------------------------------------------------------------- sources and transforms
 
 
-class Source(NamedTuple):
-    """Images of a folder. Arrays, not lists: workers share their memory."""
-
-    paths: np.ndarray  # (N,) bytes, as the file system spells them
-    labels: np.ndarray  # (N,) int64, all 0 where there are no classes
-    classes: list[str]
-
-
-def refuse(error: OSError) -> None:
-    """A folder that cannot be read is an error, not an empty folder."""
-    raise error
-
-
-def list_images(folder: str | Path) -> list[bytes]:
-    """Paths of all images below a folder, in the order of their names; links are followed once."""
-    found, seen = [], set()
-    for parent, folders, files in os.walk(os.fsencode(folder), followlinks=True, onerror=refuse):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:  # a loop of links
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        found += [
-            os.path.join(parent, name) for name in sorted(files) if os.fsdecode(name).lower().endswith(EXTENSIONS)
-        ]
-    return found
-
-
-def checked_folder(folder: Path, why: str) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data_path: there is no folder {folder}; {why}")
-    return folder
-
-
-def unlabelled_source(data_path: str) -> Source:
-    """All images of DIR/train if there is one, else of DIR, whatever its structure."""
-    folder = checked_folder(Path(data_path), "it holds images, nested or flat")
-    folder = folder / "train" if (folder / "train").is_dir() else folder
-    paths = list_images(folder)
-    if not paths:
-        raise ValueError(f"--data_path: {folder} holds no image ({' '.join(EXTENSIONS)})")
-    return Source(np.array(paths), np.zeros(len(paths), np.int64), [])
+def pretrain_source(args) -> Source:
+    """Images of --data_path, whatever their structure."""
+    return unlabelled_folder(args.data_path)
 
 
 def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = None) -> Source:
-    """Images of DIR/split/<class>/, the classes in the order of their names or as given."""
-    folder = checked_folder(Path(data_path) / split, "it holds one folder of images for each class")
-    by_class = {child.name: list_images(child) for child in sorted(folder.iterdir()) if child.is_dir()}
-    empty = [name for name, paths in by_class.items() if not paths]
-    if empty or not by_class:
-        raise ValueError(
-            f"--data_path: {folder} has " + (f"classes without an image: {empty}" if empty else "no class folders")
-        )
-    number = {name: i for i, name in enumerate(classes or by_class)}
-    if set(by_class) - set(number):
-        raise ValueError(f"--data_path: {folder} has classes that train has not: {sorted(set(by_class) - set(number))}")
-    paths = [path for group in by_class.values() for path in group]
-    labels = [number[name] for name, group in by_class.items() for _ in group]
-    return Source(np.array(paths), np.array(labels), list(number))
+    """Images of a split with their classes, which are those of its folders or as given."""
+    return class_folders(data_path, split, classes)
 
 
 def labelled_sources(data_path: str) -> tuple[Source, Source]:
     """(train, val) of a folder with both, with the same classes."""
     train = labelled_source(data_path, "train")
     return train, labelled_source(data_path, "val", train.classes)
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-def read_image(path: bytes, in_chans: int) -> list[Image.Image]:
-    """An image as a person would see it: [RGB] or [grey] upright, alpha over white; bands of a (H, W, C) uint8 .npy."""
-    name = os.fsdecode(path)
-    if name.lower().endswith(".npy"):
-        pixels = np.atleast_3d(np.load(name))
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != in_chans:
-            raise ValueError(f"holds {pixels.dtype} {pixels.shape}, not uint8 (height, width, {in_chans})")
-        return [Image.fromarray(band) for band in pixels.transpose(2, 0, 1)]
-    if in_chans not in (1, 3):
-        raise ValueError(f"--in_chans {in_chans} is for .npy files")
-    with Image.open(name) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith(("I", "F")):
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError(f"has pixels of mode {image.mode} outside 16 bits")
-            image = Image.fromarray((pixels // 257).astype(np.uint8))
-        if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return [image.convert("L" if in_chans == 1 else "RGB")]
 
 
 def pretrain_transform(crop: str, size: tuple[int, int], interpolation: str | None) -> Callable:
@@ -137,7 +58,7 @@ def eval_transform(size: tuple[int, int], interpolation: str = "bicubic") -> Cal
 
 
 class Samples(Dataset):
-    """Whole batches of decoded, cropped uint8 images; what cannot be read is reported, not raised."""
+    """Parts of a batch: decoded, cropped uint8 images; what cannot be read is reported, not raised."""
 
     def __init__(
         self,
@@ -153,42 +74,41 @@ class Samples(Dataset):
         self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, skip_bad
 
     def __len__(self) -> int:
-        return len(self.source.paths)
+        return len(self.source)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         """(epoch, index) of B samples -> images (B, H, W, C) uint8, flip (B,) bool, noise (B, U) float32, label, index, bad.
 
-        `bad` lists (path, reason) of the images that could not be read; with `stop` the first of them ends the batch.
+        `bad` lists (name, reason) of the images that could not be read; with `stop` the first of them ends the batch.
         """
         bad: list[tuple[str, str]] = []
         images, flips, noise, index = [], [], [], []
+        self.source.expect([i for _, i in keys])
         for epoch, i in keys:
             readable = self.read(i, bad)
             if readable is None:
                 return {"bad": bad}
             rng = generator(self.seed, CROP, epoch, i)
-            images.append(self.transform(readable[0], rng))
+            images.append(torch.from_numpy(self.transform(readable[0], rng)))
             index.append(readable[1])
             flips.append(rng.random() < 0.5)
             noise.append(generator(self.seed, MASK, epoch, i).random(self.noise_length, np.float32))
         batch = {
-            "images": np.stack(images),
-            "noise": np.stack(noise),
-            "label": self.source.labels[index],
-            "index": index,
+            "images": default_collate(images),  # in a worker straight into memory that is shared
+            "noise": torch.from_numpy(np.stack(noise)),
+            "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
+            "index": torch.tensor(index),
         }
-        if self.flip:
-            batch["flip"] = flips
-        return {name: torch.as_tensor(value) for name, value in batch.items()} | {"bad": bad}
+        return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
 
-    def read(self, i: int, bad: list[tuple[str, str]]) -> tuple[list[Image.Image], int] | None:
+    def read(self, i: int, bad: list[tuple[str, str]]) -> tuple[Any, int] | None:
         """Image i, or with `skip` the next one that can be read, and its index."""
         for candidate in range(i, i + (len(self) if self.skip_bad else 1)):
-            path = self.source.paths[candidate % len(self)]
+            index = candidate % len(self)
             try:
-                return read_image(path, self.in_chans), candidate % len(self)
+                return self.source.read(index, self.in_chans), index
             except Exception as error:  # decoders raise everything from OSError to struct.error
-                name = os.fsdecode(path).replace("\n", "\\n")
+                name = self.source.name(index).replace("\n", "\\n")
                 bad.append((name, " ".join(str(error).split()) or type(error).__name__))
         return None
 
@@ -197,11 +117,12 @@ class Samples(Dataset):
 
 
 class TrainOrder(Sampler):
-    """Micro-batches of (epoch, index) for this rank; step k holds the same samples on any number of ranks."""
+    """Parts of micro-batches of (epoch, index) for this rank; step k holds the same samples on any number of ranks."""
 
     def __init__(self, count: int, run: Run):
         self.count, self.seed, self.batch, self.world = count, run.args.seed, run.batch, run.world
         self.micro = run.args.batch_size
+        self.parts = -(-self.micro // PART)  # of a micro-batch
         self.steps = count // run.batch  # the tail of each epoch's order waits for another epoch
         self.epoch = self.first = 0
         if not self.steps:
@@ -215,12 +136,13 @@ class TrainOrder(Sampler):
         self.epoch, self.first = epoch, step
 
     def __len__(self) -> int:
-        return (self.steps - self.first) * (self.batch // (self.micro * self.world.size))
+        return (self.steps - self.first) * (self.batch // (self.micro * self.world.size)) * self.parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = permutation(self.seed, self.epoch, self.count)[self.first * self.batch : self.steps * self.batch]
         for block in order.reshape(-1, self.world.size, self.micro):
-            yield [(self.epoch, int(i)) for i in block[self.world.rank]]
+            for part in np.array_split(block[self.world.rank], self.parts):
+                yield [(self.epoch, int(i)) for i in part]
 
 
 class EvalOrder(Sampler):
@@ -228,7 +150,7 @@ class EvalOrder(Sampler):
 
     def __init__(self, count: int, batch_size: int, world: World):
         self.mine = range(world.rank, count, world.size)
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, PART)
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
@@ -275,24 +197,41 @@ def eval_loader(args, world: World, source: Source, transform: Callable) -> Data
 class Feed:
     """Batches on the device; knows how long it waited for them and which images were bad."""
 
-    def __init__(self, loader: Iterable[dict], device: torch.device):
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Iterable[dict], device: torch.device, parts: int = 1):
+        self.loader, self.device, self.parts = loader, device, parts  # parts of a batch, as the loader gives them
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0  # seconds
         self.bad: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[dict]:
-        before = time.perf_counter()
-        for batch in self.loader:
+        parts = iter(self.loader)
+        while True:
+            before = time.perf_counter()
+            some = list(islice(parts, self.parts))
             self.waited += time.perf_counter() - before
-            bad = batch.pop("bad")
-            if "images" not in batch:
-                path, reason = bad[0]
+            if not some:
+                return
+            yield self.joined(some)
+
+    def joined(self, parts: list[dict]) -> dict:
+        """Parts -> a batch on the device, copied while the device still computes the step before."""
+        for part in parts:
+            bad = part.pop("bad")
+            if "images" not in part:
+                name, reason = bad[0]
                 raise ValueError(
-                    f"{path} cannot be read: {reason}; mend or remove it; training can --on_bad_image skip"
+                    f"{name} cannot be read: {reason}; mend or remove it; training can --on_bad_image skip"
                 )
             self.bad += bad
-            yield {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-            before = time.perf_counter()
+        with torch.cuda.stream(self.copies):  # of None it does nothing
+            moved = [{name: value.to(self.device, non_blocking=True) for name, value in part.items()} for part in parts]
+            batch = moved[0] if len(moved) == 1 else {k: torch.cat([part[k] for part in moved]) for k in moved[0]}
+        if self.copies:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.copies)
+            for value in batch.values():
+                value.record_stream(now)
+        return batch
 
 
 def one_batch(samples: Samples, indices: Sequence[int], device: torch.device) -> dict:

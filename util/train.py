@@ -117,7 +117,7 @@ def train_one_epoch(
     order: Any = loader.batch_sampler  # a TrainOrder
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order.start(epoch, start_step)
-    feed = Feed(loader, world.device)
+    feed = Feed(loader, world.device, order.parts)
     meter = Meter(run, epoch, order.steps, feed)
     batches = iter(feed)
     model.train()
