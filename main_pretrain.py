@@ -45,6 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = none")
     add("--knn_every", type=number(int, 0), default=0,
         help="epochs between kNN accuracies (needs class folders in train/ and val/); 0 = none")
+    add("--knn_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/ for them; None = --data_path")
     # fmt: on
     return parser
 
@@ -52,7 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = get_parser().parse_args()
     source = pretrain_source(args)
-    labelled = labelled_sources(args.data_path) if args.knn_every else None
+    labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
     run = start(args)
     device = run.world.device
     model = build_model(args, ENCODERS).to(device)

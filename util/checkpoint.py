@@ -16,7 +16,7 @@ FORMAT = "pixmim-1"
 # Flags that a resumed run may change: they alter where and how fast, not what is computed.
 FREE = {
     "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
-    "log_every", "save_every", "image_every", "knn_every", "eval", "on_bad_image",
+    "log_every", "save_every", "image_every", "knn_every", "knn_path", "eval", "on_bad_image",
 }  # fmt: skip
 
 

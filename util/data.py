@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms as T
 
 from util.args import channel_statistics
+from util.cache import Cache, is_cache
 from util.crop import SimpleResizedCrop, resize_to_cover
 from util.dist import World
 from util.rng import CROP, MASK, Seeded, generator, permutation
@@ -28,12 +29,18 @@ PART = 256  # images that a worker prepares at once: a large batch neither waits
 
 
 def pretrain_source(args) -> Source:
-    """Images of --data_path, whatever their structure."""
+    """Images of --data_path: a cache, or a folder of whatever structure."""
+    if is_cache(args.data_path):
+        cache = Cache(args.data_path)
+        cache.refuse_other_flags(args)
+        return cache
     return unlabelled_folder(args.data_path)
 
 
 def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = None) -> Source:
     """Images of a split with their classes, which are those of its folders or as given."""
+    if is_cache(data_path):
+        raise ValueError(f"{data_path} is a cache, for pre-training alone: kNN and classifiers need the images")
     return class_folders(data_path, split, classes)
 
 

@@ -1,0 +1,411 @@
+"""Decoded and resized images packed into a few large files: `python -m util.cache build | verify`.
+
+SimpleResizedCrop resizes every image the same way in every epoch, so that can be done once, bit for bit. A cache is a
+folder: manifest.json, index.npy (ENTRY for each image), shard-NNNNN.bin. Beside each shard lies its part of the index,
+so that a build that was killed goes on after the last whole shard.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from util.args import Parser, SizeAction, number, report_mistakes
+from util.crop import INTERPOLATIONS, SimpleResizedCrop
+from util.sources import Folder, Source, unlabelled_folder
+
+FORMAT = "pixmim-cache-1"
+ENTRY = np.dtype(
+    [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u2"), ("width", "<u2")]
+)
+OPEN_SHARDS = 256  # file descriptors that a process keeps
+PLAN = ("format", "input_size", "crop_interpolation", "in_chans", "payload", "images", "files", "pillow")
+
+
+# ------------------------------------------------------------------------------------------------------------ payloads
+
+
+def zstandard() -> Any:
+    try:
+        return import_module("zstandard")
+    except ImportError as error:
+        raise ValueError("--payload zstd: `pip install zstandard` first, it is optional") from error
+
+
+def encode(payload: str, pixels: np.ndarray) -> bytes:
+    """Pixels (h, w, C) uint8 as a payload keeps them: raw; zstd of the difference to the row above; JPEG, not exact."""
+    if payload == "zstd":
+        return zstandard().ZstdCompressor(level=3).compress(np.diff(pixels, axis=0, prepend=np.uint8(0)).tobytes())
+    if payload == "jpeg":
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.squeeze()).save(buffer, "JPEG", quality=95, subsampling=0)
+        return buffer.getvalue()
+    return pixels.tobytes()
+
+
+def decode(payload: str, content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """The inverse of `encode`."""
+    if payload == "jpeg":
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image).reshape(shape)
+    if payload == "zstd":
+        content = zstandard().ZstdDecompressor().decompress(content, max_output_size=int(np.prod(shape)))
+        return np.add.accumulate(np.frombuffer(content, np.uint8).reshape(shape), axis=0, dtype=np.uint8)
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def is_cache(folder: str | Path) -> bool:
+    return (Path(folder) / "manifest.json").is_file()
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.bin"  # never a name from a file
+
+
+class Cache(Source):
+    """A finished cache: what `SimpleResizedCrop.resize` makes of each image, in the order of the folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
+            self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
+            self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
+            self.digests = [str(shard["sha256"]) for shard in manifest["shards"]]
+            sizes = np.array([int(shard["bytes"]) for shard in manifest["shards"]], np.uint64)
+            index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
+            self.index = index.view(np.ndarray)  # still in the file, and faster to look up than a memmap
+            self.check(manifest["images"], sizes)
+        except (ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+            raise ValueError(
+                f"--data_path {folder} is a damaged cache: {error}; run the command that built it again"
+            ) from error
+        self.labels = self.index["label"]
+        self.files: dict[int, int] = {}
+
+    def __reduce__(self):
+        return Cache, (self.folder,)  # a process that is spawned opens it for itself
+
+    def check(self, count: int, sizes: np.ndarray) -> None:
+        """The index lies within shards that have their whole length."""
+        index = self.index
+        if index.dtype != ENTRY or index.shape != (count,) or not count:
+            raise ValueError(
+                f"index.npy has {index.shape} entries of {index.dtype.names}, not {count} of {ENTRY.names}"
+            )
+        for shard, size in enumerate(sizes):
+            path = shard_path(self.folder, shard)
+            found = path.stat().st_size if path.exists() else "no"
+            if found != size:
+                raise ValueError(f"{path.name} has {found} bytes of {size}")
+        if index["shard"].max() >= len(sizes) or np.any(index["offset"] + index["bytes"] > sizes[index["shard"]]):
+            raise ValueError("index.npy points beyond the shards")
+
+    def refuse_other_flags(self, args) -> None:
+        """A line for flags that ask for pixels which this cache has not."""
+        if args.crop != "src":
+            raise ValueError(
+                f"--crop {args.crop} on the cache {self.folder}: RandomResizedCrop resizes another part of the image each "
+                "time, which cannot be kept; use --crop src, or --data_path with the images"
+            )
+        asked = {
+            "input_size": list(args.input_size),
+            "crop_interpolation": args.crop_interpolation or "bilinear",
+            "in_chans": args.in_chans,
+        }
+        for flag, has in self.flags.items():
+            if asked[flag] != has:
+                raise ValueError(
+                    f"--{flag} {asked[flag]}: the cache {self.folder} holds images resized for {has}; "
+                    f"build another, or use --data_path with the images"
+                )
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.folder}"
+
+    def file(self, shard: int) -> int:
+        """Descriptor of a shard; the one that was opened first makes room."""
+        if shard not in self.files:
+            if len(self.files) >= OPEN_SHARDS:
+                os.close(self.files.pop(next(iter(self.files))))
+            self.files[shard] = os.open(shard_path(self.folder, shard), os.O_RDONLY)
+        return self.files[shard]
+
+    def expect(self, indices: Sequence[int]) -> None:
+        """Let the disk fetch the images of a batch all at once."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        for offset, length, _, shard, _, _ in self.index[np.sort(indices)].tolist():
+            os.posix_fadvise(self.file(shard), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def read(self, i: int, in_chans: int) -> np.ndarray:
+        offset, length, _, shard, height, width = self.index[i].item()
+        content = os.pread(self.file(shard), length, offset)
+        return decode(self.payload, content, (height, width, in_chans))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Compare every shard with the digest in the manifest."""
+    cache = Cache(args.cache)
+    damaged = []
+    for shard, digest in enumerate(tqdm(cache.digests, unit="shard", file=sys.stdout)):
+        with shard_path(cache.folder, shard).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                damaged.append(shard_path(cache.folder, shard).name)
+    if damaged:
+        raise ValueError(f"{args.cache}: damaged: {' '.join(damaged)}; delete them and build again with the same flags")
+    print(f"{args.cache}: {len(cache)} images in {len(cache.digests)} shards, all as they were written")
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+Packed = list[tuple[bytes, int, int] | str]  # for each image what is kept, height, width; or why it cannot be read
+
+
+class Packing(Dataset):
+    """What a cache keeps of images, made by the workers of a loader."""
+
+    def __init__(self, source: Folder, crop: SimpleResizedCrop, in_chans: int, payload: str):
+        self.source, self.crop, self.in_chans, self.payload = source, crop, in_chans, payload
+
+    def __getitem__(self, indices: np.ndarray) -> Packed:
+        packed: Packed = []
+        for i in indices:
+            try:
+                pixels = self.crop.resize(self.source.read(i, self.in_chans))
+                packed.append((encode(self.payload, pixels), *pixels.shape[:2]))
+            except Exception as error:  # decoders raise everything from OSError to struct.error
+                packed.append(" ".join(str(error).split()) or type(error).__name__)
+        return packed
+
+    def each(self, indices: np.ndarray, workers: int) -> Iterator[tuple[bytes, int, int] | str]:
+        """One after the other, prepared by processes that end with this one."""
+        chunks = np.array_split(indices, -(-len(indices) // 32))
+        for packed in DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=list):
+            yield from packed
+
+
+def folder_classes(source: Folder, data_path: str) -> Folder:
+    """The images with the folder that each lies in as its class, if none lies outside of one."""
+    top = Path(data_path) / "train" if (Path(data_path) / "train").is_dir() else Path(data_path)
+    within = [os.fsdecode(os.path.relpath(path, os.fsencode(top))).split(os.sep) for path in source.paths]
+    if any(len(parts) == 1 for parts in within):
+        return source
+    classes = sorted({parts[0] for parts in within})
+    number_of = {name: i for i, name in enumerate(classes)}
+    return Folder(source.paths, np.array([number_of[parts[0]] for parts in within]), classes)
+
+
+class Builder:
+    """One build: the plan that a later call must share to go on with it, and the shards."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.folder = args, Path(args.out)
+        self.source = folder_classes(unlabelled_folder(args.data_path), args.data_path)
+        crop = SimpleResizedCrop(args.input_size, args.crop_interpolation)
+        self.packing = Packing(self.source, crop, args.in_chans, args.payload)
+        relative = b"\0".join(os.path.relpath(path, os.fsencode(args.data_path)) for path in self.source.paths)
+        self.plan: dict[str, Any] = {
+            "format": FORMAT,
+            "input_size": list(args.input_size),
+            "crop_interpolation": args.crop_interpolation,
+            "in_chans": args.in_chans,
+            "payload": args.payload,
+            "images": len(self.source),
+            "files": hashlib.sha256(relative).hexdigest(),
+            "pillow": PIL.__version__,
+            "classes": self.source.classes,
+        }
+        self.bad: list[tuple[str, str]] = []
+
+    def prepare(self) -> None:
+        """Say how large it becomes, refuse what cannot be; the plan is written before the first shard."""
+        plan_path = self.folder / "plan.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if plan_path.exists():
+            before = json.loads(plan_path.read_text())
+            for key in PLAN:
+                if before.get(key) != self.plan[key]:
+                    raise ValueError(
+                        f"--out {self.folder} holds a cache with {key} {before.get(key)}, not {self.plan[key]}; "
+                        "choose another folder, or delete it"
+                    )
+        elif any(self.folder.iterdir()):
+            raise ValueError(f"--out {self.folder} is not empty; choose another folder")
+        count = len(self.source)
+        sample = np.linspace(0, count - 1, min(count, 256)).astype(int)
+        began = time.perf_counter()
+        packed = [one for one in self.packing.each(sample, self.args.workers) if not isinstance(one, str)]
+        seconds = (time.perf_counter() - began) / len(sample) * count
+        if not packed:
+            raise ValueError(f"--data_path {self.args.data_path}: none of {len(sample)} images can be read")
+        mean = sum(len(content) for content, _, _ in packed) / len(packed)
+        self.plan["images_per_shard"] = max(1, int(self.args.shard_mib * 2**20 / mean))
+        if plan_path.exists():
+            self.plan["images_per_shard"] = before["images_per_shard"]
+        written = sum(path.stat().st_size for path in self.folder.glob("shard-*.bin"))
+        needed, free = mean * count * 1.02 - written, shutil.disk_usage(self.folder).free
+        print(
+            f"{count} images, about {mean * count / 2**30:.2f} GiB ({mean / 1000:.0f} kB each) and "
+            f"{seconds / 60:.1f} minutes with {self.args.workers} workers; {free / 2**30:.1f} GiB are free",
+            flush=True,
+        )
+        if needed > free:
+            raise ValueError(
+                f"--out {self.folder}: {needed / 2**30:.2f} GiB are missing, {free / 2**30:.2f} GiB are free; "
+                "choose another disk, a smaller --input_size or --payload zstd or jpeg"
+            )
+        write_whole(plan_path, json.dumps(self.plan).encode())
+
+    def shards(self) -> list[tuple[int, int]]:
+        """First image of each shard and the one after its last."""
+        count, each = len(self.source), self.plan["images_per_shard"]
+        return [(start, min(start + each, count)) for start in range(0, count, each)]
+
+    def part(self, shard: int) -> tuple[np.ndarray, str] | None:
+        """Index and digest of a shard that is there as a whole."""
+        path, part = shard_path(self.folder, shard), self.folder / f"shard-{shard:05d}.npz"
+        if not (path.exists() and part.exists()):
+            return None
+        with np.load(part, allow_pickle=False) as found:
+            entries, digest, size = found["entries"], str(found["digest"]), int(found["size"])
+        return (entries, digest) if path.stat().st_size == size else None
+
+    def write(self, shard: int, first: int, last: int, bar: tqdm) -> None:
+        """Write a shard, then its part of the index; each is there as a whole or not at all."""
+        path, entries, offset = shard_path(self.folder, shard), np.zeros(last - first, ENTRY), 0
+        temporary, digest = path.with_suffix(".tmp"), hashlib.sha256()
+        with temporary.open("wb") as file:
+            for row, image in enumerate(self.packing.each(np.arange(first, last), self.args.workers)):
+                bar.update()
+                if isinstance(image, str):
+                    self.refuse(first + row, image)
+                    continue
+                content, height, width = image
+                entries[row] = offset, len(content), self.source.labels[first + row], shard, height, width
+                file.write(content)
+                digest.update(content)
+                offset += len(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        part = io.BytesIO()
+        np.savez(part, entries=entries, digest=np.array(digest.hexdigest()), size=np.array(offset))
+        write_whole(self.folder / f"shard-{shard:05d}.npz", part.getvalue())
+
+    def refuse(self, i: int, reason: str) -> None:
+        """An image that cannot be read ends the build, or is listed."""
+        name = self.source.name(i).replace("\n", "\\n")
+        if self.args.on_bad_image == "stop":
+            raise ValueError(f"{name} cannot be read: {reason}; mend or remove it, or --on_bad_image skip")
+        self.bad.append((name, reason))
+
+    def finish(self) -> None:
+        """Join the parts; an image that could not be read stands for the next one that could, as in training."""
+        parts = [self.part(shard) for shard in range(len(self.shards()))]
+        index = np.concatenate([entries for entries, _ in (part for part in parts if part)])
+        unread = np.flatnonzero(index["bytes"] == 0)
+        if len(unread) == len(index):
+            raise ValueError(f"--data_path {self.args.data_path}: no image can be read")
+        for i in unread[::-1]:
+            index[i] = index[(i + 1) % len(index)]
+        for i in unread[::-1]:  # those at the end stand for the first
+            index[i] = index[(i + 1) % len(index)]
+        content = io.BytesIO()
+        np.save(content, index)
+        write_whole(self.folder / "index.npy", content.getvalue())
+        sizes = [shard_path(self.folder, shard).stat().st_size for shard in range(len(parts))]
+        shards = [{"bytes": size, "sha256": part[1]} for size, part in zip(sizes, parts, strict=True) if part]
+        manifest = self.plan | {"shards": shards, "unreadable": len(unread)}
+        write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A small file, there as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def build(args: argparse.Namespace) -> None:
+    """Pack the images of --data_path, from where an earlier call was stopped."""
+    builder = Builder(args)
+    try:
+        builder.prepare()
+        every = 0.5 if sys.stdout.isatty() else 30
+        with tqdm(total=len(builder.source), unit="image", mininterval=every, file=sys.stdout) as bar:
+            for shard, (first, last) in enumerate(builder.shards()):
+                if builder.part(shard):
+                    bar.update(last - first)
+                    bar.unpause()
+                else:
+                    builder.write(shard, first, last, bar)
+        builder.finish()
+    except RuntimeError as error:  # as the loader calls it
+        raise ValueError(f"{error}; run the same command again, with fewer --workers if memory was short") from error
+    except OSError as error:
+        raise OSError(
+            f"--out {args.out} cannot be written ({error}): whole shards are kept; make room and run the same command again"
+        ) from error
+    for name, reason in builder.bad:
+        print(f"left out: {name}: {reason}")
+    total = sum(path.stat().st_size for path in builder.folder.glob("shard-*.bin"))
+    print(f"{args.out}: {len(builder.source)} images, {total / 2**30:.2f} GiB; give it as --data_path")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(required=True, parser_class=argparse.ArgumentParser)
+    # fmt: off
+    make = commands.add_parser("build", help="pack a folder of images",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    make.set_defaults(command=build)
+    add = make.add_argument
+    add("--data_path", required=True, help="folder of images, as main_pretrain.py takes it")
+    add("--out", required=True, help="folder of the cache")
+    add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H", default=(224, 224),
+        help="side of the training input in pixels, or H W")
+    add("--crop_interpolation", choices=list(INTERPOLATIONS), default="bilinear", help="of the resize")
+    add("--in_chans", type=number(int, 1), default=3, help="channels of an image")
+    add("--payload", choices=["raw", "zstd", "jpeg"], default="raw",
+        help="raw = fastest; zstd = half the size, exact; jpeg = quality 95, a sixth, not exact")
+    add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="processes that decode")
+    add("--shard_mib", type=number(float, 1e-3), default=1024, help="size of a shard in MiB; what a killed build loses at most")
+    add("--on_bad_image", choices=["stop", "skip"], default="stop",
+        help="an image that cannot be read ends the build, or the next one takes its place")
+    # fmt: on
+    check = commands.add_parser("verify", help="compare a cache with the digests in its manifest")
+    check.set_defaults(command=verify)
+    check.add_argument("cache", help="folder of the cache")
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    report_mistakes(main)
