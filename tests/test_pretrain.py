@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_the_last_good_state(phot
         loss = made(normalize)
 
         def nan_in_the_fourth(model, batch):
-            calls.append(1)
+            calls.extend([1] * torch.is_grad_enabled())  # not while operations are counted
             return loss(model, batch) * (math.nan if len(calls) == 4 else 1)
 
         return nan_in_the_fourth
@@ -190,7 +190,7 @@ def test_sizes_and_settings_that_do_not_fit_are_named(flags, message, photos, tm
 
 def test_log_has_one_object_for_each_log_step(pretrained, photos):
     log = records(pretrained)
-    fields = ["step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gib"]
+    fields = ["step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "tflops", "memory_gib"]
     assert [list(x) for x in log] == [fields] * 4
     assert [(x["step"], x["epoch"]) for x in log] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     peak = 0.03 * 8 / 256  # of 2 steps of warm-up from 0, then half a cosine over 2 more
@@ -217,9 +217,10 @@ def test_config_tells_arguments_versions_commit_command_and_ranks(pretrained):
 
 def test_plain_lines_tell_progress_speed_and_time_left(photos, tmp_path):
     flags = [*TRAIN, "--epochs", 1, "--data_path", photos, "--output_dir", tmp_path]
-    head, first, second, last = call("main_pretrain", *flags, "--blr", 0.0256)
+    head, begun, first, second, *_, last = call("main_pretrain", *flags, "--blr", 0.0256)
     assert head == f"1 x cpu, 8 samples a step, peak learning rate 0.0008, output in {tmp_path}"
-    line = r"epoch {}  step {}/2  loss \d\.\d{{4}}  lr \d\.\d\de[+-]\d\d  \d+ images/s  waits for data \d+%  \d:\d\d:\d\d left"
+    line = r"epoch {}  step {}/2  loss \d\.\d{{4}}  lr \d\.\d\de[+-]\d\d  \d+ images/s  \S+ TFLOP/s  waits for data \d+%  \d+\.\d GiB  \d:\d\d:\d\d left"
+    assert re.fullmatch(r"first step: \d+\.\d s with its data", begun)
     assert re.fullmatch(line.format("0.50", 1), first)
     assert re.fullmatch(line.format("1.00", 2), second)
     assert last == f"1 epochs done: {tmp_path}/last.pth"

@@ -16,6 +16,7 @@ class Log:
         self.path = folder / "log.jsonl"
         self.bar: tqdm | None = None
         self.board: Any = None  # SummaryWriter
+        self.flops: float | None = None  # of an image, as soon as there is one
 
     def say(self, text: str) -> None:
         """A line for a person."""
@@ -57,9 +58,11 @@ class Log:
         """Progress bar on a terminal, a line elsewhere."""
         if not self.active:
             return
+        speed = f"{record['images_per_s']:.0f} images/s  {record['tflops']:.3g} TFLOP/s"
+        share = f" ({record['peak_share']:.0%} of peak)" if "peak_share" in record else ""
         facts = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['images_per_s']:.0f} images/s  "
-            f"waits for data {record['data_wait']:.0%}"
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {speed}{share}  "
+            f"waits for data {record['data_wait']:.0%}  {record['memory_gib']:.1f} GiB"
         )
         if not sys.stdout.isatty():
             left = timedelta(seconds=round(seconds_left))

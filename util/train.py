@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from util.data import Feed
 from util.lr_sched import set_lr
@@ -19,6 +20,13 @@ from util.rng import seed_everything, step_seed
 from util.run import Run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PEAK_TFLOPS = {  # dense matrix products in half precision, as the makers state them; the first name that fits counts
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121,
+    "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+ATTENTION_FLOPS = {  # torch counts those of GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 def autocast(amp: str, device: torch.device):
@@ -36,7 +44,9 @@ def wrap(model: nn.Module, run: Run) -> nn.Module:
     wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
         ids = [run.world.device.index] if run.world.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True)
+        # Every step uses the same parameters; but DDP counts them in the first step, which accumulation cuts short.
+        static = run.args.accum_iter == 1
+        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, static_graph=static)
         wrapped.broadcast_buffers = False  # they are constants; the probe averages its statistics itself
     return wrapped
 
@@ -46,6 +56,33 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def peak_tflops(amp: str, device: torch.device) -> float | None:
+    """What the device could do at --amp, TFLOP/s; None where that is not known."""
+    if device.type != "cuda" or amp == "off":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
+
+
+@torch.no_grad()
+def step_flops(model: Any, loss_fn: Callable, batch: dict, amp: str) -> float:
+    """Floating-point operations that the model asks for an image: products of matrices and convolutions, forward and back.
+
+    Backward is twice forward where most parameters are trained, nothing where they are not (the probe's encoder).
+    Recomputed activations are not counted.
+    """
+    model = getattr(model, "module", model)  # without DDP
+    model = getattr(model, "_orig_mod", model)  # nor torch.compile
+    two = {name: value[:2] for name, value in batch.items()}
+    training = model.training
+    model.eval()  # batch norm learns nothing from it
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, autocast(amp, two["images"].device):
+        loss_fn(model, two)
+    model.train(training)
+    trained = sum(p.numel() * (1 if p.requires_grad else -1) for p in model.parameters()) > 0
+    return counter.get_total_flops() * (3 if trained else 1) / len(two["images"])
 
 
 def due(every: int, done: int, total: int) -> bool:
@@ -59,7 +96,9 @@ class Meter:
     def __init__(self, run: Run, epoch: int, steps: int, feed: Feed):
         self.run, self.epoch, self.steps, self.feed = run, epoch, steps, feed
         self.losses: list[Tensor] = []
-        self.clock, self.waited = time.perf_counter(), 0.0
+        self.start = self.clock = time.perf_counter()
+        self.waited = 0.0
+        self.peak = peak_tflops(run.args.amp, run.world.device)
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss)
@@ -92,11 +131,31 @@ class Meter:
             "grad_norm": norm if math.isfinite(norm) else None,
             "images_per_s": len(losses) * run.batch / seconds,
             "data_wait": waited / seconds,
+            **self.speed(len(losses) * run.batch / run.world.size / seconds),
             "memory_gib": peak_memory(run.world.device),
         }
         run.log.scalars(record)
         run.log.progress(done, total, record, (total - done) * seconds / len(losses))
         self.losses, self.clock, self.waited = [], now, self.feed.waited
+
+    def speed(self, images_per_s: float) -> dict[str, float]:
+        """TFLOP/s of a rank, and their share of what its device could do, where that is known."""
+        tflops = images_per_s * (self.run.log.flops or 0) / 1e12
+        return {"tflops": tflops} | ({"peak_share": tflops / self.peak} if self.peak else {})
+
+    def first_step(self, loss: Tensor) -> None:
+        """Say how long the first step of the run took: with --compile, minutes."""
+        loss.item()
+        self.run.log.say(f"first step: {time.perf_counter() - self.start:.1f} s with its data")
+
+    def close(self, workers: int) -> None:
+        """Say what to do if the epoch waited for its data."""
+        share = self.feed.waited / (time.perf_counter() - self.start)
+        if share > 0.1:
+            self.run.log.say(
+                f"warning: {share:.0%} of epoch {self.epoch + 1} went into waiting for data: raise --num_workers "
+                f"({workers} now), or pack the images with `python -m util.cache build`"
+            )
 
 
 def train_one_epoch(
@@ -120,6 +179,7 @@ def train_one_epoch(
     feed = Feed(loader, world.device, order.parts)
     meter = Meter(run, epoch, order.steps, feed)
     batches = iter(feed)
+    first = run.log.flops is None
     model.train()
     for step in range(start_step, order.steps):
         lr = run.lr_at(epoch + step / order.steps)
@@ -127,6 +187,8 @@ def train_one_epoch(
         losses = []
         for micro in range(args.accum_iter):
             batch = next(batches)
+            if run.log.flops is None:
+                run.log.flops = step_flops(model, loss_fn, batch, args.amp)
             seed_everything(step_seed(args.seed, (epoch * order.steps + step) * args.accum_iter + micro, world.rank))
             last = micro == args.accum_iter - 1  # the ranks exchange gradients only then
             with nullcontext() if last or world.size == 1 else model.no_sync():
@@ -142,8 +204,12 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if first:
+            meter.first_step(losses[-1])
+            first = False
         if log_now:
             meter.read(step + 1, lr, grad_norm)
+    meter.close(loader.num_workers)
     report_bad_images(run, feed)
 
 

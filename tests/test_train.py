@@ -1,0 +1,117 @@
+"""What the training loop says of its speed: operations, shares, waiting, and that nothing is read back in between."""
+
+import time
+
+import pytest
+import torch
+from conftest import CPU, PRETRAIN, call, one_rank, pretrain
+
+import main_pretrain
+from engine_pretrain import build_model, pretrain_loss
+from models import ENCODERS
+from util.classify import Probe
+from util.data import Normalize, Samples
+from util.train import Feed, Meter, peak_tflops, step_flops
+
+
+def products(tokens: int, dim: int, depth: int) -> int:
+    """Operations of ViT blocks: four square products and an MLP of 4 times the width, and attention's two products."""
+    return depth * (2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim)
+
+
+@pytest.mark.parametrize("flags", ["", "--grad_checkpointing", "--amp bf16", "--lowpass_radius 0"])
+def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
+    words = [*PRETRAIN, "--input_size", "64", *flags.split(), "--data_path", "x"]
+    args = main_pretrain.get_parser().parse_args(words)
+    model = build_model(args, ENCODERS)
+    batch = {"images": torch.zeros(3, 64, 64, 3, dtype=torch.uint8), "noise": torch.rand(3, 64)}
+    forward = products(17, 192, 12) + 2 * 16 * 192 * 192  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
+    forward += products(65, 32, 1) + 2 * 17 * 192 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
+    assert step_flops(model, pretrain_loss(Normalize(args, CPU)), batch, args.amp) == 3 * forward
+    assert model.training
+
+
+def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_counting():
+    probe = Probe(ENCODERS["vit_tiny"](img_size=32), 5, 1).train()
+    before = probe.bn.running_mean.clone()
+    flops = step_flops(probe, lambda model, batch: model(batch["images"]), {"images": torch.randn(4, 3, 32, 32)}, "off")
+    assert flops == products(5, 192, 12) + 2 * 4 * 768 * 192 + 2 * 192 * 5
+    assert torch.equal(probe.bn.running_mean, before)
+    assert probe.training
+
+
+@pytest.mark.parametrize(
+    ("name", "amp", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA L40S", "fp16", 362),
+        ("NVIDIA L4", "fp16", 121),
+        ("NVIDIA H100 80GB HBM3", "off", None),  # float32 is another unit of it
+        ("Somebody's GPU", "bf16", None),
+    ],
+)
+def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_tflops(amp, torch.device("cuda", 0)) == peak
+    assert peak_tflops(amp, CPU) is None
+
+
+def test_the_log_says_which_share_of_the_peak_is_used(tmp_path):
+    run = one_rank(tmp_path, size=2)
+    meter = Meter(run, 0, 1, Feed([], CPU))
+    run.log.flops, meter.peak = 2e9, 100
+    assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
+
+
+def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeypatch, capsys):
+    read = Samples.__getitems__
+
+    def slow(self, keys):
+        time.sleep(1)
+        return read(self, keys)
+
+    words = ["--data_path", photos, "--output_dir", tmp_path / "slow", "--batch_size", 8, "--epochs", 1]
+    monkeypatch.setattr(Samples, "__getitems__", slow)
+    said = call("main_pretrain", *PRETRAIN, *words)
+    (warning,) = [line for line in said if line.startswith("warning: ")]
+    share = int(warning.split("%")[0].removeprefix("warning: "))
+    assert share > 50  # two steps of a second of waiting and far less of work
+    assert "of epoch 1 went into waiting for data: raise --num_workers (0 now), or pack the images" in warning
+    (first,) = [line for line in said if line.startswith("first step: ")]
+    assert float(first.split()[2]) > 1
+
+
+def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):
+    run = one_rank(tmp_path)
+    run.log.active = True
+    for waited, warnings in ((0.05, 0), (0.2, 1)):
+        feed = Feed([], CPU)
+        meter = Meter(run, 0, 1, feed)
+        meter.start -= 100
+        feed.waited = 100 * waited
+        meter.close(2)
+        assert capsys.readouterr().out.count("warning") == warnings
+
+
+def test_nothing_is_read_back_between_log_lines(photos, tmp_path, monkeypatch):
+    read, train_one_epoch = [], main_pretrain.train_one_epoch
+    for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *args, real=real, name=name):
+            read.append(name)
+            return real(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def watched(*args):
+        read.clear()
+        train_one_epoch(*args)
+        epochs.append({name: read.count(name) for name in set(read)})
+
+    epochs = []
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", watched)
+    pretrain(photos, tmp_path, "--batch_size", 4, "--log_every", 4, "--num_workers", 0)
+    # of four steps the losses; the norm of the gradient, the loader's seed (on the host), once the end of the first step
+    assert epochs == [{"tolist": 1, "item": 3}, {"tolist": 1, "item": 2}]
