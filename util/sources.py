@@ -115,8 +115,10 @@ def read_image(path: bytes, in_chans: int) -> list[Image.Image]:
         return [Image.fromarray(band) for band in pixels.transpose(2, 0, 1)]
     if in_chans not in (1, 3):
         raise ValueError(f"--in_chans {in_chans} is for .npy files")
-    with Image.open(name) as file:
-        image = ImageOps.exif_transpose(file)
+    image: Image.Image
+    with Image.open(name) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a copy, as that of convert below, would cost a tenth of decoding
         if image.mode.startswith(("I", "F")):
             pixels = np.asarray(image)
             if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
@@ -126,4 +128,5 @@ def read_image(path: bytes, in_chans: int) -> list[Image.Image]:
             image = image.convert("RGBA")
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return [image.convert("L" if in_chans == 1 else "RGB")]
+        mode = "L" if in_chans == 1 else "RGB"
+        return [image if image.mode == mode else image.convert(mode)]
