@@ -1,0 +1,195 @@
+"""How fast is a training step, what is each lever worth, how much of it are matrix products?
+
+`ours` is the step of main_pretrain.py on a batch that is in memory. The others are
+
+- ours without one lever: attention (timm's), optimizer (foreach), projection (of all patches), prediction (of all
+  patches), read-back (of the loss, each step); compiled: ours with one lever more;
+- baseline, baseline fp32: MAE as it is commonly run (baseline_mae.py), on images that its loader has normalised;
+- parts of ours: matmuls (nothing but the matrix products of its linear layers), target (what is to be predicted).
+
+All start from the same weights, and all do one step in each round, in an order that rotates: a machine that slows down
+slows all of them. A ratio is the median over the rounds of time / time of ours.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import date
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_step
+from benchmarks.levers import LEVERS, without
+from benchmarks.products import Products
+from engine_pretrain import build_model, pretrain_loss
+from models_pixmim import ENCODERS, PixMIM
+from util.args import Parser, add_device_arguments, add_method_arguments, add_model_arguments, number, report_mistakes
+from util.data import Normalize
+from util.dist import join
+from util.run import versions
+from util.train import autocast
+
+Step = Callable[[dict], object]  # of a batch
+TABLE = "| date | commit | machine | command | result |\n| --- | --- | --- | --- | --- |\n"
+
+
+def our_step(args, normalize: Normalize, model: nn.Module, fused: bool = True) -> Callable[[dict], Tensor]:
+    """Batch -> loss, still on the device: what train_one_epoch does with a batch."""
+    groups = param_groups_weight_decay(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, 1e-6, betas=(0.9, 0.95), fused=fused, foreach=not fused)
+    loss_fn = pretrain_loss(normalize)
+
+    def step(batch: dict) -> Tensor:
+        with autocast(args.amp, batch["images"].device):
+            loss = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def all_steps(args, model: PixMIM, normalize: Normalize) -> dict[str, Step]:
+    """Everything that is timed but the matrix products, which a step has to show first."""
+    make = partial(our_step, args, normalize)
+    ours, baseline = make(model), baseline_of(model)
+    optimizer = baseline_optimizer(baseline)
+    steps: dict[str, Step] = {
+        "ours": ours,
+        **{lever: make(without(lever, model)) for lever in LEVERS},
+        "optimizer": make(deepcopy(model), fused=False),
+        "read-back": lambda batch: ours(batch).item(),
+        "baseline": lambda batch: baseline_step(baseline, optimizer, batch["planes"], args.amp),
+        "baseline fp32": lambda batch: baseline_step(baseline, optimizer, batch["planes"], "off"),
+        "target": lambda batch: model.target(batch["normalised"]),
+    }
+    if args.amp == "off":
+        del steps["baseline fp32"]
+    if args.compile:
+        steps["compiled"] = make(torch.compile(deepcopy(model), dynamic=False))
+    return steps
+
+
+def seconds(step: Step, batch: dict) -> float:
+    """How long a step takes, until the device has done it."""
+    device = batch["images"].device
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step(batch)
+    wait()
+    return time.perf_counter() - start
+
+
+def measure(steps: dict[str, Step], batch: dict, rounds: int) -> dict:
+    """Medians over the rounds, as JSON has them; ratios are [least, median, most]."""
+    first = {name: seconds(step, batch) for name, step in steps.items()}
+    with Products() as products:
+        steps["ours"](batch)
+    steps = steps | {"matmuls": products.step(batch["images"].device)}
+    seconds(steps["matmuls"], batch)
+    names, times = list(steps), []
+    for turn in range(rounds):
+        shift = turn % len(names)
+        times.append({name: seconds(steps[name], batch) for name in names[shift:] + names[:shift]})
+    ratios = {name: sorted(t[name] / t["ours"] for t in times) for name in names}
+    typical = {name: median(t[name] for t in times) for name in names}
+    return {
+        "batch_size": len(batch["images"]),
+        "seconds": typical,
+        "images_per_s": len(batch["images"]) / typical["ours"],
+        "matmul_tflops_per_s": products.flops / typical["matmuls"] / 1e12,
+        "ratios": {name: [values[0], median(values), values[-1]] for name, values in ratios.items()},
+        "compile_s": first.get("compiled"),
+    }
+
+
+def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
+    """What util.data.Feed would put on the device, and the images normalised for those that begin with these."""
+    device = normalize.mean.device
+    shape = (size, *args.input_size, args.in_chans)
+    batch = {
+        "images": torch.randint(256, shape, dtype=torch.uint8, device=device),
+        "flip": torch.rand(size, device=device) < 0.5,
+        "noise": torch.rand(size, model.noise_length, device=device),
+    }
+    normalised = normalize(batch)  # channels last in memory, as the uint8 images; the baseline's loader has planes
+    return batch | {"normalised": normalised, "planes": normalised.contiguous()}
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def lines(result: dict) -> list[str]:
+    """What was measured, for people."""
+    head = (
+        f"batch {result['batch_size']}: ours {result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
+    )
+    rows = [f"{k} {m:.3f} ({low:.3f} to {high:.3f})" for k, (low, m, high) in result["ratios"].items() if k != "ours"]
+    compiled = [f"compiled in {result['compile_s']:.1f} s"] if result["compile_s"] else []
+    return [head, *rows, f"matmuls at {result['matmul_tflops_per_s']:.3g} TFLOP/s", *compiled]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser("Time a training step beside itself without each lever, and beside MAE as it is commonly run.")
+    add_model_arguments(parser, ENCODERS, model="vit_base")
+    add_method_arguments(parser)
+    add = add_device_arguments(parser).add_argument
+    add(
+        "--batch_size",
+        type=number(int, 1),
+        nargs="+",
+        default=[8],
+        help="images of a step; several = one after another",
+    )
+    add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
+    add("--compile", action="store_true", help="time the compiled model as well")
+    add("--append", type=Path, metavar="FILE", help="Markdown table that gets a row for each batch size")
+    parser.set_defaults(grad_checkpointing=False)
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    if args.amp == "fp16" or not args.norm_pix_loss:
+        raise ValueError("--amp fp16 and --no-norm_pix_loss are not timed: the baseline scales no loss and normalises")
+    device = join(args.device, args.amp).device
+    torch.manual_seed(args.seed)
+    model, normalize = build_model(args, ENCODERS).to(device), Normalize(args, device)
+    steps = all_steps(args, model, normalize)
+    command = shlex.join(["python", "-m", "benchmarks.throughput", *sys.argv[1:]])
+    for size in args.batch_size:
+        result = measure(steps, random_batch(args, model, normalize, size), args.rounds)
+        print(*lines(result), json.dumps(result), sep="\n", flush=True)
+        if args.append:
+            row = [
+                date.today().isoformat(),
+                versions()["commit"],
+                machine(device),
+                f"`{command}`",
+                "; ".join(lines(result)),
+            ]
+            head = "" if args.append.exists() else TABLE
+            with args.append.open("a") as file:
+                file.write(f"{head}| {' | '.join(map(str, row))} |\n")
+
+
+if __name__ == "__main__":
+    report_mistakes(main)

@@ -1,0 +1,87 @@
+"""What benchmarks/ compares computes the same thing, and its command line runs."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import MODEL, call
+from test_models import small_pixmim
+from torch import nn
+from torch.testing import assert_close
+
+from benchmarks.baseline_mae import baseline_of
+from benchmarks.levers import LEVERS, without
+from benchmarks.products import Products
+from util.convert import mae_names
+
+TINY = [*MODEL, "--device", "cpu", "--decoder_dim", "32", "--decoder_depth", "1", "--decoder_heads", "2"]
+
+
+def example(unit: int = 1) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """MAE as we compute it, images, noise."""
+    model = small_pixmim(nn.Identity(), mask_unit=unit)
+    return model, torch.randn(3, 3, 32, 48), torch.rand(3, model.noise_length)
+
+
+def gradients(model: nn.Module) -> dict:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("unit", [1, 2, 3])  # units of 3 do not divide the grid of 4 x 6
+def test_the_baseline_has_the_loss_and_every_gradient_of_pixmim_without_a_filter(unit):
+    model, images, noise = example(unit)
+    baseline = baseline_of(model)
+    ours, theirs = model(images, noise)[0], baseline(images, noise)
+    ours.backward()
+    theirs.backward()
+    assert_close(theirs, ours, rtol=1e-6, atol=0)
+    assert_close(
+        gradients(baseline), mae_names(gradients(model)), rtol=1e-4, atol=1e-6
+    )  # float32, sums in other orders
+    assert all(grad.any() for grad in gradients(baseline).values())
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_lever_changes_no_gradient(lever):
+    model, images, noise = example()
+    slow = without(lever, model)
+    assert [type(m) for m in slow.modules()] != [type(m) for m in model.modules()]
+    for each in (model, slow):
+        each(images, noise)[0].backward()
+    assert_close(slow(images, noise)[0], model(images, noise)[0], rtol=1e-6, atol=0)
+    assert_close(gradients(slow), gradients(model), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_products_are_those_of_every_linear_layer_forward_and_twice_backward(amp):
+    model, images, noise = example()
+    flops = []  # of the forward pass
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda m, x, y: flops.append(2 * y.numel() * m.in_features))
+    with Products() as products:
+        with torch.autocast("cpu", enabled=amp):
+            loss = model(images, noise)[0]
+        loss.backward()
+    projection = 2 * 3 * 6 * (8 * 8 * 3) * 24  # 3 images, 6 of 24 patches, 192 values, 24 wide; pixels get no gradient
+    assert products.flops == 3 * sum(flops) + 2 * projection
+    assert {dtype for *_, dtype in products.seen} == {torch.bfloat16 if amp else torch.float32}
+
+
+def test_throughput_prints_a_result_for_each_batch_size_and_appends_it(tmp_path):
+    table = tmp_path / "results.md"
+    words = ["--rounds", 1, "--batch_size", 1, 2, "--append", table, "--amp", "bf16", "--mask_unit", 2]
+    results = [json.loads(line) for line in call("benchmarks.throughput", *TINY, *words) if line.startswith("{")]
+    assert [result["batch_size"] for result in results] == [1, 2]
+    variants = {"ours", *LEVERS, "optimizer", "read-back", "baseline", "baseline fp32", "target", "matmuls"}
+    for result in results:
+        assert result["ratios"].keys() == variants
+        assert all(0 < x < math.inf for spread in result["ratios"].values() for x in spread)
+    rows = table.read_text().splitlines()
+    assert [row.count(" | ") for row in rows] == [4] * 4  # head, rule, two results
+
+
+def test_throughput_refuses_what_the_baseline_cannot_do():
+    with pytest.raises(ValueError, match="--no-norm_pix_loss"):
+        call("benchmarks.throughput", *TINY, "--no-norm_pix_loss")
