@@ -113,8 +113,9 @@ def baseline_optimizer(model: nn.Module, weight_decay: float = 0.05) -> torch.op
     return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay), 1e-6, betas=(0.9, 0.95), foreach=True)
 
 
-def baseline_step(model: BaselineMAE, optimizer, images: Tensor, amp: str) -> float:
-    """One step on normalised images at --amp (bf16 or off): the loss, which is read back every time."""
+def baseline_step(model: BaselineMAE, optimizer, batch: dict, amp: str) -> float:
+    """One step on normalised `planes` (B, C, H, W) at --amp (bf16 or off): the loss, which is read back every time."""
+    images = batch["planes"]
     with autocast(amp, images.device):
         loss = model(images)
     value = loss.item()

@@ -34,6 +34,12 @@ LEVERS = {  # name -> the class that has the lever, the one that has not
 }
 
 
+def levers_of(model: PixMIM) -> list[str]:
+    """Those that this model has."""
+    kinds = {type(module) for module in model.modules()}
+    return [lever for lever, (with_it, _) in LEVERS.items() if with_it in kinds]
+
+
 def without(lever: str, model: PixMIM) -> PixMIM:
     """A copy of the model that has all levers but this one."""
     twin = deepcopy(model)

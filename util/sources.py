@@ -118,7 +118,9 @@ def read_image(path: bytes, in_chans: int) -> list[Image.Image]:
     image: Image.Image
     with Image.open(name) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # a copy, as that of convert below, would cost a tenth of decoding
+        ImageOps.exif_transpose(
+            image, in_place=True
+        )  # a copy, as that of convert below, would cost a tenth of decoding
         if image.mode.startswith(("I", "F")):
             pixels = np.asarray(image)
             if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:

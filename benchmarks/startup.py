@@ -1,0 +1,81 @@
+"""How long does it take, and how much memory, until a source of 10^3 to 10^6 images is open, in a process of its own?
+
+Caches and tar shards are synthetic: an index of that length over sparse files. Folders hold that many empty files.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks.results import append
+from util.args import Parser, number, report_mistakes
+from util.cache import ENTRY, FORMAT, shard_path
+
+OPENED = """
+import resource, sys, time
+from util import cache, sources
+def pages():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+before, start = pages(), time.perf_counter()
+source = cache.Cache(sys.argv[1]) if sys.argv[2] == "cache" else sources.unlabelled_folder(sys.argv[1])
+print(len(source), time.perf_counter() - start, pages() - before)
+"""
+
+
+def make_cache(folder: Path, count: int) -> None:
+    """A cache of `count` images of 224 x 298 pixels, all holes: 5,000 in a shard of 1 GiB."""
+    size = 224 * 298 * 3
+    index = np.zeros(count, ENTRY)
+    number = np.arange(count)
+    index["shard"], index["offset"], index["bytes"] = number // 5000, number % 5000 * size, size
+    index["height"], index["width"] = 224, 298
+    np.save(folder / "index.npy", index)
+    lengths = np.bincount(index["shard"]) * size
+    for shard, length in enumerate(lengths):
+        shard_path(folder, shard).touch()
+        os.truncate(shard_path(folder, shard), length)
+    manifest = {"format": FORMAT, "input_size": [224, 224], "crop_interpolation": "bilinear", "in_chans": 3}
+    shards = [{"bytes": int(length), "sha256": ""} for length in lengths]
+    manifest |= {"payload": "raw", "images": count, "classes": [], "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def make_folder(folder: Path, count: int) -> None:
+    """`count` empty files in folders of a thousand."""
+    for start in range(0, count, 1000):
+        (folder / f"{start // 1000:04d}").mkdir()
+        for i in range(min(1000, count - start)):
+            (folder / f"{start // 1000:04d}" / f"n01440764_{i:05d}.JPEG").touch()
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser("Open caches and folders of growing size in processes of their own.")
+    parser.add_argument("--images", type=number(int, 1), nargs="+", default=[10**n for n in range(3, 7)], help="sizes")
+    parser.add_argument("--append", type=Path, metavar="FILE", help="Markdown table that gets a row")
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    said = []
+    for kind, make in (("cache", make_cache), ("folder", make_folder)):
+        for count in args.images:
+            with TemporaryDirectory() as folder:
+                make(Path(folder), count)
+                command = [sys.executable, "-c", OPENED, folder, kind]
+                opened = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            images, seconds, mib = int(opened[0]), float(opened[1]), float(opened[2])
+            said.append(f"{kind} of {images}: {seconds:.3f} s, {mib:.0f} MiB")
+            print(said[-1], flush=True)
+    append(args.append, "startup", torch.device("cpu"), said)
+
+
+if __name__ == "__main__":
+    report_mistakes(main)
