@@ -29,6 +29,7 @@ import engine_pretrain
 import main_pretrain
 from engine_pretrain import build_model, lowpass_radius, panel, to_uint8
 from models_pixmim import ENCODERS, LowPass, mask_from_noise, patch_statistics, patchify, take
+from util import run
 from util.data import Normalize
 from util.run import versions
 
@@ -362,3 +363,11 @@ def test_the_cut_off_scales_with_the_shorter_side_unless_it_is_given():
     assert lowpass_radius(parsed("--input_size", "224")) == 40
     assert lowpass_radius(parsed("--input_size", "448", "560")) == 80
     assert lowpass_radius(parsed("--lowpass_radius", "7")) == 7
+
+
+def test_bf16_on_a_processor_without_it_is_warned_of(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "cpu_has_bf16", lambda: False)
+    words = [*TRAIN, "--epochs", 1, "--data_path", photos, "--output_dir", tmp_path]
+    assert call("main_pretrain", *words, "--amp", "bf16")[0].startswith("warning: this processor is not known to have bfloat16")
+    said = call("main_pretrain", *words, "--amp", "off", "--resume", "none", "--overwrite")
+    assert not [line for line in said if "bfloat16" in line]

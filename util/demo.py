@@ -5,7 +5,6 @@ last, and ends with a table.
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-DATA, OUTPUT, CPUINFO = Path("data/demo"), Path("output/demo"), Path("/proc/cpuinfo")
+from util.dist import cpu_has_bf16
+
+DATA, OUTPUT = Path("data/demo"), Path("output/demo")
 # Half precision where the processor computes with it: twice as fast.
-AMP = "--amp bf16" if CPUINFO.exists() and re.search("bf16", CPUINFO.read_text()) else "--amp off"
+AMP = "--amp bf16" if cpu_has_bf16() else "--amp off"
 UNTRAINED = "--checkpoint none --model vit_tiny --patch_size 4 --input_size 32"
 TRAINED = f"--checkpoint {OUTPUT}/pretrain/last.pth"
 COMMANDS = {

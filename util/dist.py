@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,12 @@ def placement(environ=os.environ) -> tuple[int, int, int]:
         environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
         return int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"])
     return 0, 1, 0
+
+
+def cpu_has_bf16() -> bool:
+    """True where Linux lists bfloat16 among the processor's instructions; elsewhere nobody tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
 
 
 def check_precision(amp: str, device: torch.device) -> None:
