@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,18 @@ class Source:
         """What a message calls image i."""
         raise NotImplementedError
 
+    def enter(self, epoch: int) -> None:
+        """What is expected and read next belongs to this epoch."""
+
     def expect(self, indices: Sequence[int]) -> None:
         """A hint that these images are read next."""
 
     def read(self, i: int, in_chans: int) -> list[Image.Image] | np.ndarray:
         """Image i: bands for a crop, or, resized already, pixels (h, w, C) uint8. A broken one raises anything."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the files that are open; reading opens them again."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +112,21 @@ def class_folders(data_path: str, split: str, classes: Sequence[str] | None = No
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def read_image(path: bytes, in_chans: int) -> list[Image.Image]:
+def read_image(path: bytes | BytesIO, in_chans: int) -> list[Image.Image]:
     """An image as a person would see it: [RGB] or [grey] upright, alpha over white; bands of a (H, W, C) uint8 .npy."""
-    name = os.fsdecode(path)
-    if name.lower().endswith(".npy"):
-        pixels = np.atleast_3d(np.load(name))
+    file = path if isinstance(path, BytesIO) else os.fsdecode(path)
+    if file.getvalue().startswith(b"\x93NUMPY") if isinstance(file, BytesIO) else file.lower().endswith(".npy"):
+        pixels = np.atleast_3d(np.load(file))
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != in_chans:
             raise ValueError(f"holds {pixels.dtype} {pixels.shape}, not uint8 (height, width, {in_chans})")
         return [Image.fromarray(band) for band in pixels.transpose(2, 0, 1)]
     if in_chans not in (1, 3):
         raise ValueError(f"--in_chans {in_chans} is for .npy files")
     image: Image.Image
-    with Image.open(name) as image:
+    with Image.open(file) as image:
         image.load()
-        ImageOps.exif_transpose(
-            image, in_place=True
-        )  # a copy, as that of convert below, would cost a tenth of decoding
+        # In place, and below converted only where it must be: copies would cost a tenth of the decoding.
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             pixels = np.asarray(image)
             if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
