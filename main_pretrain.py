@@ -28,9 +28,13 @@ from util.train import due, grad_scaler, train_one_epoch, wrap
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser, "folder of images: train/<class>/ as ImageNet, or any other structure without classes")
+    data = add_data_arguments(
+        parser, "images: train/<class>/ as ImageNet, a folder of any other structure, tar shards, or a stream of them"
+    )
     add_model_arguments(parser, ENCODERS, model="vit_base")
     # fmt: off
+    data.add_argument("--stream_samples", type=number(int, 1),
+        help="images that make an epoch of a stream, which does not tell; others need none")
     add = add_method_arguments(parser).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
         help="SimpleResizedCrop (PixMIM) or RandomResizedCrop of 0.2 to 1 of the area (MAE)")

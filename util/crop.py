@@ -55,6 +55,8 @@ class SimpleResizedCrop:
     """
 
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear"):
+        if min(size) <= 4:
+            raise ValueError(f"a crop of {size[0]} x {size[1]} is too small to mirror 4 pixels beyond its edges")
         self.size, self.interpolation = size, interpolation
 
     def resize(self, bands: Sequence[Image.Image]) -> np.ndarray:

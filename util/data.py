@@ -20,6 +20,7 @@ from util.dist import World
 from util.rng import CROP, MASK, Seeded, generator, permutation
 from util.run import Run
 from util.sources import Source, class_folders, unlabelled_folder
+from util.tars import Stream, is_stream, local_tars
 
 T_MODES = {mode.value: mode for mode in T.InterpolationMode}
 PART = 256  # images that a worker prepares at once: a large batch neither waits for one worker nor fills its memory
@@ -29,19 +30,23 @@ PART = 256  # images that a worker prepares at once: a large batch neither waits
 
 
 def pretrain_source(args) -> Source:
-    """Images of --data_path: a cache, or a folder of whatever structure."""
+    """Images of --data_path: a cache, tar shards here or from afar, or a folder of whatever structure."""
     if is_cache(args.data_path):
         cache = Cache(args.data_path)
         cache.refuse_other_flags(args)
         return cache
-    return unlabelled_folder(args.data_path)
+    if is_stream(args.data_path):
+        return Stream(args.data_path, args.stream_samples, args.seed)
+    return local_tars(args.data_path) or unlabelled_folder(args.data_path)
 
 
 def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = None) -> Source:
-    """Images of a split with their classes, which are those of its folders or as given."""
+    """Images of a split with their classes, which are those of its folders or tars, or as given."""
     if is_cache(data_path):
         raise ValueError(f"{data_path} is a cache, for pre-training alone: kNN and classifiers need the images")
-    return class_folders(data_path, split, classes)
+    if is_stream(data_path):
+        raise ValueError(f"--data_path {data_path}: streams are for pre-training; copy labelled shards to this machine")
+    return local_tars(data_path, split, classes) or class_folders(data_path, split, classes)
 
 
 def labelled_sources(data_path: str) -> tuple[Source, Source]:
@@ -90,7 +95,11 @@ class Samples(Dataset):
         """
         bad: list[tuple[str, str]] = []
         images, flips, noise, index = [], [], [], []
-        self.source.expect([i for _, i in keys])
+        try:
+            self.source.enter(keys[0][0])
+            self.source.expect([i for _, i in keys])
+        except ValueError as error:  # raised here, it would come out of a worker with a traceback
+            return {"bad": bad, "stop": str(error)}
         for epoch, i in keys:
             readable = self.read(i, bad)
             if readable is None:
@@ -224,6 +233,8 @@ class Feed:
         """Parts -> a batch on the device, copied while the device still computes the step before."""
         for part in parts:
             bad = part.pop("bad")
+            if "stop" in part:
+                raise ValueError(part["stop"])
             if "images" not in part:
                 name, reason = bad[0]
                 raise ValueError(
@@ -243,7 +254,9 @@ class Feed:
 
 def one_batch(samples: Samples, indices: Sequence[int], device: torch.device) -> dict:
     """These samples of epoch 0, as a batch on the device."""
-    return next(iter(Feed([samples.__getitems__([(0, i) for i in indices])], device)))
+    batch = next(iter(Feed([samples.__getitems__([(0, i) for i in indices])], device)))
+    samples.source.close()  # training begins a stream anew
+    return batch
 
 
 class Normalize:
