@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
-from util.tars import Tars
 
 from benchmarks.results import append, spread
 from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, report_mistakes
 from util.cache import Cache
 from util.data import Samples, as_it_is, pretrain_transform
 from util.sources import Folder, Source, unlabelled_folder
+from util.tars import Tars
 
 BATCH = 64
 
@@ -118,7 +118,7 @@ def sources(args, folder: Path) -> dict[str, Source]:
     (folder / "tar").mkdir()
     tar = ["tar", "--sort=name", "-cf", folder / "tar" / "0.tar", "-C", args.data_path, "."]
     subprocess.run([*map(str, tar)], check=True)
-    made["tar"] = Tars(folder / "tar")
+    made["tar"] = Tars([folder / "tar" / "0.tar"])
     return made
 
 

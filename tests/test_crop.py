@@ -74,3 +74,8 @@ def test_bands_are_cropped_alike():
     crop = SimpleResizedCrop((24, 24))
     together = crop([image], np.random.default_rng(5))
     assert np.array_equal(together, crop(image.split(), np.random.default_rng(5)))
+
+
+def test_a_crop_that_is_too_small_to_be_mirrored_is_refused():
+    with pytest.raises(ValueError, match="a crop of 4 x 9 is too small to mirror 4 pixels"):
+        SimpleResizedCrop((4, 9))

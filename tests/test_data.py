@@ -180,10 +180,10 @@ def test_arrays_hold_any_number_of_channels(tmp_path):
     assert np.array_equal(bands_of(tmp_path / "x.npy", in_chans=5), pixels)
     shutil.copy(tmp_path / "x.npy", tmp_path / "X.NPY")
     assert np.array_equal(bands_of(tmp_path / "X.NPY", in_chans=5), pixels)
-    crop = pretrain_transform("src", (4, 4), None)(
+    crop = pretrain_transform("src", (8, 8), None)(
         read_image(os.fsencode(tmp_path / "x.npy"), 5), np.random.default_rng()
     )
-    assert crop.shape == (4, 4, 5)
+    assert crop.shape == (8, 8, 5)
 
 
 def test_arrays_of_another_channel_count_or_type_are_refused(tmp_path):

@@ -368,6 +368,8 @@ def test_the_cut_off_scales_with_the_shorter_side_unless_it_is_given():
 def test_bf16_on_a_processor_without_it_is_warned_of(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "cpu_has_bf16", lambda: False)
     words = [*TRAIN, "--epochs", 1, "--data_path", photos, "--output_dir", tmp_path]
-    assert call("main_pretrain", *words, "--amp", "bf16")[0].startswith("warning: this processor is not known to have bfloat16")
+    assert call("main_pretrain", *words, "--amp", "bf16")[0].startswith(
+        "warning: this processor is not known to have bfloat16"
+    )
     said = call("main_pretrain", *words, "--amp", "off", "--resume", "none", "--overwrite")
     assert not [line for line in said if "bfloat16" in line]

@@ -57,7 +57,7 @@ def encode(payload: str, pixels: np.ndarray) -> bytes:
     return pixels.tobytes()
 
 
-def decode(payload: str, content: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+def decode(payload: str, content: bytes | memoryview, shape: tuple[int, int, int]) -> np.ndarray:
     """The inverse of `encode`."""
     if payload == "jpeg":
         with Image.open(io.BytesIO(content)) as image:
@@ -101,6 +101,7 @@ class Cache(Source):
             ) from error
         self.labels = self.index["label"]
         self.files: dict[int, int] = {}
+        self.buffer = bytearray()
 
     def __reduce__(self):
         return Cache, (self.folder,)  # a process that is spawned opens it for itself
@@ -158,8 +159,13 @@ class Cache(Source):
             os.posix_fadvise(self.file(shard), offset, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, i: int, in_chans: int) -> np.ndarray:
+        """Pixels (h, w, C), until the next image is read: new memory for each would take longer than reading."""
         offset, length, _, shard, height, width = self.index[i].item()
-        content = os.pread(self.file(shard), length, offset)
+        if length > len(self.buffer):
+            self.buffer = bytearray(length)
+        content = memoryview(self.buffer)[:length]
+        if os.preadv(self.file(shard), [content], offset) < length:
+            raise EOFError(f"{shard_path(self.folder, shard)} ended early")
         return decode(self.payload, content, (height, width, in_chans))
 
 

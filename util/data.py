@@ -94,23 +94,26 @@ class Samples(Dataset):
         `bad` lists (name, reason) of the images that could not be read; with `stop` the first of them ends the batch.
         """
         bad: list[tuple[str, str]] = []
-        images, flips, noise, index = [], [], [], []
+        flips, noise, index = [], [], []
+        images = None
         try:
             self.source.enter(keys[0][0])
             self.source.expect([i for _, i in keys])
         except ValueError as error:  # raised here, it would come out of a worker with a traceback
             return {"bad": bad, "stop": str(error)}
-        for epoch, i in keys:
+        for n, (epoch, i) in enumerate(keys):
             readable = self.read(i, bad)
             if readable is None:
                 return {"bad": bad}
             rng = generator(self.seed, CROP, epoch, i)
-            images.append(torch.from_numpy(self.transform(readable[0], rng)))
+            pixels = self.transform(readable[0], rng)
+            images = room(len(keys), pixels.shape) if images is None else images
+            images[n] = torch.from_numpy(pixels)
             index.append(readable[1])
             flips.append(rng.random() < 0.5)
             noise.append(generator(self.seed, MASK, epoch, i).random(self.noise_length, np.float32))
         batch = {
-            "images": default_collate(images),  # in a worker straight into memory that is shared
+            "images": images,
             "noise": torch.from_numpy(np.stack(noise)),
             "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
             "index": torch.tensor(index),
@@ -127,6 +130,11 @@ class Samples(Dataset):
                 name = self.source.name(index).replace("\n", "\\n")
                 bad.append((name, " ".join(str(error).split()) or type(error).__name__))
         return None
+
+
+def room(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Zeros (count, *shape) uint8, in a worker in the memory that it shares: what is written there is not copied again."""
+    return default_collate([torch.zeros((), dtype=torch.uint8).expand(count, *shape)])[0]
 
 
 # ------------------------------------------------------------------------------------------------- order and loaders

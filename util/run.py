@@ -87,7 +87,9 @@ def start(args: Namespace) -> Run:
     world.gather(None)  # nobody looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
-        run.log.say("warning: this processor is not known to have bfloat16 instructions; without them --amp off is faster")
+        run.log.say(
+            "warning: this processor is not known to have bfloat16 instructions; without them --amp off is faster"
+        )
     run.log.say(
         f"{world.size} x {world.device}, {batch} samples a step, peak learning rate {run.lr:.3g}, output in {folder}"
     )
