@@ -3,15 +3,18 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL, call
+from PIL import Image
 from test_models import small_pixmim
 from torch import nn
 from torch.testing import assert_close
 
 from benchmarks.baseline_mae import baseline_of
 from benchmarks.levers import LEVERS, without
+from benchmarks.loading import synthesise
 from benchmarks.products import Products
 from util.convert import mae_names
 
@@ -85,3 +88,32 @@ def test_throughput_prints_a_result_for_each_batch_size_and_appends_it(tmp_path)
 def test_throughput_refuses_what_the_baseline_cannot_do():
     with pytest.raises(ValueError, match="--no-norm_pix_loss"):
         call("benchmarks.throughput", *TINY, "--no-norm_pix_loss")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
+def test_loading_times_every_way_beside_mae_on_the_same_images(photos, tmp_path):
+    table = tmp_path / "results.md"
+    words = ["--data_path", photos / "train", "--input_size", 32, "--seconds", 0.01, "--rounds", 1, "--append", table]
+    result = json.loads(call("benchmarks.loading", *words)[-1])
+    ways = {"mae", "rrc", "src", "raw", "zstd", "jpeg", "tar", "cold"}
+    for where in ("one core", "two workers"):
+        assert result[where].keys() == ways
+        assert result[where]["mae"]["ratio"] == [1, 1, 1]
+        assert all(way["images_per_s"][0] > 0 for way in result[where].values())
+    assert "two workers: raw" in table.read_text()
+
+
+def test_startup_opens_what_it_made_in_another_process():
+    lines = call("benchmarks.startup", "--images", 10, 2000)
+    assert [line.split(":")[0] for line in lines] == [f"{k} of {n}" for k in ("cache", "folder") for n in (10, 2000)]
+
+
+def test_made_up_images_have_the_size_and_the_falling_spectrum_of_photographs(tmp_path):
+    synthesise(tmp_path, 2)
+    for path in tmp_path.iterdir():
+        assert 80_000 < path.stat().st_size < 140_000
+        pixels = np.asarray(Image.open(path)).astype(float)
+        assert pixels.shape == (375, 500, 3)
+        power = np.abs(np.fft.rfft2(pixels[..., 0] - pixels[..., 0].mean())) ** 2
+        low, high = (power[a:b, a:b].mean() for a, b in ((5, 10), (40, 80)))
+        assert 8**1.5 < low / high < 8**3.5  # amplitude falls as frequency to the power of 1.2
