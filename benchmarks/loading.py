@@ -2,7 +2,9 @@
 
 - mae: Pillow, torchvision's RandomResizedCrop, flip, ToTensor, Normalize and collation of float32, as MAE does it
 - rrc, src: ours from images, RandomResizedCrop and SimpleResizedCrop
-- raw, zstd, jpeg: ours from a cache of that payload; cold: raw, its files dropped from the page cache before each round
+- raw, zstd, jpeg: ours from a cache of that payload
+- cold: raw, each image once, after its files were dropped from the page cache; in this process alone, because a loader
+  would have read half of them ahead
 - tar: ours from tar shards
 
 Each is timed from its first batch on for some seconds, in this process (a core) and through a loader with two workers,
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +97,16 @@ def speed(dataset: Dataset, count: int, workers: int, seconds: float) -> float:
     return seen / passed
 
 
+def cold_speed(samples: Samples, folder: Path) -> float:
+    """Images/s of all images of a cache, once each in random order, from the disk."""
+    drop_from_memory(folder)
+    order = np.random.default_rng(0).permutation(len(samples)).tolist()
+    start = time.perf_counter()
+    for first in range(0, len(order), BATCH):
+        samples.__getitems__([(0, i) for i in order[first : first + BATCH]])
+    return len(order) / (time.perf_counter() - start)
+
+
 def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
@@ -122,7 +135,7 @@ def sources(args, folder: Path) -> dict[str, Source]:
     return made
 
 
-def datasets(args, images: Folder, packed: dict[str, Source]) -> dict[str, Dataset]:
+def datasets(args, images: Folder, packed: dict[str, Source]) -> dict[str, Any]:
     size = (args.input_size, args.input_size)
     flags = argparse.Namespace(seed=0, in_chans=3)
     patches = (args.input_size // 16) ** 2
@@ -135,7 +148,6 @@ def datasets(args, images: Folder, packed: dict[str, Source]) -> dict[str, Datas
         "rrc": ours(images, "rrc"),
         "src": ours(images),
         **{name: ours(source) for name, source in packed.items()},
-        "cold": ours(packed["raw"]),
     }
 
 
@@ -151,12 +163,12 @@ def measure(args, images: Folder, folder: Path, say: Callable[[str], None]) -> d
         for turn in range(args.rounds):
             found = {}
             for name in [*ways][turn % len(ways) :] + [*ways][: turn % len(ways)]:
-                if name == "cold":
-                    drop_from_memory(folder / "raw")
                 found[name] = speed(ways[name], len(images), workers, args.seconds)
+            if not workers:
+                found["cold"] = cold_speed(ways["raw"], folder / "raw")
             rounds.append(found)
         result[where] = {}
-        for name in ways:
+        for name in rounds[0]:
             rate = spread([found[name] for found in rounds])
             ratio = spread([found[name] / found["mae"] for found in rounds])
             result[where][name] = {"images_per_s": rate, "ratio": ratio}

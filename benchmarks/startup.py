@@ -1,6 +1,6 @@
 """How long does it take, and how much memory, until a source of 10^3 to 10^6 images is open, in a process of its own?
 
-Caches and tar shards are synthetic: an index of that length over sparse files. Folders hold that many empty files.
+Caches are synthetic: an index of that length over sparse files. Folders hold that many empty files.
 """
 
 import argparse
@@ -43,8 +43,9 @@ def make_cache(folder: Path, count: int) -> None:
         os.truncate(shard_path(folder, shard), length)
     manifest = {"format": FORMAT, "input_size": [224, 224], "crop_interpolation": "bilinear", "in_chans": 3}
     shards = [{"bytes": int(length), "sha256": ""} for length in lengths]
-    manifest |= {"payload": "raw", "images": count, "classes": [], "shards": shards}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest |= {"payload": "raw", "images": count, "classes": [], "shards": shards, "index_sha256": ""}
+    for name in ("plan.json", "manifest.json"):
+        (folder / name).write_text(json.dumps(manifest))
 
 
 def make_folder(folder: Path, count: int) -> None:

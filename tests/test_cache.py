@@ -5,13 +5,14 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, PRETRAIN, assert_same, call, class_folders, ended, one_rank, pretrain, spawn, weights
+from conftest import CPU, PRETRAIN, assert_same, call, class_folders, ended, one_rank, pretrain, smooth, spawn, weights
 
 from util import cache
 from util.cache import Cache
@@ -229,7 +230,7 @@ def test_a_bad_image_ends_the_build_or_the_next_one_takes_its_place_as_in_traini
 
 def test_a_folder_of_bad_images_is_refused(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="none of 1 images can be read"):
+    with pytest.raises(ValueError, match="none of 1 images can be packed: cannot identify"):
         build(tmp_path, tmp_path / "cache", "--on_bad_image", "skip")
 
 
@@ -253,7 +254,7 @@ def test_flags_that_ask_for_other_pixels_are_refused(flags, message, packed, tmp
 
 
 def test_a_probe_of_a_cache_is_refused(packed, pretrained):
-    with pytest.raises(ValueError, match="kNN and classifiers need the images"):
+    with pytest.raises(ValueError, match=r"kNN \(--knn_path\) and classifiers need images"):
         call("main_knn", "--checkpoint", pretrained / "last.pth", "--data_path", packed, "--device", "cpu")
 
 
@@ -309,6 +310,54 @@ def test_verify_names_the_shard_in_which_a_bit_has_flipped(packed, tmp_path):
     spoil(folder, "shard-00003.bin", content)
     with pytest.raises(ValueError, match=r"damaged: shard-00003\.bin; delete them and build again"):
         call("util.cache", "verify", folder)
+
+
+def test_verify_names_an_index_that_points_elsewhere_within_the_shards(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "cache")
+    index = np.load(folder / "index.npy")
+    index["offset"][1] -= 1
+    np.save(folder / "index.npy", index)
+    with pytest.raises(ValueError, match=r"damaged: index\.npy; delete them"):
+        call("util.cache", "verify", folder)
+
+
+def test_an_image_far_wider_than_high_is_packed(tmp_path):
+    save = smooth(np.random.default_rng(0), 30, 20)
+    (tmp_path / "images").mkdir()
+    save.save(tmp_path / "images" / "a.png")
+    save.resize((9000, 2)).save(tmp_path / "images" / "b.png")  # 72,000 pixels wide at 16 px
+    build(tmp_path / "images", tmp_path / "cache")
+    assert Cache(tmp_path / "cache").read(1, 3).shape == (16, 72000, 3)
+
+
+def test_images_of_other_sizes_and_the_same_names_are_refused(tmp_path):
+    class_folders(tmp_path / "images", {"a": 4}, seed=0)
+    build(tmp_path / "images", tmp_path / "cache")
+    class_folders(tmp_path / "others", {"a": 4}, seed=1)
+    with pytest.raises(ValueError, match=r"holds a cache with files .*, not .*; choose another folder"):
+        build(tmp_path / "others", tmp_path / "cache")
+
+
+def test_what_an_image_cannot_be_packed_for_is_said(tmp_path, monkeypatch):
+    class_folders(tmp_path / "images", {"a": 2}, seed=0)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    words = ["--data_path", tmp_path / "images", "--out", tmp_path / "cache", "--payload", "zstd", "--workers", 1]
+    with pytest.raises(ValueError, match="can be packed: --payload zstd: `pip install zstandard` first"):
+        call("util.cache", "build", *words)
+
+
+def test_a_shard_that_vanishes_while_it_is_used_is_one_line(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "cache")
+    source = Cache(folder)
+    (folder / "shard-00002.bin").unlink()
+    with pytest.raises(ValueError, match=r"No such file or directory: .*shard-00002\.bin"):
+        epoch(source, tmp_path, num_workers=2)
+
+
+def test_a_folder_of_images_may_have_a_manifest_of_its_own(tmp_path):
+    class_folders(tmp_path, {"a": 2}, seed=0)
+    (tmp_path / "manifest.json").write_text('{"name": "my data"}')
+    assert not cache.is_cache(tmp_path)
 
 
 def test_data_path_recognises_a_cache_by_itself(packed, photos):

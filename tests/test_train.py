@@ -49,6 +49,8 @@ def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_cou
         ("NVIDIA L4", "fp16", 121),
         ("NVIDIA H100 80GB HBM3", "off", None),  # float32 is another unit of it
         ("Somebody's GPU", "bf16", None),
+        ("NVIDIA L40", "bf16", None),  # no L4
+        ("NVIDIA RTX A1000", "bf16", None),  # no A100
     ],
 )
 def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monkeypatch):
@@ -77,7 +79,7 @@ def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeyp
     (warning,) = [line for line in said if line.startswith("warning: ")]
     share = int(warning.split("%")[0].removeprefix("warning: "))
     assert share > 50  # two steps of a second of waiting and far less of work
-    assert "of epoch 1 went into waiting for data: raise --num_workers (0 now), or pack the images" in warning
+    assert "of epoch 1 went into waiting for data: raise --num_workers (0 now); pre-training can read" in warning
     (first,) = [line for line in said if line.startswith("first step: ")]
     assert float(first.split()[2]) > 1
 

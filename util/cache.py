@@ -30,7 +30,7 @@ from util.sources import Folder, Source, unlabelled_folder
 
 FORMAT = "pixmim-cache-1"
 ENTRY = np.dtype(
-    [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u2"), ("width", "<u2")]
+    [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )
 OPEN_SHARDS = 256  # file descriptors that a process keeps
 PLAN = ("format", "input_size", "crop_interpolation", "in_chans", "payload", "images", "files", "pillow")
@@ -72,7 +72,8 @@ def decode(payload: str, content: bytes | memoryview, shape: tuple[int, int, int
 
 
 def is_cache(folder: str | Path) -> bool:
-    return (Path(folder) / "manifest.json").is_file()
+    """True for a finished cache; other data sets may have a manifest.json as well."""
+    return all((Path(folder) / name).is_file() for name in ("manifest.json", "plan.json"))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -91,6 +92,7 @@ class Cache(Source):
             self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
             self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
             self.digests = [str(shard["sha256"]) for shard in manifest["shards"]]
+            self.index_digest = str(manifest["index_sha256"])
             sizes = np.array([int(shard["bytes"]) for shard in manifest["shards"]], np.uint64)
             index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index = index.view(np.ndarray)  # still in the file, and faster to look up than a memmap
@@ -172,11 +174,13 @@ class Cache(Source):
 def verify(args: argparse.Namespace) -> None:
     """Compare every shard with the digest in the manifest."""
     cache = Cache(args.cache)
+    files = {shard_path(cache.folder, shard): digest for shard, digest in enumerate(cache.digests)}
+    files[cache.folder / "index.npy"] = cache.index_digest
     damaged = []
-    for shard, digest in enumerate(tqdm(cache.digests, unit="shard", file=sys.stdout)):
-        with shard_path(cache.folder, shard).open("rb") as file:
+    for path, digest in tqdm(files.items(), unit="file", file=sys.stdout):
+        with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                damaged.append(shard_path(cache.folder, shard).name)
+                damaged.append(path.name)
     if damaged:
         raise ValueError(f"{args.cache}: damaged: {' '.join(damaged)}; delete them and build again with the same flags")
     print(f"{args.cache}: {len(cache)} images in {len(cache.digests)} shards, all as they were written")
@@ -229,7 +233,9 @@ class Builder:
         self.source = folder_classes(unlabelled_folder(args.data_path), args.data_path)
         crop = SimpleResizedCrop(args.input_size, args.crop_interpolation)
         self.packing = Packing(self.source, crop, args.in_chans, args.payload)
-        relative = b"\0".join(os.path.relpath(path, os.fsencode(args.data_path)) for path in self.source.paths)
+        files = hashlib.sha256()
+        for path in self.source.paths:
+            files.update(b"%s\0%d\0" % (os.path.relpath(path, os.fsencode(args.data_path)), os.stat(path).st_size))
         self.plan: dict[str, Any] = {
             "format": FORMAT,
             "input_size": list(args.input_size),
@@ -237,11 +243,10 @@ class Builder:
             "in_chans": args.in_chans,
             "payload": args.payload,
             "images": len(self.source),
-            "files": hashlib.sha256(relative).hexdigest(),
+            "files": files.hexdigest(),  # names and sizes
             "pillow": PIL.__version__,
             "classes": self.source.classes,
         }
-        self.bad: list[tuple[str, str]] = []
 
     def prepare(self) -> None:
         """Say how large it becomes, refuse what cannot be; the plan is written before the first shard."""
@@ -260,10 +265,13 @@ class Builder:
         count = len(self.source)
         sample = np.linspace(0, count - 1, min(count, 256)).astype(int)
         began = time.perf_counter()
-        packed = [one for one in self.packing.each(sample, self.args.workers) if not isinstance(one, str)]
+        tried = [*self.packing.each(sample, self.args.workers)]
+        packed = [one for one in tried if not isinstance(one, str)]
         seconds = (time.perf_counter() - began) / len(sample) * count
         if not packed:
-            raise ValueError(f"--data_path {self.args.data_path}: none of {len(sample)} images can be read")
+            raise ValueError(
+                f"--data_path {self.args.data_path}: none of {len(sample)} images can be packed: {tried[0]}"
+            )
         mean = sum(len(content) for content, _, _ in packed) / len(packed)
         self.plan["images_per_shard"] = max(1, int(self.args.shard_mib * 2**20 / mean))
         if plan_path.exists():
@@ -304,7 +312,7 @@ class Builder:
             for row, image in enumerate(self.packing.each(np.arange(first, last), self.args.workers)):
                 bar.update()
                 if isinstance(image, str):
-                    self.refuse(first + row, image)
+                    bar.write(self.left_out(first + row, image), file=sys.stdout)
                     continue
                 content, height, width = image
                 entries[row] = offset, len(content), self.source.labels[first + row], shard, height, width
@@ -318,12 +326,12 @@ class Builder:
         np.savez(part, entries=entries, digest=np.array(digest.hexdigest()), size=np.array(offset))
         write_whole(self.folder / f"shard-{shard:05d}.npz", part.getvalue())
 
-    def refuse(self, i: int, reason: str) -> None:
-        """An image that cannot be read ends the build, or is listed."""
+    def left_out(self, i: int, reason: str) -> str:
+        """A line about an image that cannot be read, or the end of the build."""
         name = self.source.name(i).replace("\n", "\\n")
         if self.args.on_bad_image == "stop":
             raise ValueError(f"{name} cannot be read: {reason}; mend or remove it, or --on_bad_image skip")
-        self.bad.append((name, reason))
+        return f"left out: {name}: {reason}"
 
     def finish(self) -> None:
         """Join the parts; an image that could not be read stands for the next one that could, as in training."""
@@ -341,7 +349,8 @@ class Builder:
         write_whole(self.folder / "index.npy", content.getvalue())
         sizes = [shard_path(self.folder, shard).stat().st_size for shard in range(len(parts))]
         shards = [{"bytes": size, "sha256": part[1]} for size, part in zip(sizes, parts, strict=True) if part]
-        manifest = self.plan | {"shards": shards, "unreadable": len(unread)}
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        manifest = self.plan | {"shards": shards, "index_sha256": digest}
         write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
@@ -375,8 +384,6 @@ def build(args: argparse.Namespace) -> None:
         raise OSError(
             f"--out {args.out} cannot be written ({error}): whole shards are kept; make room and run the same command again"
         ) from error
-    for name, reason in builder.bad:
-        print(f"left out: {name}: {reason}")
     total = sum(path.stat().st_size for path in builder.folder.glob("shard-*.bin"))
     print(f"{args.out}: {len(builder.source)} images, {total / 2**30:.2f} GiB; give it as --data_path")
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -32,9 +32,9 @@ PART = 256  # images that a worker prepares at once: a large batch neither waits
 def pretrain_source(args) -> Source:
     """Images of --data_path: a cache, tar shards here or from afar, or a folder of whatever structure."""
     if is_cache(args.data_path):
-        cache = Cache(args.data_path)
-        cache.refuse_other_flags(args)
-        return cache
+        packed = Cache(args.data_path)
+        packed.refuse_other_flags(args)
+        return packed
     if is_stream(args.data_path):
         return Stream(args.data_path, args.stream_samples, args.seed)
     return local_tars(args.data_path) or unlabelled_folder(args.data_path)
@@ -43,9 +43,13 @@ def pretrain_source(args) -> Source:
 def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = None) -> Source:
     """Images of a split with their classes, which are those of its folders or tars, or as given."""
     if is_cache(data_path):
-        raise ValueError(f"{data_path} is a cache, for pre-training alone: kNN and classifiers need the images")
+        raise ValueError(
+            f"{data_path} is a cache, for pre-training alone: kNN (--knn_path) and classifiers need images"
+        )
     if is_stream(data_path):
-        raise ValueError(f"--data_path {data_path}: streams are for pre-training; copy labelled shards to this machine")
+        raise ValueError(
+            f"--data_path {data_path}: streams are for pre-training; kNN (--knn_path) and classifiers need images here"
+        )
     return local_tars(data_path, split, classes) or class_folders(data_path, split, classes)
 
 
@@ -99,7 +103,7 @@ class Samples(Dataset):
         try:
             self.source.enter(keys[0][0])
             self.source.expect([i for _, i in keys])
-        except ValueError as error:  # raised here, it would come out of a worker with a traceback
+        except (ValueError, OSError) as error:  # raised here, it would come out of a worker with a traceback
             return {"bad": bad, "stop": str(error)}
         for n, (epoch, i) in enumerate(keys):
             readable = self.read(i, bad)
@@ -218,12 +222,18 @@ def eval_loader(args, world: World, source: Source, transform: Callable) -> Data
     return make_loader(samples, EvalOrder(len(samples), args.batch_size, world), args, world.device)
 
 
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all that is copied to a device: torch's allocator keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 class Feed:
     """Batches on the device; knows how long it waited for them and which images were bad."""
 
     def __init__(self, loader: Iterable[dict], device: torch.device, parts: int = 1):
         self.loader, self.device, self.parts = loader, device, parts  # parts of a batch, as the loader gives them
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = copy_stream(device) if device.type == "cuda" else None
         self.waited = 0.0  # seconds
         self.bad: list[tuple[str, str]] = []
 

@@ -24,7 +24,7 @@ from util.sources import EXTENSIONS, Source, list_images, read_image
 
 OPEN = 128  # shards that a process holds open
 BUFFER = 1000  # encoded images of a stream that a worker draws the next one from
-NAMES = re.compile(r".*\.(tar|tgz|tar\.\w+)", re.IGNORECASE)  # compressed ones are found to be refused
+NAMES = re.compile(r".*\.(tar|tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)  # compressed ones are found to be refused
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 TOO_FEW = "--data_path: {} shards are too few for {} ranks x {} workers; lower --num_workers, or pack smaller shards"
 
@@ -182,7 +182,8 @@ def local_tars(data_path: str, split: str | None = None, classes: Sequence[str] 
     if split is None and not folder.is_dir():
         folder = Path(data_path)
     if folder.is_dir():
-        paths = sorted(path for path in folder.iterdir() if NAMES.fullmatch(path.name) and path.is_file())
+        found = (path for path in folder.iterdir() if NAMES.fullmatch(path.name) and path.is_file())
+        paths = sorted(found, key=lambda path: path.stem)  # dog before dog-house, as the folders they were
         if paths and list_images(folder):
             raise ValueError(
                 f"--data_path: {folder} holds {paths[0].name} as well as image files; move one kind elsewhere"

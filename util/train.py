@@ -1,6 +1,7 @@
 """One epoch of training, the same for pre-training, probing and fine-tuning."""
 
 import math
+import re
 import resource
 import sys
 import time
@@ -63,7 +64,7 @@ def peak_tflops(amp: str, device: torch.device) -> float | None:
     if device.type != "cuda" or amp == "off":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for model, peak in PEAK_TFLOPS.items() if model in name), None)
+    return next((peak for model, peak in PEAK_TFLOPS.items() if re.search(rf"\b{model}\b", name)), None)
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ class Meter:
         if share > 0.1:
             self.run.log.say(
                 f"warning: {share:.0%} of epoch {self.epoch + 1} went into waiting for data: raise --num_workers "
-                f"({workers} now), or pack the images with `python -m util.cache build`"
+                f"({workers} now); pre-training can read a packed cache (`python -m util.cache build`, docs/data.md)"
             )
 
 
