@@ -403,7 +403,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--crop_interpolation", choices=list(INTERPOLATIONS), default="bilinear", help="of the resize")
     add("--in_chans", type=number(int, 1), default=3, help="channels of an image")
     add("--payload", choices=["raw", "zstd", "jpeg"], default="raw",
-        help="raw = fastest; zstd = half the size, exact; jpeg = quality 95, a sixth, not exact")
+        help="raw = fastest; zstd = smaller and exact; jpeg = smallest, quality 95, not exact; docs/data.md has numbers")
     add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="processes that decode")
     add("--shard_mib", type=number(float, 1e-3), default=1024, help="size of a shard in MiB; what a killed build loses at most")
     add("--on_bad_image", choices=["stop", "skip"], default="stop",
