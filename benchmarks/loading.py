@@ -7,7 +7,7 @@
   would have read half of them ahead
 - tar: ours from tar shards
 
-Each is timed from its first batch on for some seconds, in this process (a core) and through a loader with two workers,
+Each is timed from its first batch on for some seconds, in this process (a core) and through a loader with two workers (of a cache, threads),
 in turn with the others; a ratio is the median over the rounds of images/s / images/s of mae in the same round.
 """
 
@@ -31,7 +31,7 @@ from torchvision import transforms as T
 from benchmarks.results import append, spread
 from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, report_mistakes
 from util.cache import Cache
-from util.data import Samples, as_it_is, pretrain_transform
+from util.data import Samples, make_loader, pretrain_transform
 from util.sources import Folder, Source, unlabelled_folder
 from util.tars import Tars
 
@@ -78,16 +78,14 @@ def endless(count: int, ours: bool) -> Iterator[list]:
         yield [(0, i) for i in order] if ours else order
 
 
-def speed(dataset: Dataset, count: int, workers: int, seconds: float) -> float:
+def speed(dataset: Any, count: int, workers: int, seconds: float) -> float:
     """Images/s from the first batch on."""
     ours = isinstance(dataset, Samples)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=endless(count, ours),
-        num_workers=workers,
-        collate_fn=as_it_is if ours else None,
-        worker_init_fn=one_thread,
-    )
+    keys: Any = endless(count, ours)
+    if ours:
+        loader = make_loader(dataset, keys, argparse.Namespace(num_workers=workers), torch.device("cpu"))
+    else:
+        loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers)
     batches = iter(loader)
     next(batches)
     start, seen = time.perf_counter(), 0
@@ -105,10 +103,6 @@ def cold_speed(samples: Samples, folder: Path) -> float:
     for first in range(0, len(order), BATCH):
         samples.__getitems__([(0, i) for i in order[first : first + BATCH]])
     return len(order) / (time.perf_counter() - start)
-
-
-def one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def drop_from_memory(folder: Path) -> None:

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +111,35 @@ def test_grey_images_and_arrays_of_five_channels_are_kept(in_chans, tmp_path):
         assert torch.equal(a["images"], b["images"])
 
 
-def test_a_process_opens_it_for_itself_and_keeps_few_files_open(packed, monkeypatch):
-    monkeypatch.setattr(cache, "OPEN_SHARDS", 2)
+def test_a_process_opens_it_for_itself_and_each_shard_once(packed):
     first, second = Cache(packed), pickle.loads(pickle.dumps(Cache(packed)))
     assert len(first.digests) == 8  # shards
     for i in [*range(16), 0]:
         assert np.array_equal(first.read(i, 3), second.read(i, 3))
-    assert len(first.files) == len(second.files) == 2
+    assert len(first.files) == len(second.files) == 8
+
+
+def test_threads_share_its_files_and_not_its_buffer(packed):
+    alone, shared = Cache(packed), Cache(packed)
+    expected = [alone.read(i, 3).copy() for i in range(16)]
+
+    def read(turn: int) -> bool:
+        i = turn % 16
+        return np.array_equal(shared.read(i, 3), expected[i])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(2000)))
+
+
+def test_more_shards_than_files_may_be_opened_is_said(packed, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 100))
+    with pytest.raises(ValueError, match=r"8 shards are more than 100, the files .* \(ulimit -n\)"):
+        Cache(packed)
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 1000))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    assert len(Cache(packed)) == 16
+    assert limits == [(264, 1000)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the build

@@ -10,8 +10,10 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -32,7 +34,6 @@ FORMAT = "pixmim-cache-1"
 ENTRY = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )
-OPEN_SHARDS = 256  # file descriptors that a process keeps
 PLAN = ("format", "input_size", "crop_interpolation", "in_chans", "payload", "images", "files", "pillow")
 
 
@@ -103,7 +104,7 @@ class Cache(Source):
             ) from error
         self.labels = self.index["label"]
         self.files: dict[int, int] = {}
-        self.buffer = bytearray()
+        self.own = threading.local()  # of each thread a buffer
 
     def __reduce__(self):
         return Cache, (self.folder,)  # a process that is spawned opens it for itself
@@ -120,6 +121,13 @@ class Cache(Source):
             found = path.stat().st_size if path.exists() else "no"
             if found != size:
                 raise ValueError(f"{path.name} has {found} bytes of {size}")
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(sizes) + 256 > allowed:  # shards stay open, all of them after a while
+            if len(sizes) + 256 > most:
+                raise ValueError(
+                    f"{len(sizes)} shards are more than {most}, the files that a process may open (ulimit -n)"
+                )
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(sizes) + 256, most))
         if index["shard"].max() >= len(sizes) or np.any(index["offset"] + index["bytes"] > sizes[index["shard"]]):
             raise ValueError("index.npy points beyond the shards")
 
@@ -146,11 +154,11 @@ class Cache(Source):
         return f"image {i} of {self.folder}"
 
     def file(self, shard: int) -> int:
-        """Descriptor of a shard; the one that was opened first makes room."""
+        """Descriptor of a shard, the same for all threads."""
         if shard not in self.files:
-            if len(self.files) >= OPEN_SHARDS:
-                os.close(self.files.pop(next(iter(self.files))))
-            self.files[shard] = os.open(shard_path(self.folder, shard), os.O_RDONLY)
+            opened = os.open(shard_path(self.folder, shard), os.O_RDONLY)
+            if self.files.setdefault(shard, opened) != opened:  # another thread was faster
+                os.close(opened)
         return self.files[shard]
 
     def expect(self, indices: Sequence[int]) -> None:
@@ -161,11 +169,11 @@ class Cache(Source):
             os.posix_fadvise(self.file(shard), offset, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, i: int, in_chans: int) -> np.ndarray:
-        """Pixels (h, w, C), until the next image is read: new memory for each would take longer than reading."""
+        """Pixels (h, w, C), until this thread reads another: new memory for each would take longer than reading."""
         offset, length, _, shard, height, width = self.index[i].item()
-        if length > len(self.buffer):
-            self.buffer = bytearray(length)
-        content = memoryview(self.buffer)[:length]
+        if length > len(getattr(self.own, "buffer", b"")):
+            self.own.buffer = bytearray(length)
+        content = memoryview(self.own.buffer)[:length]
         if os.preadv(self.file(shard), [content], offset) < length:
             raise EOFError(f"{shard_path(self.folder, shard)} ended early")
         return decode(self.payload, content, (height, width, in_chans))
