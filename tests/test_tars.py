@@ -375,7 +375,7 @@ def test_a_stream_needs_its_length_and_pretraining(plain, tmp_path):
     words = ["--data_path", f"pipe:cat {plain[0]}", "--output_dir", tmp_path / "out"]
     with pytest.raises(ValueError, match="--stream_samples is needed"):
         call("main_pretrain", *PRETRAIN, *words)
-    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*: streams are for pre-training; copy"):
+    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*: streams are for pre-training; kNN \(--knn_path\)"):
         call("main_pretrain", *PRETRAIN, *words, "--stream_samples", 16, "--knn_every", 1)
 
 
