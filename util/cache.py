@@ -102,6 +102,7 @@ class Cache(Source):
             raise ValueError(
                 f"--data_path {folder} is a damaged cache: {error}; run the command that built it again"
             ) from error
+        self.allow_open_shards()
         self.labels = self.index["label"]
         self.files: dict[int, int] = {}
         self.own = threading.local()  # of each thread a buffer
@@ -121,15 +122,19 @@ class Cache(Source):
             found = path.stat().st_size if path.exists() else "no"
             if found != size:
                 raise ValueError(f"{path.name} has {found} bytes of {size}")
-        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if len(sizes) + 256 > allowed:  # shards stay open, all of them after a while
-            if len(sizes) + 256 > most:
-                raise ValueError(
-                    f"{len(sizes)} shards are more than {most}, the files that a process may open (ulimit -n)"
-                )
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(sizes) + 256, most))
         if index["shard"].max() >= len(sizes) or np.any(index["offset"] + index["bytes"] > sizes[index["shard"]]):
             raise ValueError("index.npy points beyond the shards")
+
+    def allow_open_shards(self) -> None:
+        """Raise the number of files that this process may open, if that is too low: shards stay open."""
+        (allowed, most), needed = resource.getrlimit(resource.RLIMIT_NOFILE), len(self.digests) + 256
+        if needed > most:
+            raise ValueError(
+                f"--data_path {self.folder}: its {len(self.digests)} shards are more than {most}, the files that a process may "
+                "open (ulimit -n), leave room for; build with a larger --shard_mib"
+            )
+        if needed > allowed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
     def refuse_other_flags(self, args) -> None:
         """A line for flags that ask for pixels which this cache has not."""
@@ -260,8 +265,8 @@ class Builder:
         """Say how large it becomes, refuse what cannot be; the plan is written before the first shard."""
         plan_path = self.folder / "plan.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if plan_path.exists():
-            before = json.loads(plan_path.read_text())
+        before = json.loads(plan_path.read_text()) if plan_path.exists() else {}
+        if before:
             for key in PLAN:
                 if before.get(key) != self.plan[key]:
                     raise ValueError(
@@ -281,9 +286,8 @@ class Builder:
                 f"--data_path {self.args.data_path}: none of {len(sample)} images can be packed: {tried[0]}"
             )
         mean = sum(len(content) for content, _, _ in packed) / len(packed)
-        self.plan["images_per_shard"] = max(1, int(self.args.shard_mib * 2**20 / mean))
-        if plan_path.exists():
-            self.plan["images_per_shard"] = before["images_per_shard"]
+        each = max(1, int(self.args.shard_mib * 2**20 / mean))
+        self.plan["images_per_shard"] = before.get("images_per_shard", each)
         written = sum(path.stat().st_size for path in self.folder.glob("shard-*.bin"))
         needed, free = mean * count * 1.02 - written, shutil.disk_usage(self.folder).free
         print(
