@@ -1,16 +1,19 @@
-"""Pre-training of a batch: the model that the flags describe, its loss, and the picture of it."""
+"""Pre-training of a batch: the model that the flags describe, its loss, and the pictures of it."""
 
 from argparse import Namespace
 from collections.abc import Callable
 from inspect import signature
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from models_pixmim import LowPass, PixMIM, patch_statistics, patchify, take, unpatchify
+from spectrum import spectrum_chart, split_power
 from util.args import channel_statistics, encoder_options
+from util.draw import draw_columns
+from util.log import Log
 
 
 def lowpass_radius(args: Namespace) -> float:
@@ -56,12 +59,24 @@ def pretrain_loss(normalize: Callable) -> Callable[[nn.Module, dict], Tensor]:
     return loss
 
 
-# ----------------------------------------------------------------------------------------------------------- the picture
+# ---------------------------------------------------------------------------------------------------------- the pictures
+
+
+class Reconstruction(NamedTuple):
+    """What a model makes of images, each (B, C, H, W) in pixels of [0, 1]."""
+
+    images: Tensor
+    target: Tensor
+    masked: Tensor  # the images, grey where patches are removed
+    filled: Tensor  # the images with predictions where patches are removed
+    error: Tensor  # prediction minus target where patches are removed, zero elsewhere
+    radius: float | None  # cut-off of the target in bins, None = not filtered
+    how: str  # the prediction became pixels
 
 
 @torch.no_grad()
-def panel(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> np.ndarray:
-    """A row for each image (H', W', 3) uint8: input, target, masked input, prediction, what the filter removed."""
+def reconstruct(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> Reconstruction:
+    """The prediction of normalised images; with norm_pix_loss it gets the true mean and deviation of each patch."""
     training = model.training
     model.eval()
     _, prediction, mask = model(images, noise)
@@ -70,44 +85,57 @@ def panel(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> np.n
         torch.tensor(v, device=images.device).view(-1, 1, 1)
         for v in channel_statistics(args.in_chans, args.mean, args.std)
     )
-    patch, grid = model.encoder.patch, model.encoder.grid
-    target, visible = model.target(images), patchify(images, patch)
-    grey = ((0.5 - mean) / std).expand_as(images)
+    patch, grid, how = model.encoder.patch, model.encoder.grid, "pixels"
+    target = model.target(images)
     if model.norm_pix_loss:
         centre, scale = patch_statistics(take(patchify(target, patch), mask.drop))
-        prediction = prediction * scale + centre
-    filled = visible.scatter(1, mask.drop[..., None].expand_as(prediction), prediction)
-    hidden = torch.where(mask.removed[..., None], patchify(grey, patch), visible)
-    filtered = isinstance(model.target, LowPass)
-    how = "true patch mean and std" if model.norm_pix_loss else "pixels"
-    columns = {"input": images}
-    if filtered:
-        columns[f"low-pass target, r = {model.target.radius:g}"] = target
-    columns["masked input"] = unpatchify(hidden, patch, grid)
-    columns[f"prediction ({how})"] = unpatchify(filled, patch, grid)
-    if filtered:
-        columns["removed by the filter + grey"] = images - target + grey
-    return draw({label: to_uint8(x * std + mean) for label, x in columns.items()})
+        prediction, how = prediction * scale + centre, "true patch mean and std"
+    where = mask.drop[..., None].expand_as(prediction)
+    grey = patchify(((0.5 - mean) / std).expand_as(images), patch).gather(1, where)
+
+    def replaced(x: Tensor, removed: Tensor) -> Tensor:
+        return unpatchify(patchify(x, patch).scatter(1, where, removed), patch, grid) * std + mean
+
+    return Reconstruction(
+        images * std + mean,
+        target * std + mean,
+        replaced(images, grey),
+        replaced(images, prediction),
+        replaced(target, prediction) - (target * std + mean),
+        model.target.radius if isinstance(model.target, LowPass) else None,
+        how,
+    )
+
+
+def panel(made: Reconstruction) -> np.ndarray:
+    """A row for each image (H', W', 3) uint8: input, target, masked input, prediction, what the filter removed."""
+    columns = {"input": made.images}
+    if made.radius is not None:
+        columns[f"low-pass target, r = {made.radius:g}"] = made.target
+    columns["masked input"] = made.masked
+    columns[f"prediction ({made.how})"] = made.filled
+    if made.radius is not None:
+        columns["removed by the filter + grey"] = made.images - made.target + 0.5
+    return draw_columns({label: to_uint8(x) for label, x in columns.items()})
+
+
+def spectrum(made: Reconstruction) -> np.ndarray:
+    """Chart of the power of each frequency; the prediction is shown on the target's visible patches."""
+    images = {} if made.radius is None else {"input": made.images}
+    images["input = target" if made.radius is None else "target"] = made.target
+    return spectrum_chart(images | {"prediction": made.target + made.error, "error": made.error}, made.radius)
+
+
+def log_pictures(log: Log, made: Reconstruction, epoch: int) -> None:
+    """Panel and spectrum on TensorBoard, and how much of the error lies below and above the cut-off."""
+    log.image("reconstruction", panel(made), epoch)
+    log.image("spectrum", spectrum(made), epoch)
+    if made.radius is not None:
+        below, above = split_power(made.error, made.radius)
+        log.scalars({"epoch": epoch, "error_below_cutoff": below, "error_above_cutoff": above})
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """(B, C, H, W) in [0, 1] -> (B, H, W, 3) uint8; of other channel counts the first, or the first three."""
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def draw(columns: dict[str, np.ndarray], gap: int = 6, width: int = 224) -> np.ndarray:
-    """Labelled columns of images (B, H, W, 3) side by side on white, small images enlarged to about `width`."""
-    zoom = max(1, round(width / next(iter(columns.values())).shape[2]))
-    columns = {label: images.repeat(zoom, axis=1).repeat(zoom, axis=2) for label, images in columns.items()}
-    count, height, width, _ = next(iter(columns.values())).shape
-    font = ImageFont.load_default(size=max(11, width // 17))
-    header = 2 * int(font.size)
-    canvas = Image.new("RGB", (gap + len(columns) * (width + gap), header + count * (height + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, (label, images) in enumerate(columns.items()):
-        left = gap + column * (width + gap)
-        pen.text((left + width / 2, header / 2), label, fill="black", font=font, anchor="mm")
-        for row, image in enumerate(images):
-            canvas.paste(Image.fromarray(image), (left, header + row * (height + gap)))
-    return np.asarray(canvas)

@@ -6,7 +6,7 @@ import json
 import torch
 from timm.optim import param_groups_weight_decay
 
-from engine_pretrain import build_model, panel, pretrain_loss
+from engine_pretrain import build_model, log_pictures, pretrain_loss, reconstruct
 from models import ENCODERS
 from util.args import (
     Parser,
@@ -76,7 +76,7 @@ def main() -> None:
         done = epoch + 1
         save(run, Progress(done, 0), model, optimizer, scaler)
         if due(args.image_every, done, args.epochs) and run.world.leads:
-            run.log.image("reconstruction", panel(model, normalize(examples), examples["noise"], args), done)
+            log_pictures(run.log, reconstruct(model, normalize(examples), examples["noise"], args), done)
         if labelled and due(args.knn_every, done, args.epochs):
             result = knn(args, run.world, model.encoder, labelled)
             run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})

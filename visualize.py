@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine_pretrain import build_model, panel
+from engine_pretrain import build_model, panel, reconstruct
 from models import ENCODERS
 from models_pixmim import PixMIM
 from util import convert
@@ -101,7 +101,7 @@ def main() -> None:
     source = find_images(args.images, args.count)
     samples = Samples(source, eval_transform(args.input_size), args, noise_length=model.noise_length)
     batch = one_batch(samples, range(len(samples)), device)
-    picture = Image.fromarray(panel(model, Normalize(args, device)(batch), batch["noise"], args))
+    picture = Image.fromarray(panel(reconstruct(model, Normalize(args, device)(batch), batch["noise"], args)))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
     print(f"{args.output}: {len(samples)} images, {picture.width} x {picture.height}")

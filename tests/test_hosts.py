@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import main_finetune
 import main_pretrain
-from engine_pretrain import build_model, panel
+from engine_pretrain import build_model, panel, reconstruct
 from models import ENCODERS
 from models_convmae import ConvViT
 from models_pixmim import LowPass, MaskedViT, PixMIM, mask_from_noise
@@ -404,10 +404,10 @@ def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndar
     """Columns (B, H, W, 3) of a picture, at their own size again."""
     zoom = max(1, round(224 / size[1]))
     height, width = (side * zoom for side in size)
-    header = picture.shape[0] - rows * (height + 6)
+    header = picture.shape[0] - rows * (height + 8)
     return [
-        np.stack([picture[header + row * (height + 6) :, left:][:height:zoom, :width:zoom] for row in range(rows)])
-        for left in range(6, picture.shape[1], width + 6)
+        np.stack([picture[header + row * (height + 8) :, left:][:height:zoom, :width:zoom] for row in range(rows)])
+        for left in range(8, picture.shape[1], width + 8)
     ]
 
 
@@ -424,7 +424,7 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
     )
     batch = one_batch(samples, range(3), CPU)
     picture = draw(trained(host, flags) / "last.pth", photos / "val", tmp_path / "x.png", "--count", 3)
-    assert np.array_equal(picture, panel(model, Normalize(args, CPU)(batch), batch["noise"], args))
+    assert np.array_equal(picture, panel(reconstruct(model, Normalize(args, CPU)(batch), batch["noise"], args)))
 
     columns = cells(picture, args.input_size, rows=3)
     pixels, filtered = columns[0], not args.lowpass_radius and args.lowpass_radius != 0

@@ -27,7 +27,7 @@ from torch.testing import assert_close
 
 import engine_pretrain
 import main_pretrain
-from engine_pretrain import build_model, lowpass_radius, panel, to_uint8
+from engine_pretrain import build_model, lowpass_radius, panel, reconstruct, to_uint8
 from models_pixmim import ENCODERS, LowPass, mask_from_noise, patch_statistics, patchify, take
 from util import run
 from util.data import Normalize
@@ -234,6 +234,10 @@ def test_tensorboard_has_scalars_at_a_thousand_times_the_epoch_and_pictures(pret
     assert [event.step for event in events.Scalars("loss")] == [500, 1000, 1500, 2000]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(pretrained), rel=1e-6)
     assert [event.step for event in events.Images("reconstruction")] == [1000, 2000]
+    assert [event.step for event in events.Images("spectrum")] == [1000, 2000]
+    below, above = ([e.value for e in events.Scalars(f"error_{side}_cutoff")] for side in ("below", "above"))
+    assert len(below) == len(above) == 2
+    assert min(below + above) > 0
 
 
 # --------------------------------------------------------------------------------------------------------- other settings
@@ -309,8 +313,8 @@ def columns(monkeypatch, flags: str, perfect: bool = True):
             answer = (answer - mean) / std
         model.decoder = Oracle(answer)
     drawn = {}
-    monkeypatch.setattr(engine_pretrain, "draw", drawn.update)
-    panel(model, images, noise, args)
+    monkeypatch.setattr(engine_pretrain, "draw_columns", drawn.update)
+    panel(reconstruct(model, images, noise, args))
     mean, std = (
         torch.tensor(x).view(-1, 1, 1) for x in (args.mean or (0.485, 0.456, 0.406), args.std or (0.229, 0.224, 0.225))
     )
@@ -334,6 +338,18 @@ def test_a_perfect_prediction_shows_the_target_where_patches_were_removed(flags,
         assert abs(target.astype(int) - pixels).max() > 20  # the filter did something
 
 
+def test_the_error_is_that_of_removed_patches_alone():
+    args = parsed()
+    model = build_model(args, ENCODERS)
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 4)
+    loss, _, mask = model(images, noise)
+    error = patchify(reconstruct(model, images, noise, args).error, 8)
+    assert error[~mask.removed].abs().max() == 0
+    _, scale = patch_statistics(take(patchify(model.target(images), 8), mask.drop))
+    std = torch.tensor([0.229, 0.224, 0.225]).repeat(64)
+    assert_close((take(error, mask.drop) / std / scale).square().mean(), loss, rtol=1e-4, atol=0)
+
+
 def test_labels_say_how_the_prediction_is_unnormalised(monkeypatch):
     assert "prediction (true patch mean and std)" in columns(monkeypatch, "")[0]
     assert "prediction (pixels)" in columns(monkeypatch, "--no-norm_pix_loss --lowpass_radius 0")[0]
@@ -351,11 +367,12 @@ def test_the_filtered_and_the_removed_add_up_to_the_input():
 def test_the_picture_is_a_labelled_row_for_each_image():
     args = parsed()
     model = build_model(args, ENCODERS)
-    picture = panel(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args)
+    picture = panel(reconstruct(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args))
     assert picture.dtype == np.uint8
     zoomed = 16 * 14  # 224 px of each column
-    font = max(11, zoomed // 17)
-    assert picture.shape == (2 * font + 2 * (zoomed + 6), 6 + 5 * (zoomed + 6), 3)
+    assert picture.shape[1:] == (8 + 5 * (zoomed + 8), 3)
+    header = picture.shape[0] - 2 * (zoomed + 8)
+    assert header == 2 * 24 + 8  # the longest label, of the prediction, takes two lines of 1.2 x 20 px
     assert model.training  # as it was
 
 

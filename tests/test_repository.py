@@ -17,6 +17,7 @@ MAINS = ("main_pretrain", "main_knn", "main_linprobe", "main_finetune", "visuali
 LAYERS = (
     {*MAINS},
     {"engine_pretrain", "models"},
+    {"spectrum"},
     {"models_convmae", "models_mff"},
     {"models_pixmim"},
     {"util.demo", "util.classify"},
@@ -24,7 +25,7 @@ LAYERS = (
     {"util.data"},
     {"util.cache", "util.tars"},
     {"util.run", "util.sources"},
-    {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.convert", "util.args"},
+    {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.convert", "util.args", "util.draw"},
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py")])
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))

@@ -28,8 +28,8 @@ def mm(pretrained, tmp_path):
 
 def test_the_picture_of_a_checkpoint_has_a_row_for_each_image(pretrained, photos, tmp_path):
     picture = draw(pretrained / "last.pth", photos / "val", tmp_path / "new" / "x.png", "--count", 4)
-    header = 2 * max(11, 224 // 17)
-    assert picture.shape == (header + 4 * (224 + 6), 6 + 5 * (224 + 6), 3)  # 16 px, shown 14 times as large
+    header = 2 * 24 + 8  # labels of at most two lines
+    assert picture.shape == (header + 4 * (224 + 8), 8 + 5 * (224 + 8), 3)  # 16 px, shown 14 times as large
 
 
 def test_the_picture_of_a_foreign_checkpoint_is_that_of_ours(pretrained, mm, photos, tmp_path):
@@ -42,9 +42,9 @@ def test_the_picture_of_a_foreign_checkpoint_is_that_of_ours(pretrained, mm, pho
 def test_a_foreign_checkpoint_without_a_filter_is_drawn_as_mae(pretrained, photos, tmp_path):
     torch.save({"model": weights(pretrained)["model"]}, tmp_path / "mae.pth")
     picture = draw(tmp_path / "mae.pth", photos / "val" / "ant" / "1.png", tmp_path / "x.png")
-    assert picture.shape[1] == 6 + 3 * (224 + 6)  # no target, nothing removed
+    assert picture.shape[1] == 8 + 3 * (224 + 8)  # no target, nothing removed
     wider = draw(tmp_path / "mae.pth", photos / "val" / "ant" / "1.png", tmp_path / "x.png", "--lowpass_radius", 2)
-    assert wider.shape[1] == 6 + 5 * (224 + 6)
+    assert wider.shape[1] == 8 + 5 * (224 + 8)
 
 
 def test_images_are_spread_over_those_found(photos):

@@ -1,0 +1,210 @@
+"""Pictures for print and projector: labelled columns of images, and line charts; on white, in colours that all can tell."""
+
+import math
+from collections.abc import Sequence
+from itertools import cycle, pairwise
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours, told apart with any colour vision; each with a dash of its own (lengths on and off, in pixels)
+STYLES = (
+    ((0, 114, 178), ()), ((213, 94, 0), (14, 6)), ((0, 158, 115), (3, 5)), ((0, 0, 0), (14, 5, 3, 5)),
+    ((204, 121, 167), ()), ((230, 159, 0), (14, 6)), ((86, 180, 233), (3, 5)),
+)  # fmt: skip
+GREY, FAINT = (90, 90, 90), (222, 222, 222)
+FINE = 3  # charts are drawn this many times larger and reduced: smooth lines
+
+
+# ------------------------------------------------------------------------------------------------------------- columns
+
+
+def wrapped(label: str, font, width: float) -> list[str]:
+    """A label in lines that fit the width, broken between words."""
+    lines: list[str] = []
+    for word in label.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def draw_columns(
+    columns: dict[str, np.ndarray], rows: Sequence[str] = (), gap: int = 8, width: int = 224, size: int = 20
+) -> np.ndarray:
+    """Labelled columns of images (B, H, W, 3) uint8 side by side, small images enlarged to about `width`.
+
+    `rows` are labels left of the images, one for each.
+    """
+    zoom = max(1, round(width / next(iter(columns.values())).shape[2]))
+    count, height, width, _ = next(iter(columns.values())).shape
+    height, width = height * zoom, width * zoom
+    font = ImageFont.load_default(size=size)
+    line = round(1.2 * size)
+    labels = {label: wrapped(label, font, width) for label in columns}
+    header = max(map(len, labels.values())) * line + gap
+    left = gap + (math.ceil(max(map(font.getlength, rows))) + gap if rows else 0)
+    canvas = Image.new("RGB", (left + len(columns) * (width + gap), header + count * (height + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, label in enumerate(rows):
+        pen.text((gap, header + row * (height + gap) + height / 2), label, fill="black", font=font, anchor="lm")
+    for column, (label, images) in enumerate(columns.items()):
+        x = left + column * (width + gap)
+        for number, text in enumerate(reversed(labels[label])):
+            bottom = header - gap / 2 - (number + 0.5) * line
+            pen.text((x + width / 2, bottom), text, fill="black", font=font, anchor="mm")
+        for row, image in enumerate(images.repeat(zoom, axis=1).repeat(zoom, axis=2)):
+            canvas.paste(Image.fromarray(image), (x, header + row * (height + gap)))
+    return np.asarray(canvas)
+
+
+def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures (H, W, 3) of one height in one."""
+    return np.concatenate(pictures, axis=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers that span what is between them."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= next(factor for factor in (5, 2, 1) if (high - low) / (step * factor) >= 3)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+class Axis:
+    """Numbers -> pixels between two ends, linear or logarithmic."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float, log: bool = False):
+        self.log, self.first, self.last = log, first, last
+        self.low, self.high = self.scaled(min(values)), self.scaled(max(values))
+        if log:
+            self.low, self.high = float(math.floor(self.low)), float(math.ceil(self.high))
+        if self.low == self.high:
+            self.low, self.high = self.low - 0.5, self.high + 0.5
+
+    def scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def __call__(self, value: float) -> float:
+        share = (self.scaled(value) - self.low) / (self.high - self.low)
+        return self.first + share * (self.last - self.first)
+
+    def ticks(self) -> list[float]:
+        if not self.log:
+            return ticks(self.low, self.high)
+        step = max(1, math.ceil((self.high - self.low) / 6))
+        return [10.0**k for k in range(int(self.low), int(self.high) + 1, step)]
+
+
+def dashed(points: Sequence[tuple[float, float]], pattern: Sequence[float]) -> list[list[tuple[float, float]]]:
+    """The visible pieces of a line through points; an empty pattern is a solid one."""
+    if not pattern:
+        return [list(points)]
+    pieces, piece, lengths, on = [], [points[0]], cycle(pattern), True
+    left = next(lengths)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        length, at = math.hypot(x1 - x0, y1 - y0), 0.0
+        while length - at > left:
+            at += left
+            piece.append((x0 + (x1 - x0) * at / length, y0 + (y1 - y0) * at / length))
+            pieces += [piece] if on else []
+            piece, on, left = [piece[-1]], not on, next(lengths)
+        left -= length - at
+        piece.append((x1, y1))
+    return pieces + ([piece] if on else [])
+
+
+class Chart:
+    """Axes, then lines, then the legend; coordinates of the picture as it will be, drawn `FINE` times as large."""
+
+    def __init__(self, width: int, height: int, size: int):
+        self.image = Image.new("RGB", (width * FINE, height * FINE), "white")
+        self.pen, self.size = ImageDraw.Draw(self.image), size
+        self.font = ImageFont.load_default(size=size * FINE)
+        self.small = ImageFont.load_default(size=round(0.7 * size * FINE))
+
+    def text(self, x: float, y: float, text: str, anchor: str, fill="black", font=None) -> None:
+        self.pen.text((x * FINE, y * FINE), text, fill=fill, font=font or self.font, anchor=anchor)
+
+    def length(self, text: str) -> float:
+        return self.font.getlength(text) / FINE
+
+    def line(self, points: Sequence[tuple[float, float]], fill, width: float, pattern: Sequence[float] = ()) -> None:
+        for piece in dashed(points, pattern):
+            scaled = [(x * FINE, y * FINE) for x, y in piece]
+            self.pen.line(scaled, fill=fill, width=round(width * FINE), joint="curve")
+
+    def number(self, x: float, y: float, value: float, log: bool) -> None:
+        """A number right-aligned at x; powers of ten as such."""
+        if not log:
+            self.text(x, y, f"{value:g}", "rm")
+            return
+        exponent = str(round(math.log10(value)))
+        wide = self.small.getlength(exponent) / FINE
+        self.text(x - wide, y, "10", "rm")
+        self.text(x, y - 0.4 * self.size, exponent, "rm", font=self.small)
+
+    def finished(self) -> np.ndarray:
+        return np.asarray(self.image.reduce(FINE))
+
+
+def legend(chart: Chart, names: Sequence[str], points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> None:
+    """Names beside samples of their lines, in the upper or lower, left or right corner that has fewest points."""
+    line, sample = 1.35 * chart.size, 44
+    width, height = sample + 14 + max(map(chart.length, names)), line * len(names)
+    corners = [
+        (left, top)
+        for left in (x.last - width - 8, x.first + 14)
+        for top in (y.last + 6, y.first - height - 6)
+    ]  # fmt: skip
+    left, top = min(
+        corners,
+        key=lambda c: sum(c[0] - 8 < px < c[0] + width + 8 and c[1] - 8 < py < c[1] + height + 8 for px, py in points),
+    )
+    for i, (name, (colour, pattern)) in enumerate(zip(names, cycle(STYLES), strict=False)):
+        middle = top + (i + 0.5) * line
+        chart.line([(left, middle), (left + sample, middle)], colour, 3.5, pattern)
+        chart.text(left + sample + 10, middle, name, "lm")
+
+
+def plot(
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    heading: str,
+    x_label: str,
+    *,
+    log: bool = False,
+    floor: float = 0.0,
+    mark: tuple[float, str] | None = None,
+    size: int = 22,
+) -> np.ndarray:
+    """Line chart (H, W, 3) uint8 of name -> (x, y); `heading` says what y is.
+
+    `log`: decades on the y axis; values below `floor` are drawn there. `mark`: (x, label) of a vertical line.
+    """
+    width, height, top, bottom, right = 760, 560, 3.2 * size, 3.2 * size, 1.2 * size
+    chart = Chart(width, height, size)
+    lines = {name: (xs, [max(value, floor) for value in ys]) for name, (xs, ys) in lines.items()}
+    every_x, every_y = ([v for pair in lines.values() for v in pair[i]] for i in (0, 1))
+    y = Axis(every_y, height - bottom, top, log)
+    left = size + max(chart.length("1000" if log else f"{value:g}") for value in y.ticks())
+    x = Axis(every_x, left, width - right)
+    chart.text(left, 1.4 * size, heading, "lm")
+    for value in y.ticks():
+        chart.line([(left, y(value)), (width - right, y(value))], FAINT, 1.5)
+        chart.number(left - 8, y(value), value, log)
+    for value in x.ticks():
+        chart.line([(x(value), height - bottom), (x(value), height - bottom + 6)], GREY, 1.5)
+        chart.text(x(value), height - bottom + 10, f"{value:g}", "mt")
+    chart.text((left + width - right) / 2, height - 0.9 * size, x_label, "mm")
+    chart.line([(left, top), (left, height - bottom), (width - right, height - bottom)], GREY, 2)
+    if mark:
+        chart.line([(x(mark[0]), top), (x(mark[0]), height - bottom)], GREY, 2, (6, 6))
+        chart.text(x(mark[0]) + 8, height - bottom - size, mark[1], "lm", GREY)
+    paths = [[(x(a), y(b)) for a, b in zip(xs, ys, strict=True)] for xs, ys in lines.values()]
+    for path, (colour, pattern) in zip(paths, cycle(STYLES), strict=False):
+        chart.line(path, colour, 3.5, pattern)
+    legend(chart, list(lines), [point for path in paths for point in path], x, y)
+    return chart.finished()
