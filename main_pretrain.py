@@ -7,6 +7,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 from engine_pretrain import build_model, log_pictures, pretrain_loss, reconstruct
+from health import warning_after, warnings_at_start
 from models import ENCODERS
 from util.args import (
     Parser,
@@ -70,11 +71,15 @@ def main() -> None:
     normalize = Normalize(args, device)
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
     examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
+    for line in warnings_at_start(model, normalize(examples), args):
+        run.log.say(line)
 
     for epoch in range(progress.epoch, args.epochs):
         train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
         done = epoch + 1
         save(run, Progress(done, 0), model, optimizer, scaler)
+        if run.world.leads and (warning := warning_after(done, model, normalize(examples), examples["noise"], args)):
+            run.log.say(warning)
         if due(args.image_every, done, args.epochs) and run.world.leads:
             log_pictures(run.log, reconstruct(model, normalize(examples), examples["noise"], args), done)
         if labelled and due(args.knn_every, done, args.epochs):
