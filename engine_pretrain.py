@@ -91,20 +91,26 @@ def reconstruct(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -
         centre, scale = patch_statistics(take(patchify(target, patch), mask.drop))
         prediction, how = prediction * scale + centre, "true patch mean and std"
     where = mask.drop[..., None].expand_as(prediction)
-    grey = patchify(((0.5 - mean) / std).expand_as(images), patch).gather(1, where)
 
-    def replaced(x: Tensor, removed: Tensor) -> Tensor:
-        return unpatchify(patchify(x, patch).scatter(1, where, removed), patch, grid) * std + mean
+    def replaced(x: Tensor) -> Tensor:
+        return unpatchify(patchify(x, patch).scatter(1, where, prediction), patch, grid) * std + mean
 
     return Reconstruction(
         images * std + mean,
         target * std + mean,
-        replaced(images, grey),
-        replaced(images, prediction),
-        replaced(target, prediction) - (target * std + mean),
+        masked(images * std + mean, mask.drop, patch),
+        replaced(images),
+        replaced(target) - (target * std + mean),
         model.target.radius if isinstance(model.target, LowPass) else None,
         how,
     )
+
+
+def masked(pixels: Tensor, drop: Tensor, patch: int) -> Tensor:
+    """Images (B, C, H, W), grey where the patches `drop` (B, R) are."""
+    patches = patchify(pixels, patch)
+    patches = patches.scatter(1, drop[..., None].expand(-1, -1, patches.shape[2]), 0.5)
+    return unpatchify(patches, patch, (pixels.shape[2] // patch, pixels.shape[3] // patch))
 
 
 def panel(made: Reconstruction) -> np.ndarray:

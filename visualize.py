@@ -1,15 +1,18 @@
-"""Picture of what a model reconstructs: input, target, masked input, prediction, what the filter removed."""
+"""Pictures of a model: what it reconstructs, looks at and tells apart, and what its masks and filter do to images."""
 
 import argparse
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from engine_pretrain import build_model, panel, reconstruct
+from engine_pretrain import build_model, lowpass_radius, panel, reconstruct, spectrum
 from models import ENCODERS
-from models_pixmim import PixMIM
+from models_pixmim import PixMIM, mask_from_noise
+from pictures import attention_picture, filter_picture, masks_picture, pca_picture
 from util import convert
 from util.args import (
     METHOD,
@@ -20,19 +23,33 @@ from util.args import (
     number,
     report_mistakes,
 )
-from util.classify import MODEL_FLAGS, own_arguments, read_architecture
+from util.classify import MODEL_FLAGS, load_encoder, own_arguments, pooling, read_architecture
 from util.data import Normalize, Samples, eval_transform, one_batch
 from util.dist import join
+from util.rng import MASK, generator
 from util.sources import Folder, list_images
+
+MASKS = 6
+RADII = (10, 20, 40, 80, 112)  # of --filter at 224 px
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     # fmt: off
-    parser.add_argument("--checkpoint", required=True, help="pre-trained weights with their decoder, in any format that util/convert.py reads")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
+        help="pre-trained weights in any format that util/convert.py reads, with their decoder unless one of the pictures below "
+             "does without; none = an untrained --model")
     parser.add_argument("--images", required=True, nargs="+", help="files, or folders of images")
     parser.add_argument("--output", required=True, help="the picture to write, .png or .jpg")
     parser.add_argument("--count", type=number(int, 1), default=8, help="images shown at most, spread over those found")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--attention", action="store_true", help="instead of what is reconstructed: what each head of the last block's class token looks at")
+    add("--pca", action="store_true", help="instead: the first three principal components of the patch features, as colours")
+    add("--spectrum", action="store_true", help="instead: power of each frequency of input, target, prediction and error, a chart")
+    add("--masks", action="store_true", help=f"instead: the images under {MASKS} masks each")
+    add("--filter", nargs="*", type=number(float, 0), metavar="R",
+        help="instead: the images under low-pass filters of these radii, and what they remove; without radii 10 20 40 80 112 "
+             "of 224 px in proportion, and the model's own")
     # fmt: on
     add_model_arguments(parser, ENCODERS)
     group = add_method_arguments(parser, **dict.fromkeys(METHOD))
@@ -44,8 +61,14 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def foreign_method(weights: convert.Weights) -> dict:
+def has_decoder(weights: convert.Weights | None) -> bool:
+    return weights is not None and "decoder_pred.weight" in weights.state
+
+
+def foreign_method(weights: convert.Weights | None) -> dict:
     """Method flags of a checkpoint that does not tell them: MAE's, and PixMIM's target if it brought its filter."""
+    if weights is None or not has_decoder(weights):
+        return METHOD
     facts = convert.architecture(weights.state)
     filtered = any("low_pass_filter" in key for key in weights.dropped)
     return METHOD | {
@@ -87,24 +110,62 @@ def fit(model: PixMIM, weights: convert.Weights, args: Namespace) -> None:
         ) from error
 
 
+def encoder_picture(args: Namespace, weights: convert.Weights | None, batch: dict, device: torch.device) -> np.ndarray:
+    """Pictures of whole images' features: any encoder, at any --input_size."""
+    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights)).to(device).eval()
+    if args.attention and not encoder.num_prefix_tokens:
+        raise ValueError(f"--attention: --model {args.model} has no class token; use --pca")
+    draw = attention_picture if args.attention else pca_picture
+    return draw(encoder, Normalize(args, device)(batch), pixels(batch))
+
+
+def method_picture(args: Namespace, weights: convert.Weights | None, batch: dict, device: torch.device) -> np.ndarray:
+    """Pictures of what pre-training does: its masks, its filter, its predictions."""
+    own = lowpass_radius(args)
+    if args.filter is not None:
+        sides = {round(radius * min(args.input_size) / 224) for radius in RADII} | {own}
+        return filter_picture(pixels(batch), args.filter or sorted(sides - {0}), own, args.lowpass)
+    model = build_model(args, ENCODERS)
+    if not args.masks:
+        fit(model, weights, args)
+    model.to(device).eval()
+    count = len(batch["images"])
+
+    def noise(epoch: int) -> Tensor:  # as util/data.py draws it
+        draws = [generator(args.seed, MASK, epoch, i).random(model.noise_length, np.float32) for i in range(count)]
+        return torch.from_numpy(np.stack(draws)).to(device)
+
+    if args.masks:
+        masks = [mask_from_noise(noise(e), args.mask_ratio, model.encoder.grid, args.mask_unit) for e in range(MASKS)]
+        return masks_picture(pixels(batch), masks, model.encoder.patch)
+    made = reconstruct(model, Normalize(args, device)(batch), noise(0), args)
+    return spectrum(made) if args.spectrum else panel(made)
+
+
+def pixels(batch: dict) -> Tensor:
+    """(B, C, H, W) in [0, 1]."""
+    return batch["images"].permute(0, 3, 1, 2).float() / 255
+
+
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
-    if weights is None or "decoder_pred.weight" not in weights.state:
-        raise ValueError(f"--checkpoint {args.checkpoint} has no decoder; a picture needs a pre-training checkpoint")
+    of_encoder = args.attention or args.pca
+    if not (of_encoder or args.masks or args.filter is not None or has_decoder(weights)):
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} has no decoder; what it reconstructs needs a pre-training checkpoint, "
+            "--attention, --pca, --masks and --filter do not"
+        )
     if not own_arguments(weights):
         foreign = foreign_method(weights)
         args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD if getattr(args, name) is None})
     device = join(args.device, "off").device
-    model = build_model(args, ENCODERS)
-    fit(model, weights, args)
-    model.to(device).eval()
     source = find_images(args.images, args.count)
-    samples = Samples(source, eval_transform(args.input_size), args, noise_length=model.noise_length)
-    batch = one_batch(samples, range(len(samples)), device)
-    picture = Image.fromarray(panel(reconstruct(model, Normalize(args, device)(batch), batch["noise"], args)))
+    batch = one_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
+    draw = encoder_picture if of_encoder else method_picture
+    picture = Image.fromarray(draw(args, weights, batch, device))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
-    print(f"{args.output}: {len(samples)} images, {picture.width} x {picture.height}")
+    print(f"{args.output}: {len(source)} images, {picture.width} x {picture.height}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ MAINS = ("main_pretrain", "main_knn", "main_linprobe", "main_finetune", "visuali
 # Who may import whom, top down: a module imports from lower lines, or from its own if an arrow in the design says so.
 LAYERS = (
     {*MAINS},
+    {"pictures"},
     {"engine_pretrain", "health", "models"},
     {"spectrum"},
     {"models_convmae", "models_mff"},

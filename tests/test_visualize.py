@@ -1,12 +1,18 @@
 """Pictures from checkpoints of ours and of others."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, call, weights
+from conftest import DEVICE, MODEL, call, weights
 from PIL import Image
 
+from models import ENCODERS
+from models_pixmim import PixMIM
 from util import convert
+
+BLANK = np.zeros((9, 9, 3), np.uint8)
 
 
 def draw(checkpoint, images, output, *words) -> np.ndarray:
@@ -57,7 +63,7 @@ def test_images_are_spread_over_those_found(photos):
 
 def test_a_checkpoint_without_a_decoder_is_refused(pretrained, photos, tmp_path):
     torch.save(convert.to_timm(weights(pretrained)["model"]), tmp_path / "timm.pth")
-    with pytest.raises(ValueError, match=r"timm\.pth has no decoder; a picture needs a pre-training checkpoint"):
+    with pytest.raises(ValueError, match=r"timm\.pth has no decoder; what it reconstructs needs"):
         draw(tmp_path / "timm.pth", photos / "val", tmp_path / "x.png")
     with pytest.raises(ValueError, match="none has no decoder"):
         draw("none", photos / "val", tmp_path / "x.png", "--model", "vit_tiny")
@@ -69,3 +75,81 @@ def test_missing_and_empty_images_are_named(pretrained, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--images .*/empty: no images there"):
         draw(pretrained / "last.pth", tmp_path / "empty", tmp_path / "x.png")
+
+
+# ------------------------------------------------------------------------------------------------------- other pictures
+
+
+@pytest.mark.parametrize(
+    ("flags", "columns"),
+    [("--attention", 5), ("--attention --input_size 32", 5), ("--pca", 5), ("--masks", 7), ("--filter 2 4", 3)],
+)
+def test_pictures_need_no_decoder(flags, columns, pretrained, photos, tmp_path):
+    torch.save(convert.to_timm(weights(pretrained)["model"]), tmp_path / "timm.pth")
+    for checkpoint in (pretrained / "last.pth", tmp_path / "timm.pth"):
+        picture = draw(checkpoint, photos / "val", tmp_path / "x.png", "--count", 2, *flags.split())
+        assert picture.shape[1] // 232 == columns
+    untrained = draw("none", photos / "val", tmp_path / "x.png", *MODEL, "--count", 2, *flags.split())
+    assert untrained.shape[1] == picture.shape[1]
+
+
+def test_the_spectrum_is_that_of_what_is_reconstructed(pretrained, photos, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(
+        "engine_pretrain.spectrum_chart", lambda images, radius: shown.update(images, r=radius) or BLANK
+    )
+    draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--spectrum")
+    assert list(shown) == ["input", "target", "prediction", "error", "r"]
+    assert torch.allclose(shown["prediction"] - shown["target"], shown["error"], atol=1e-6)
+    assert shown["r"] == 40 * 16 / 224
+
+
+def test_masks_are_those_of_training(photos, pretrained, tmp_path, monkeypatch):
+    """Image i of epoch e is masked as data.py's loader and the model would mask it."""
+    import visualize
+    from util.data import Samples, eval_transform
+
+    caught = {}
+    monkeypatch.setattr(visualize, "masks_picture", lambda pixels, masks, patch: caught.update(masks=masks) or BLANK)
+    draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--masks", "--seed", 3, "--count", 2)
+    source = visualize.find_images([str(photos / "val")], 2)
+    samples = Samples(source, eval_transform((16, 16)), Namespace(seed=3, in_chans=3), noise_length=4)
+    model = PixMIM(
+        ENCODERS["vit_tiny"](img_size=16, patch_size=8), torch.nn.Identity(), decoder_dim=32, decoder_depth=1
+    )
+    for epoch, mask in enumerate(caught["masks"]):
+        noise = samples.__getitems__([(epoch, 0), (epoch, 1)])["noise"]
+        assert torch.equal(mask.removed, model(torch.zeros(2, 3, 16, 16), noise)[2].removed)
+    assert len(caught["masks"]) == 6
+
+
+def test_the_radii_of_a_filter_are_in_proportion_and_the_models_own_is_among_them(
+    pretrained, photos, tmp_path, monkeypatch
+):
+    caught = {}
+    monkeypatch.setattr(
+        "visualize.filter_picture", lambda _, radii, own, kind: caught.update(radii=radii, own=own) or BLANK
+    )
+    draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--filter")
+    assert caught == {"radii": [1, 40 * 16 / 224, 3, 6, 8], "own": 40 * 16 / 224}
+    draw("none", photos / "val", tmp_path / "x.png", "--model", "vit_tiny", "--filter")
+    assert caught == {"radii": [10, 20, 40, 80, 112], "own": 40}
+
+
+def test_other_hosts_show_their_features_but_only_a_class_token_looks(photos, tmp_path):
+    conv = ["--model", "convvit_tiny", "--patch_size", 8, "--input_size", 16]
+    draw("none", photos / "val", tmp_path / "x.png", *conv, "--pca")
+    with pytest.raises(ValueError, match="--attention: --model convvit_tiny has no class token; use --pca"):
+        draw("none", photos / "val", tmp_path / "x.png", *conv, "--attention")
+
+
+def test_only_one_picture_at_a_time(pretrained, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--pca", "--filter")
+    assert "argument --filter: not allowed with argument --pca" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["", "--spectrum"])
+def test_what_needs_a_decoder_says_what_does_not(flag, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"none has no decoder; .* --attention, --pca, --masks and --filter do not"):
+        draw("none", photos / "val", tmp_path / "x.png", *MODEL, *flag.split())

@@ -31,15 +31,16 @@ def wrapped(label: str, font, width: float) -> list[str]:
 
 
 def draw_columns(
-    columns: dict[str, np.ndarray], rows: Sequence[str] = (), gap: int = 8, width: int = 224, size: int = 20
+    columns: dict[str, np.ndarray], rows: Sequence[str] = (), gap: int = 8, width: int = 224
 ) -> np.ndarray:
     """Labelled columns of images (B, H, W, 3) uint8 side by side, small images enlarged to about `width`.
 
-    `rows` are labels left of the images, one for each.
+    `rows` are labels left of the images, one for each. Letters are at least a 70th of the whole picture's width.
     """
     zoom = max(1, round(width / next(iter(columns.values())).shape[2]))
     count, height, width, _ = next(iter(columns.values())).shape
     height, width = height * zoom, width * zoom
+    size = max(20, len(columns) * width // 70)
     font = ImageFont.load_default(size=size)
     line = round(1.2 * size)
     labels = {label: wrapped(label, font, width) for label in columns}
@@ -48,7 +49,7 @@ def draw_columns(
     canvas = Image.new("RGB", (left + len(columns) * (width + gap), header + count * (height + gap)), "white")
     pen = ImageDraw.Draw(canvas)
     for row, label in enumerate(rows):
-        pen.text((gap, header + row * (height + gap) + height / 2), label, fill="black", font=font, anchor="lm")
+        pen.text((left - gap, header + row * (height + gap) + height / 2), label, fill="black", font=font, anchor="rm")
     for column, (label, images) in enumerate(columns.items()):
         x = left + column * (width + gap)
         for number, text in enumerate(reversed(labels[label])):
@@ -95,7 +96,7 @@ class Axis:
     def ticks(self) -> list[float]:
         if not self.log:
             return ticks(self.low, self.high)
-        step = max(1, math.ceil((self.high - self.low) / 6))
+        step = math.ceil((self.high - self.low) / 9)
         return [10.0**k for k in range(int(self.low), int(self.high) + 1, step)]
 
 
