@@ -21,7 +21,7 @@ LAYERS = (
     {"spectrum"},
     {"models_convmae", "models_mff"},
     {"models_pixmim"},
-    {"util.demo", "util.classify"},
+    {"util.demo", "util.classify", "util.curves"},
     {"util.checkpoint", "util.train"},
     {"util.data"},
     {"util.cache", "util.tars"},

@@ -1,7 +1,7 @@
 """Pictures for print and projector: labelled columns of images, and line charts; on white, in colours that all can tell."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 
 import numpy as np
@@ -78,13 +78,15 @@ def ticks(low: float, high: float) -> list[float]:
 class Axis:
     """Numbers -> pixels between two ends, linear or logarithmic."""
 
-    def __init__(self, values: Sequence[float], first: float, last: float, log: bool = False):
+    def __init__(self, values: Sequence[float], first: float, last: float, log: bool = False, margin: float = 0.0):
         self.log, self.first, self.last = log, first, last
         self.low, self.high = self.scaled(min(values)), self.scaled(max(values))
         if log:
             self.low, self.high = float(math.floor(self.low)), float(math.ceil(self.high))
         if self.low == self.high:
             self.low, self.high = self.low - 0.5, self.high + 0.5
+        margin *= self.high - self.low
+        self.low, self.high = self.low - margin, self.high + margin
 
     def scaled(self, value: float) -> float:
         return math.log10(value) if self.log else value
@@ -119,7 +121,7 @@ def dashed(points: Sequence[tuple[float, float]], pattern: Sequence[float]) -> l
 
 
 class Chart:
-    """Axes, then lines, then the legend; coordinates of the picture as it will be, drawn `FINE` times as large."""
+    """Coordinates of the picture as it will be, drawn `FINE` times as large."""
 
     def __init__(self, width: int, height: int, size: int):
         self.image = Image.new("RGB", (width * FINE, height * FINE), "white")
@@ -138,6 +140,10 @@ class Chart:
             scaled = [(x * FINE, y * FINE) for x, y in piece]
             self.pen.line(scaled, fill=fill, width=round(width * FINE), joint="curve")
 
+    def dots(self, points: Sequence[tuple[float, float]], fill, radius: float) -> None:
+        for x, y in points:
+            self.pen.circle((x * FINE, y * FINE), radius * FINE, fill=fill)
+
     def number(self, x: float, y: float, value: float, log: bool) -> None:
         """A number right-aligned at x; powers of ten as such."""
         if not log:
@@ -152,27 +158,21 @@ class Chart:
         return np.asarray(self.image.reduce(FINE))
 
 
-def legend(chart: Chart, names: Sequence[str], points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> None:
-    """Names beside samples of their lines, in the upper or lower, left or right corner that has fewest points."""
-    line, sample = 1.35 * chart.size, 44
-    width, height = sample + 14 + max(map(chart.length, names)), line * len(names)
-    corners = [
-        (left, top)
-        for left in (x.last - width - 8, x.first + 14)
-        for top in (y.last + 6, y.first - height - 6)
-    ]  # fmt: skip
-    left, top = min(
-        corners,
-        key=lambda c: sum(c[0] - 8 < px < c[0] + width + 8 and c[1] - 8 < py < c[1] + height + 8 for px, py in points),
-    )
-    for i, (name, (colour, pattern)) in enumerate(zip(names, cycle(STYLES), strict=False)):
-        middle = top + (i + 0.5) * line
-        chart.line([(left, middle), (left + sample, middle)], colour, 3.5, pattern)
-        chart.text(left + sample + 10, middle, name, "lm")
+def legend(chart: Chart, names: Sequence[str], left: float, top: float, right: float) -> float:
+    """Names beside samples of their lines, in rows between left and right; where they end."""
+    sample, space, x, middle = 40, 26, left, top
+    for name, (colour, pattern) in zip(names, cycle(STYLES), strict=False):
+        wide = sample + 8 + chart.length(name)
+        if x > left and x + wide > right:
+            x, middle = left, middle + 1.3 * chart.size
+        chart.line([(x, middle), (x + sample, middle)], colour, 3.5, pattern)
+        chart.text(x + sample + 8, middle, name, "lm")
+        x += wide + space
+    return middle + 0.65 * chart.size
 
 
 def plot(
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     heading: str,
     x_label: str,
     *,
@@ -185,27 +185,30 @@ def plot(
 
     `log`: decades on the y axis; values below `floor` are drawn there. `mark`: (x, label) of a vertical line.
     """
-    width, height, top, bottom, right = 760, 560, 3.2 * size, 3.2 * size, 1.2 * size
+    width, height = 760, 600
+    right, bottom = width - 1.2 * size, height - 3.2 * size
     chart = Chart(width, height, size)
+    chart.text(size, 1.2 * size, heading, "lm")
+    top = legend(chart, list(lines), size, 2.6 * size, right) + 0.6 * size
     lines = {name: (xs, [max(value, floor) for value in ys]) for name, (xs, ys) in lines.items()}
     every_x, every_y = ([v for pair in lines.values() for v in pair[i]] for i in (0, 1))
-    y = Axis(every_y, height - bottom, top, log)
+    y = Axis(every_y, bottom, top, log, 0 if log else 0.05)
     left = size + max(chart.length("1000" if log else f"{value:g}") for value in y.ticks())
-    x = Axis(every_x, left, width - right)
-    chart.text(left, 1.4 * size, heading, "lm")
+    x = Axis(every_x, left, right)
     for value in y.ticks():
-        chart.line([(left, y(value)), (width - right, y(value))], FAINT, 1.5)
+        chart.line([(left, y(value)), (right, y(value))], FAINT, 1.5)
         chart.number(left - 8, y(value), value, log)
     for value in x.ticks():
-        chart.line([(x(value), height - bottom), (x(value), height - bottom + 6)], GREY, 1.5)
-        chart.text(x(value), height - bottom + 10, f"{value:g}", "mt")
-    chart.text((left + width - right) / 2, height - 0.9 * size, x_label, "mm")
-    chart.line([(left, top), (left, height - bottom), (width - right, height - bottom)], GREY, 2)
+        chart.line([(x(value), bottom), (x(value), bottom + 6)], GREY, 1.5)
+        chart.text(x(value), bottom + 10, f"{value:g}", "mt")
+    chart.text((left + right) / 2, height - 0.9 * size, x_label, "mm")
+    chart.line([(left, top), (left, bottom), (right, bottom)], GREY, 2)
     if mark:
-        chart.line([(x(mark[0]), top), (x(mark[0]), height - bottom)], GREY, 2, (6, 6))
-        chart.text(x(mark[0]) + 8, height - bottom - size, mark[1], "lm", GREY)
+        chart.line([(x(mark[0]), top), (x(mark[0]), bottom)], GREY, 2, (6, 6))
+        chart.text(x(mark[0]) + 8, top + 0.8 * size, mark[1], "lm", GREY)
     paths = [[(x(a), y(b)) for a, b in zip(xs, ys, strict=True)] for xs, ys in lines.values()]
     for path, (colour, pattern) in zip(paths, cycle(STYLES), strict=False):
         chart.line(path, colour, 3.5, pattern)
-    legend(chart, list(lines), [point for path in paths for point in path], x, y)
+        if len(path) <= 12:  # each is a measurement, one alone is no line
+            chart.dots(path, colour, 5)
     return chart.finished()
