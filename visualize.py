@@ -47,7 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--pca", action="store_true", help="instead: the first three principal components of the patch features, as colours")
     add("--spectrum", action="store_true", help="instead: power of each frequency of input, target, prediction and error, a chart")
     add("--masks", action="store_true", help=f"instead: the images under {MASKS} masks each")
-    add("--filter", nargs="*", type=number(float, 0), metavar="R",
+    add("--filter", nargs="*", type=number(float, 1), metavar="R",
         help="instead: the images under low-pass filters of these radii, and what they remove; without radii 10 20 40 80 112 "
              "of 224 px in proportion, and the model's own")
     # fmt: on

@@ -43,7 +43,7 @@ def draw_columns(
     size = max(20, len(columns) * width // 70)
     font = ImageFont.load_default(size=size)
     line = round(1.2 * size)
-    labels = {label: wrapped(label, font, width) for label in columns}
+    labels = {label: wrapped(label, font, width - 2 * gap) for label in columns}
     header = max(map(len, labels.values())) * line + gap
     left = gap + (math.ceil(max(map(font.getlength, rows))) + gap if rows else 0)
     canvas = Image.new("RGB", (left + len(columns) * (width + gap), header + count * (height + gap)), "white")
@@ -84,7 +84,7 @@ class Axis:
         if log:
             self.low, self.high = float(math.floor(self.low)), float(math.ceil(self.high))
         if self.low == self.high:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
+            self.low, self.high = self.low - 1, self.high + 1
         margin *= self.high - self.low
         self.low, self.high = self.low - margin, self.high + margin
 
