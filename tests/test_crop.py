@@ -74,6 +74,9 @@ def test_bands_are_cropped_alike():
     crop = SimpleResizedCrop((24, 24))
     together = crop([image], np.random.default_rng(5))
     assert np.array_equal(together, crop(image.split(), np.random.default_rng(5)))
+    memory = np.zeros((24, 24, 3), np.uint8)
+    crop([image], np.random.default_rng(5), memory)
+    assert np.array_equal(together, memory)
 
 
 def test_a_crop_that_is_too_small_to_be_mirrored_is_refused():

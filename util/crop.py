@@ -31,15 +31,15 @@ def mirrored(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
         yield slice(side - after, side), slice(n - 2, n - 2 - after if n - 2 - after >= 0 else None, -1)
 
 
-def window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, padding: int = 4) -> np.ndarray:
+def window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, padding: int = 4, out=None) -> np.ndarray:
     """Window (H, W, C) of pixels (h, w, C), mirrored `padding` pixels beyond each edge; u (2,) in [0, 1) places it.
 
-    RandomCrop(size, padding=4, padding_mode="reflect") without the padded copy.
+    RandomCrop(size, padding=4, padding_mode="reflect") without the padded copy. `out` is memory for it.
     """
     starts = [
         int(draw * (n + 2 * padding - side + 1)) - padding for n, side, draw in zip(pixels.shape, size, u, strict=False)
     ]
-    result = np.empty((*size, pixels.shape[2]), pixels.dtype)
+    result = np.empty((*size, pixels.shape[2]), pixels.dtype) if out is None else out
     columns = [*mirrored(starts[1], size[1], pixels.shape[1])]
     for where, whence in mirrored(starts[0], size[0], pixels.shape[0]):
         for across, from_across in columns:
@@ -62,6 +62,6 @@ class SimpleResizedCrop:
     def resize(self, bands: Sequence[Image.Image]) -> np.ndarray:
         return np.dstack([np.asarray(resize_to_cover(band, self.size, self.interpolation)) for band in bands])
 
-    def __call__(self, image: Sequence[Image.Image] | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: Sequence[Image.Image] | np.ndarray, rng: np.random.Generator, out=None) -> np.ndarray:
         resized = image if isinstance(image, np.ndarray) else self.resize(image)
-        return window(resized, self.size, rng.random(2))
+        return window(resized, self.size, rng.random(2), out=out)

@@ -19,7 +19,7 @@ from util.args import channel_statistics
 from util.cache import Cache, is_cache
 from util.crop import SimpleResizedCrop, resize_to_cover
 from util.dist import World
-from util.rng import CROP, MASK, Seeded, generator, permutation
+from util.rng import CROP, MASK, Draws, Seeded, permutation
 from util.run import Run
 from util.sources import Source, class_folders, unlabelled_folder
 from util.tars import Stream, is_stream, local_tars
@@ -100,7 +100,9 @@ class Samples(Dataset):
         `bad` lists (name, reason) of the images that could not be read; with `stop` the first of them ends the batch.
         """
         bad: list[tuple[str, str]] = []
-        flips, noise, index = [], [], []
+        crops, masks = Draws(self.seed, CROP), Draws(self.seed, MASK)
+        flips, index = [], []
+        noise = np.empty((len(keys), self.noise_length), np.float32)
         images = None
         try:
             self.source.enter(keys[0][0])
@@ -111,16 +113,20 @@ class Samples(Dataset):
             readable = self.read(i, bad)
             if readable is None:
                 return {"bad": bad}
-            rng = generator(self.seed, CROP, epoch, i)
-            pixels = self.transform(readable[0], rng)
-            images = room(len(keys), pixels.shape) if images is None else images
-            images[n] = torch.from_numpy(pixels)
+            rng = crops.at(epoch, i)
+            if images is None:
+                first = self.transform(readable[0], rng)
+                images = room(len(keys), first.shape)
+                into = images.numpy()
+                into[0] = first
+            else:
+                self.transform(readable[0], rng, into[n])
             index.append(readable[1])
             flips.append(rng.random() < 0.5)
-            noise.append(generator(self.seed, MASK, epoch, i).random(self.noise_length, np.float32))
+            masks.at(epoch, i).random(out=noise[n], dtype=np.float32)
         batch = {
             "images": images,
-            "noise": torch.from_numpy(np.stack(noise)),
+            "noise": torch.from_numpy(noise),
             "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
             "index": torch.tensor(index),
         }

@@ -14,6 +14,21 @@ def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.rand
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, epoch, index]))
 
 
+class Draws:
+    """Generators of a stream, one after the other: to set a Philox anew takes an eighth of the time of making one."""
+
+    def __init__(self, seed: int, stream: int):
+        self.rng = generator(seed, stream)
+        self.start = self.rng.bit_generator.state
+        self.counter = self.start["state"]["counter"]
+
+    def at(self, epoch: int, index: int) -> np.random.Generator:
+        """What `generator` gives for this sample, until the next call."""
+        self.counter[2:] = epoch, index
+        self.rng.bit_generator.state = self.start
+        return self.rng
+
+
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Order of `count` samples in an epoch, (count,) int64."""
     return np.argsort(generator(seed, ORDER, epoch).random(count), kind="stable")
@@ -34,15 +49,15 @@ def seed_everything(seed: int) -> None:
 class Seeded:
     """torchvision and timm transforms as a function of (bands, generator): PIL images -> uint8 (H, W, C).
 
-    Every band is transformed with the same draws.
+    Every band is transformed with the same draws. `out` is memory for the result.
     """
 
     def __init__(self, transform: Callable):
         self.transform = transform
 
-    def __call__(self, bands: Sequence, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, bands: Sequence, rng: np.random.Generator, out: np.ndarray | None = None) -> np.ndarray:
         seed, pixels = int(rng.bit_generator.random_raw()), []
         for band in bands:
             seed_everything(seed)
-            pixels.append(np.asarray(self.transform(band)))
-        return np.dstack(pixels)
+            pixels.append(np.atleast_3d(np.asarray(self.transform(band))))
+        return np.concatenate(pixels, axis=2, out=out)
