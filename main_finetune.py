@@ -12,9 +12,8 @@ from torchvision import transforms as T
 
 from models import ENCODERS
 from util.args import classifier_parser, number, report_mistakes
-from util.checkpoint import Progress, resume, save
+from util.checkpoint import Saver
 from util.classify import (
-    evaluate,
     evaluate_saved,
     load_encoder,
     print_result,
@@ -90,15 +89,15 @@ def main() -> None:
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size))
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
     optimizer, scaler = torch.optim.AdamW(groups, run.lr, fused=True), grad_scaler(run)
-    progress = resume(run, model, optimizer, scaler)
+    saver = Saver(run, model, optimizer, scaler, loader)
+    progress = saver.resume()
     wrapped, loss_fn = wrap(model, run), finetune_loss(args, Normalize(args, device), classes, device)
 
-    results = None
     for epoch in range(progress.epoch, args.epochs):
-        train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
-        save(run, Progress(epoch + 1, 0), model, optimizer, scaler)
+        progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
+        saver.after_epoch(progress)
         results = validate(run, model, val_loader, classes, epoch + 1)
-    results = results or evaluate(args, run.world, model, val_loader, classes)
+    saver.close()
     save_classifier(run, model.state_dict(), train.classes)
     run.close()
     print_result(run.world, results[0])

@@ -10,10 +10,9 @@ from torchvision import transforms as T
 
 from models import ENCODERS
 from util.args import classifier_parser, report_mistakes
-from util.checkpoint import Progress, resume, save
+from util.checkpoint import Saver
 from util.classify import (
     Probe,
-    evaluate,
     evaluate_saved,
     load_encoder,
     pooling,
@@ -76,17 +75,17 @@ def main() -> None:
     loader = train_loader(run, train, crop, flip=True)
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))
     optimizer, scaler = lars(model, run), grad_scaler(run)
-    progress = resume(run, model, optimizer, scaler)
+    saver = Saver(run, model, optimizer, scaler, loader)
+    progress = saver.resume()
     frozen = {name: value.clone() for name, value in encoder.state_dict().items()}
     wrapped, loss_fn = wrap(model, run), probe_loss(Normalize(args, run.world.device))
 
-    results = None
     for epoch in range(progress.epoch, args.epochs):
-        train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
+        progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
         model.average_statistics(run.world)
-        save(run, Progress(epoch + 1, 0), model, optimizer, scaler)
+        saver.after_epoch(progress)
         results = validate(run, model, val_loader, len(train.classes), epoch + 1)
-    results = results or evaluate(args, run.world, model, val_loader, len(train.classes))
+    saver.close()
     assert all(torch.equal(value, frozen[name]) for name, value in encoder.state_dict().items()), "the encoder changed"
     for blr, result in zip(args.blr, results, strict=True):
         run.log.say(f"--blr {blr:g}: {json.dumps(result)}")

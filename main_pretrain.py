@@ -20,7 +20,7 @@ from util.args import (
     number,
     report_mistakes,
 )
-from util.checkpoint import Progress, resume, save
+from util.checkpoint import Saver
 from util.classify import knn
 from util.data import Normalize, labelled_sources, one_batch, pretrain_source, pretrain_transform, train_loader
 from util.run import start
@@ -67,7 +67,8 @@ def main() -> None:
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     scaler = grad_scaler(run)
-    progress = resume(run, model, optimizer, scaler)
+    saver = Saver(run, model, optimizer, scaler, loader)
+    progress = saver.resume()
     normalize = Normalize(args, device)
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
     examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
@@ -75,9 +76,9 @@ def main() -> None:
         run.log.say(line)
 
     for epoch in range(progress.epoch, args.epochs):
-        train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, epoch, progress.step_in(epoch))
+        progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
+        saver.after_epoch(progress)
         done = epoch + 1
-        save(run, Progress(done, 0), model, optimizer, scaler)
         if run.world.leads and (warning := warning_after(done, model, normalize(examples), examples["noise"], args)):
             run.log.say(warning)
         if due(args.image_every, done, args.epochs) and run.world.leads:
@@ -86,6 +87,7 @@ def main() -> None:
             result = knn(args, run.world, model.encoder, labelled)
             run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.say(f"epoch {done}  kNN {json.dumps(result)}")
+    saver.close()
     run.log.say(f"{args.epochs} epochs done: {run.folder / 'last.pth'}")
     run.close()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models_pixmim import PixMIM, patchify
 from util.convert import mae_names
-from util.train import autocast
+from util.dist import autocast
 
 
 def masked_loss(prediction: Tensor, images: Tensor, patch: int, removed: Tensor) -> Tensor:

@@ -33,8 +33,7 @@ from models import ENCODERS
 from models_pixmim import MaskedViT, PixMIM
 from util.args import Parser, add_device_arguments, add_method_arguments, add_model_arguments, number, report_mistakes
 from util.data import Normalize
-from util.dist import join
-from util.train import autocast
+from util.dist import autocast, join
 
 Step = Callable[[dict], object]  # of a batch
 

@@ -4,9 +4,11 @@ import importlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from util.checkpoint import Saver
 from util.dist import World
 from util.log import Log
 from util.run import Run
@@ -123,6 +127,24 @@ def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
     return Run(args, World(rank, size, CPU), Log(tmp_path, False), tmp_path, batch, 0.1)
 
 
+def interrupted(monkeypatch, step: int, main, number=signal.SIGTERM) -> int:
+    """Exit status of a main in this process that gets a signal in its step-th step (of those that do not end an epoch)."""
+    calls, real = [], Saver.after_step
+
+    def after_step(self, progress):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        real(self, progress)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Saver, "after_step", after_step)
+        with pytest.raises(SystemExit) as ending:
+            main()
+    time.sleep(1 - time.time() % 1)  # TensorBoard tells the files of one process apart by the second
+    return ending.value.code
+
+
 def records(folder: Path, key: str = "loss") -> list[dict]:
     """Objects of log.jsonl that have this key."""
     return [x for x in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in x]
@@ -146,3 +168,24 @@ def assert_same(a, b) -> None:
             assert_same(x, y)
     else:
         assert a == b
+
+
+def board(folder: Path) -> dict:
+    """{(name, step): what TensorBoard shows}, without what depends on the clock."""
+    shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    tags = shown.Tags()
+    clocked = ("images_per_s", "data_wait", "tflops", "memory_gib")
+    scalars = {(t, e.step): e.value for t in tags["scalars"] if t not in clocked for e in shown.Scalars(t)}
+    return scalars | {(t, e.step): e.encoded_image_string for t in tags["images"] for e in shown.Images(t)}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, everything else in the checkpoint, log and pictures of two runs are the same, bit for bit."""
+    one, other = weights(a), weights(b)
+    for part in ("model", "optimizer", "scaler", "statistics", "progress"):
+        assert_same(one[part], other[part])
+    clocked = ("images_per_s", "data_wait", "tflops", "memory_gib")
+    logs = ([{k: v for k, v in x.items() if k not in clocked} for x in records(f, "epoch")] for f in (a, b))
+    for x, y in zip(*logs, strict=True):
+        assert x == y
+    assert board(a) == board(b)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_same, ended, pretrain, records, spawn, weights
+from conftest import assert_same, ended, one_rank, pretrain, records, spawn, weights
 from reference.make import read as reference
 
 from util import checkpoint
@@ -32,8 +32,9 @@ def killed(*names):
 if sys.argv[1] == "torch.save":
     torch.save = half
 else:
-    os.replace = killed
-checkpoint.write(Path(sys.argv[2]), {"format": checkpoint.FORMAT, "model": torch.ones(100_000)})
+    at, replace, calls = int(sys.argv[2]), os.replace, []
+    os.replace = lambda *names: killed() if len(calls) == at else calls.append(replace(*names))
+checkpoint.store(Path(sys.argv[-1]), {"model": torch.ones(100_000)}, "epoch-0009.pth")
 """
 
 
@@ -51,27 +52,34 @@ def run(pretrained, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("where", ["torch.save", "os.replace"])
-def test_a_save_that_is_killed_half_way_leaves_the_old_file(where, run):
-    before = weights(run)
-    status, _, err = ended(spawn("-c", KILLED, where, run / "last.pth"))
-    assert status == -9, err
-    assert_same(checkpoint.read(run / "last.pth"), before)
-    checkpoint.write(run / "last.pth", before | {"batch": 3})  # what the dead process left is in nobody's way
-    assert weights(run)["batch"] == 3
-    assert not list(run.glob(".*"))
+@pytest.mark.parametrize("where", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
+def test_a_save_that_is_killed_anywhere_leaves_a_whole_file_to_go_on_from(where, run):
+    before = checkpoint.read(run / "last.pth")
+    status, _, err = ended(spawn("-c", KILLED, *where.split(), run))
+    if (
+        where == "os.replace 4"
+    ):  # there are four: into place, the kept name, the old to previous.pth, the new to last.pth
+        assert status == 0, err
+    else:
+        assert status == -9, err
+    first = checkpoint.candidates(one_rank(run, resume="auto"))[0]
+    if where != "os.replace 4":
+        assert_same(checkpoint.read(first), before)
+    checkpoint.store(run, {"batch": 3}, None)  # what the dead process left is in nobody's way
+    assert checkpoint.read(run / "last.pth")["batch"] == 3
+    assert {path.name for path in run.glob(".*")} <= {".lock", ".new.pth", ".epoch-0009.pth.tmp"}
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(run):
-    before, limits = weights(run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = checkpoint.read(run / "last.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"last\.pth cannot be written .* the file before it is untouched"):
             checkpoint.write(run / "last.pth", {"model": torch.ones(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_same(weights(run), before)
-    assert not list(run.glob(".*"))
+    assert_same(checkpoint.read(run / "last.pth"), before)
+    assert not list(run.glob(".*.tmp"))
 
 
 def numbered(names) -> set[str]:
@@ -83,7 +91,7 @@ def test_last_pth_holds_tensors_under_the_names_of_mae_and_everything_needed_to_
     content = weights(pretrained)  # read with weights_only
     assert numbered(content["model"]) == numbered(reference("mae")["checkpoint"]["model"])
     assert len(content["model"]) == 4 + 5 * 2 + 13 * 12  # tokens and positions; embeddings, norms, head; blocks
-    assert content["progress"] == {"epoch": 2, "step": 0}
+    assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # but for its evaluation
     assert content["batch"] == 8
     assert content["args"]["input_size"] == [16, 16]
     assert {"optimizer", "scaler", "format"} <= content.keys()
@@ -91,7 +99,7 @@ def test_last_pth_holds_tensors_under_the_names_of_mae_and_everything_needed_to_
 
 def test_an_epoch_is_kept_every_save_every_and_at_the_end(pretrained, photos, tmp_path):
     assert sorted(path.name for path in pretrained.glob("epoch-*")) == ["epoch-0001.pth", "epoch-0002.pth"]
-    assert torch.load(pretrained / "epoch-0001.pth", weights_only=True)["progress"] == {"epoch": 1, "step": 0}
+    assert torch.load(pretrained / "epoch-0001.pth", weights_only=True)["progress"]["epoch"] == 0
     assert_same(torch.load(pretrained / "epoch-0002.pth", weights_only=True), weights(pretrained))
     other = pretrain(photos, tmp_path / "run", "--epochs", 3, "--save_every", 2)
     assert sorted(path.name for path in other.glob("epoch-*")) == ["epoch-0002.pth", "epoch-0003.pth"]
@@ -122,12 +130,13 @@ def test_the_same_batch_in_smaller_parts_is_the_same_run(run, photos):
 
 def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tmp_path):
     whole = (run / "last.pth").read_bytes()
-    (run / "last.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"last\.pth is damaged or no checkpoint .*--resume an epoch-NNNN\.pth"):
-        pretrain(photos, run)
-    torch.save({"model": {}, "epoch": 3}, run / "last.pth")
-    with pytest.raises(ValueError, match=r"last\.pth is no checkpoint of this project's runs"):
-        pretrain(photos, run)
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "foreign.pth")
+    for name in ("half", "foreign"):
+        with pytest.raises(
+            ValueError, match=rf"--resume .*: {name}\.pth in {tmp_path} damaged or foreign, and nothing"
+        ):
+            pretrain(photos, run, "--resume", tmp_path / f"{name}.pth")
     with pytest.raises(FileNotFoundError, match=r"--resume .*nowhere\.pth: there is no such file"):
         pretrain(photos, run, "--resume", tmp_path / "nowhere.pth")
 
@@ -141,7 +150,7 @@ def test_a_run_goes_on_from_the_file_that_is_named(run, photos, pretrained):
 
 def test_a_finished_run_started_again_trains_nothing(run, photos):
     before = [(run / name).read_bytes() for name in ("last.pth", "log.jsonl")]
-    pretrain(photos, run)
+    pretrain(photos, run, "--save_every", 1, "--image_every", 1)
     assert before == [(run / name).read_bytes() for name in ("last.pth", "log.jsonl")]
 
 

@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CPU, DEVICE, MODEL, assert_same, call, one_rank, ranks, records, result, weights
+from conftest import CPU, DEVICE, MODEL, assert_same, call, interrupted, one_rank, ranks, records, result, weights
 from timm.layers import resample_abs_pos_embed
 from torch.testing import assert_close
 
 import main_finetune
 from models_pixmim import ENCODERS, MaskedViT
-from util import convert
+from util import checkpoint, convert
 from util.classify import Probe, Score, extract, features, knn_votes, pooling, resample
 from util.data import Feed, Normalize, Samples, eval_loader, eval_transform, labelled_sources
 from util.dist import World
@@ -297,7 +297,8 @@ def test_a_probe_of_other_weights_in_the_same_folder_is_refused(probed, pretrain
     torch.save(other, tmp_path / "other.pth")
     content = torch.load(folder / "last.pth", weights_only=True)
     content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights in it
-    torch.save(content, folder / "last.pth")
+    del content["sha256"]
+    checkpoint.write(folder / "last.pth", content)
     with pytest.raises(ValueError, match="began with other weights than --checkpoint has now"):
         probe(folder, photos, tmp_path / "other.pth", "--blr", 0.1, 3, 30)
 
@@ -353,16 +354,7 @@ def test_every_parameter_is_tuned_from_the_pre_trained_ones(tuned, pretrained):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
 def test_fine_tuning_resumed_is_fine_tuning_unbroken(tuned, pretrained, photos, tmp_path, monkeypatch):
-    real = main_finetune.save
-
-    def stopped(run, progress, *rest):
-        real(run, progress, *rest)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(main_finetune, "save", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            tune(tmp_path, photos, pretrained / "last.pth")
+    interrupted(monkeypatch, 2, lambda: tune(tmp_path, photos, pretrained / "last.pth"))
     # a worker, so that no sample leaves its seed in this process by chance
     assert tune(tmp_path, photos, pretrained / "last.pth", "--num_workers", 1) == tuned[1]
     assert_same(weights(tmp_path)["model"], weights(tuned[0])["model"])

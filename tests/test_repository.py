@@ -22,11 +22,12 @@ LAYERS = (
     {"models_convmae", "models_mff"},
     {"models_pixmim"},
     {"util.demo", "util.classify", "util.curves"},
-    {"util.checkpoint", "util.train"},
-    {"util.data"},
+    {"util.train"},
+    {"util.checkpoint", "util.data", "util.replay"},
     {"util.cache", "util.tars"},
     {"util.run", "util.sources"},
     {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.convert", "util.args", "util.draw"},
+    {"util.files", "util.interrupt"},
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py")])
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))

@@ -9,8 +9,9 @@ from conftest import CPU, PRETRAIN, call, one_rank, pretrain
 import main_pretrain
 from engine_pretrain import build_model, pretrain_loss
 from models import ENCODERS
+from util.checkpoint import Progress
 from util.classify import Probe
-from util.data import Normalize, Samples
+from util.data import Normalize, Samples, TrainOrder
 from util.train import Feed, Meter, peak_tflops, step_flops
 
 
@@ -61,7 +62,7 @@ def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monk
 
 def test_the_log_says_which_share_of_the_peak_is_used(tmp_path):
     run = one_rank(tmp_path, size=2)
-    meter = Meter(run, 0, 1, Feed([], CPU))
+    meter = Meter(run, Progress(0, 0), TrainOrder(16, run), Feed([], CPU))
     run.log.flops, meter.peak = 2e9, 100
     assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
 
@@ -89,7 +90,7 @@ def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):
     run.log.active = True
     for waited, warnings in ((0.05, 0), (0.2, 1)):
         feed = Feed([], CPU)
-        meter = Meter(run, 0, 1, feed)
+        meter = Meter(run, Progress(0, 0), TrainOrder(16, run), feed)
         meter.start -= 100
         feed.waited = 100 * waited
         meter.close(2)
@@ -109,11 +110,13 @@ def test_nothing_is_read_back_between_log_lines(photos, tmp_path, monkeypatch):
 
     def watched(*args):
         read.clear()
-        train_one_epoch(*args)
+        progress = train_one_epoch(*args)
         epochs.append({name: read.count(name) for name in set(read)})
+        return progress
 
     epochs = []
     monkeypatch.setattr(main_pretrain, "train_one_epoch", watched)
     pretrain(photos, tmp_path, "--batch_size", 4, "--log_every", 4, "--num_workers", 0)
-    # of four steps the losses; the norm of the gradient, the loader's seed (on the host), once the end of the first step
-    assert epochs == [{"tolist": 1, "item": 3}, {"tolist": 1, "item": 2}]
+    # of four steps the losses; the norm of the gradient, the loader's seed (on the host), once the end of the first step;
+    # the loader fills four batches, on the host
+    assert epochs == [{"tolist": 1, "item": 3, "numpy": 4}, {"tolist": 1, "item": 2, "numpy": 4}]

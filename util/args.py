@@ -3,8 +3,10 @@
 import argparse
 import math
 import os
+import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,8 +161,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
                             "in OUTPUT_DIR/bad_images.txt; evaluation always stops")
     group.add_argument("--overwrite", action="store_true", help="with --resume none: replace the run in OUTPUT_DIR")
     group.add_argument("--compile", action="store_true", help="torch.compile the model; the first step takes minutes")
+    group.add_argument("--max_skipped", type=number(int, 0), default=10,
+                       help="updates in a row that are skipped because loss or gradient is not finite, before the run ends")
+    group.add_argument("--replay", type=number(int, 1), metavar="STEP",
+                       help="look into a step that was skipped: compute it again from a checkpoint before it, write nothing "
+                            "but OUTPUT_DIR/replay-STEP.pth, and say which layer and which images are not finite")
     group.add_argument("--log_every", type=number(int, 1), default=20, help="steps between log lines")
     group.add_argument("--save_every", type=number(int, 1), default=20, help="epochs between checkpoints that are kept")
+    group.add_argument("--save_minutes", type=number(float, 0), default=30, help="minutes between checkpoints within an epoch")
+    group.add_argument("--on_full_disk", choices=["wait", "stop"], default="wait",
+                       help="a checkpoint that cannot be written is tried again while the run goes on, or ends it")
+    group.add_argument("--timeout_minutes", type=number(float, 1e-3), default=30,
+                       help="how long ranks wait for one that does not answer before they end")
     return group
 
 
@@ -170,6 +182,9 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
     group.add_argument("--batch_size", type=number(int, 1), help="images of one rank in one forward pass")
     group.add_argument("--accum_iter", type=number(int, 1), default=1,
                        help="forward passes in a step; batch = batch_size x accum_iter x ranks")
+    group.add_argument("--effective_batch", type=number(int, 1),
+                       help="images of a step, the same on any number of ranks: sets accum_iter, and batch_size to at most "
+                            "what was given")
     group.add_argument("--epochs", type=number(int, 1), help="passes over the data")
     group.add_argument("--warmup_epochs", type=number(float, 0), help="epochs in which the learning rate rises from 0")
     several = "; several = several probes at once" if isinstance(blr, list) else ""
@@ -205,14 +220,40 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
     return tuple(mean), tuple(std)
 
 
+LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
+
+
+def lost_rank(error: Exception) -> bool:
+    """True for what torch.distributed raises when another rank is to blame; it has no name of its own."""
+    ranked = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+    return ranked and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+
+
+def end_at_once() -> None:
+    """Exit status 1 as soon as a checkpoint that is being written is whole: what binds lost ranks is not taken down."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(60)
+    os._exit(1)
+
+
 def report_mistakes(main: Callable[[], None]) -> None:
     """Run a main; what the user can mend ends it with one line and exit status 1, PIXMIM_DEBUG=1 shows where."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("PIXMIM_DEBUG"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        lost = lost_rank(error)
+        if os.environ.get("PIXMIM_DEBUG") or (isinstance(error, RuntimeError) and not lost):
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        sys.exit(f"{Path(sys.argv[0]).name}{rank}: error: {error}")
+        start = f"{Path(sys.argv[0]).name}{rank}: error: "
+        if not lost:
+            sys.exit(f"{start}{error}")
+        reason = str(error).splitlines()[0][:160]
+        print(
+            f"{start}another rank ended or did not answer within --timeout_minutes; see its output ({reason})",
+            file=sys.stderr,
+        )
+        end_at_once()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from util.args import Parser, SizeAction, number, report_mistakes
 from util.crop import INTERPOLATIONS, SimpleResizedCrop
+from util.files import write_whole
 from util.sources import Folder, Source, unlabelled_folder
 
 FORMAT = "pixmim-cache-1"
@@ -93,7 +94,7 @@ class Cache(Source):
             self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
             self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
             self.digests = [str(shard["sha256"]) for shard in manifest["shards"]]
-            self.index_digest = str(manifest["index_sha256"])
+            self.index_digest, self.names = str(manifest["index_sha256"]), manifest.get("names")
             sizes = np.array([int(shard["bytes"]) for shard in manifest["shards"]], np.uint64)
             index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index = index.view(np.ndarray)  # still in the file, and faster to look up than a memmap
@@ -157,6 +158,9 @@ class Cache(Source):
 
     def name(self, i: int) -> str:
         return f"image {i} of {self.folder}"
+
+    def digest(self) -> str | None:
+        return self.names  # of the folder: a run may go on from its cache
 
     def file(self, shard: int) -> int:
         """Descriptor of a shard, the same for all threads."""
@@ -259,6 +263,7 @@ class Builder:
             "files": files.hexdigest(),  # names and sizes
             "pillow": PIL.__version__,
             "classes": self.source.classes,
+            "names": self.source.digest(),
         }
 
     def prepare(self) -> None:
@@ -364,16 +369,6 @@ class Builder:
         digest = hashlib.sha256(content.getvalue()).hexdigest()
         manifest = self.plan | {"shards": shards, "index_sha256": digest}
         write_whole(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A small file, there as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def build(args: argparse.Namespace) -> None:

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 from util import checkpoint, convert
 from util.args import encoder_options
 from util.data import Feed, Normalize, eval_loader, eval_transform, labelled_source
-from util.dist import World, join
+from util.dist import World, autocast, join
 from util.run import Run, plain
 from util.sources import Source
-from util.train import autocast
 
 # ------------------------------------------------------------------------------------------------------------ encoders
 
@@ -265,7 +264,7 @@ class Probe(nn.Module):
     def average_statistics(self, world: World) -> None:
         """Make the running statistics those of all ranks."""
         for value in (self.bn.running_mean, self.bn.running_var):
-            value.copy_(world.sum(value) / world.size)
+            value.copy_(world.sum(value.double()) / world.size)  # in float64 the mean of equal values is exact
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -295,9 +294,7 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> N
     """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
     if run.world.leads:
         args, state = plain(run.args) | {"classes": classes}, convert.to_mae(state)
-        path = checkpoint.write(
-            run.folder / "classifier.pth", {"format": checkpoint.FORMAT, "model": state, "args": args}
-        )
+        path = checkpoint.write(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := convert.home(state):
             run.log.say(f"load it: {convert.usage(convert.Weights(state, args, 'pixmim', []), target, path)}")
 

@@ -173,6 +173,10 @@ class TrainOrder(Sampler):
         """The next iteration goes through this epoch, from this step."""
         self.epoch, self.first = epoch, step
 
+    def samples(self, epoch: int, step: int) -> np.ndarray:
+        """Indices of the images of a step, over all ranks."""
+        return permutation(self.seed, epoch, self.count)[step * self.batch : (step + 1) * self.batch]
+
     def __len__(self) -> int:
         return (self.steps - self.first) * (self.batch // (self.micro * self.world.size)) * self.parts
 

@@ -2,6 +2,8 @@
 
 import os
 import re
+import secrets
+import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -11,11 +13,14 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    control: Any = None  # group in which the ranks agree without their devices; None = the default one
 
     @property
     def leads(self) -> bool:
@@ -43,6 +48,26 @@ class World(NamedTuple):
                 torch_dist.destroy_process_group()
 
 
+class Agreement:
+    """The largest of the numbers that the ranks name after a step; known after the next, so that nobody waits for it."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.pending: tuple[Any, Tensor] | None = None
+
+    def of(self, mine: int) -> int:
+        """Name a number, get the largest of those named before; alone, this one."""
+        if self.world.size == 1:
+            return mine
+        before, largest = self.pending, torch.tensor(mine)
+        work = torch_dist.all_reduce(largest, torch_dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        self.pending = work, largest
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
+
+
 def placement(environ=os.environ) -> tuple[int, int, int]:
     """(rank, size, local rank) from the variables of torchrun or of srun; (0, 1, 0) without either."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -61,6 +86,11 @@ def cpu_has_bf16() -> bool:
     return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
 
 
+def autocast(amp: str, device: torch.device):
+    """Context of the forward pass at --amp."""
+    return torch.autocast(device.type, DTYPES.get(amp), enabled=amp in DTYPES)
+
+
 def check_precision(amp: str, device: torch.device) -> None:
     """Refuse a precision that the device has not."""
     if amp == "fp16" and device.type != "cuda":
@@ -69,8 +99,36 @@ def check_precision(amp: str, device: torch.device) -> None:
         raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp fp16 or off")
 
 
+def meeting_place(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
+    """The store in which the ranks find each other.
+
+    torchrun keeps one store over all restarts (pytorch issue 135712), where ranks that died have left their addresses: so
+    rank 0 tells each of the living, who ask under a word of their own, the name under which this start meets.
+    """
+    store = next(iter(torch_dist.rendezvous("env://", rank, size, timeout=timeout)))[0]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return store
+    name = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"ask/{rank}", word := name)
+        name = store.get(f"answer/{word}").decode()  # waits
+        store.set(f"here/{name}/{rank}", "")
+    until = time.monotonic() + timeout.total_seconds()
+    while rank == 0 and not all(store.check([f"here/{name}/{other}"]) for other in range(1, size)):
+        for other in range(1, size):
+            if store.check([f"ask/{other}"]):
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
+        if time.monotonic() > until:
+            raise RuntimeError("timed out before all ranks had come")
+        time.sleep(0.02)
+    return torch_dist.PrefixStore(name, store)
+
+
 def join(device: str, amp: str, timeout_minutes: float = 30) -> World:
-    """Join the group that torchrun or Slurm describes, with NCCL on GPUs and gloo on CPUs."""
+    """Join the group that torchrun or Slurm describes, with NCCL on GPUs and gloo on CPUs.
+
+    A rank that waits longer than `timeout_minutes` for another ends with an error.
+    """
     rank, size, local_rank = placement()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,13 +145,17 @@ def join(device: str, amp: str, timeout_minutes: float = 30) -> World:
             place = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(place)
     check_precision(amp, place)
+    control = None
     if size > 1:
+        timeout = timedelta(minutes=timeout_minutes)
         torch_dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
-            init_method="env://",
+            store=meeting_place(rank, size, timeout),
             rank=rank,
             world_size=size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             device_id=place if place.type == "cuda" else None,
         )
-    return World(rank, size, place)
+        if place.type == "cuda":
+            control = torch_dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, place, control)

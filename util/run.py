@@ -1,9 +1,7 @@
 """From arguments to a run: the ranks joined, the folder prepared, the configuration written."""
 
 import hashlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -18,6 +16,8 @@ import torchvision
 from util.dist import World, cpu_has_bf16, join
 from util.log import Log
 from util.lr_sched import warmup_cosine
+
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class Run(NamedTuple):
@@ -74,10 +74,24 @@ def digest(path: str | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def split_batch(args: Namespace, ranks: int) -> None:
+    """Set --batch_size and --accum_iter so that a step has --effective_batch images on this number of ranks."""
+    each, rest = divmod(args.effective_batch, ranks)
+    if rest:
+        raise ValueError(f"--effective_batch {args.effective_batch} cannot be divided among {ranks} ranks")
+    parts = range(-(-each // args.batch_size), each + 1)  # --batch_size is the most that a forward pass holds
+    args.accum_iter = next(count for count in parts if each % count == 0)
+    args.batch_size = each // args.accum_iter
+
+
 def start(args: Namespace) -> Run:
-    """Join the ranks, prepare OUTPUT_DIR, write config.json, seed the initial values."""
-    world = join(args.device, args.amp)
+    """Join the ranks, see that OUTPUT_DIR can be written, seed the initial values."""
+    world = join(args.device, args.amp, args.timeout_minutes)
+    if args.effective_batch:
+        split_batch(args, world.size)
     folder = Path(args.output_dir)
+    if any(int(os.environ.get(name, 0)) for name in RESTARTS) and (folder / "last.pth").exists():
+        args.resume = "auto"  # whatever the command says: it began this run, which goes on
     batch = args.batch_size * args.accum_iter * world.size
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
     origin = digest(getattr(args, "checkpoint", None))
@@ -104,13 +118,14 @@ def prepare(run: Run) -> None:
         raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} is not writable")
-    if args.resume == "none":
-        if (folder / "last.pth").exists() and not args.overwrite:
-            raise ValueError(f"--resume none: {folder} holds a run; choose another --output_dir, or add --overwrite")
-        for old in [*folder.glob("epoch-*.pth"), folder / "last.pth", folder / "log.jsonl", folder / "bad_images.txt"]:
-            old.unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    config = {
+    if args.resume == "none" and (folder / "last.pth").exists() and not args.overwrite:
+        raise ValueError(f"--resume none: {folder} holds a run; choose another --output_dir, or add --overwrite")
+
+
+def configuration(run: Run) -> dict:
+    """What config.json tells."""
+    args = run.args
+    return {
         "args": plain(args),
         "command": [Path(sys.executable).name, *sys.argv],
         "world_size": run.world.size,
@@ -119,4 +134,3 @@ def prepare(run: Run) -> None:
         "lr": run.lr,
         **versions(),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

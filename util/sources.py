@@ -1,5 +1,6 @@
 """Where images come from: folders of files, and what one looks like to a person."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Source:
         """Image i: bands for a crop, or, resized already, pixels (h, w, C) uint8. A broken one raises anything."""
         raise NotImplementedError
 
+    def digest(self) -> str | None:
+        """Of the names of the images, so that a run does not go on with others; None where that is not known."""
+        return None
+
     def close(self) -> None:
         """Let go of the files that are open; reading opens them again."""
 
@@ -50,6 +55,13 @@ class Folder(Source):
 
     def name(self, i: int) -> str:
         return os.fsdecode(self.paths[i])
+
+    def digest(self) -> str:
+        start = len(os.path.commonpath([min(self.paths), max(self.paths)]))  # the folder may move
+        names = hashlib.sha256()
+        for path in self.paths:
+            names.update(path[start:] + b"\0")
+        return names.hexdigest()
 
     def read(self, i: int, in_chans: int) -> list[Image.Image]:
         return read_image(self.paths[i], in_chans)

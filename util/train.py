@@ -5,22 +5,26 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from util.data import Feed
+from util.checkpoint import Progress, Saver, statistics
+from util.data import Feed, TrainOrder
+from util.dist import autocast
+from util.files import write_whole
 from util.lr_sched import set_lr
+from util.replay import replay
 from util.rng import seed_everything, step_seed
 from util.run import Run
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PEAK_TFLOPS = {  # dense matrix products in half precision, as the makers state them; the first name that fits counts
     "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121,
     "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
@@ -28,11 +32,6 @@ PEAK_TFLOPS = {  # dense matrix products in half precision, as the makers state 
 ATTENTION_FLOPS = {  # torch counts those of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
-
-
-def autocast(amp: str, device: torch.device):
-    """Context of the forward pass at --amp."""
-    return torch.autocast(device.type, DTYPES.get(amp), enabled=amp in DTYPES)
 
 
 def grad_scaler(run: Run) -> torch.amp.GradScaler:
@@ -94,50 +93,67 @@ def due(every: int, done: int, total: int) -> bool:
 class Meter:
     """Losses of the steps since the last log line, read from the device only then."""
 
-    def __init__(self, run: Run, epoch: int, steps: int, feed: Feed):
-        self.run, self.epoch, self.steps, self.feed = run, epoch, steps, feed
+    def __init__(self, run: Run, progress: Progress, order: TrainOrder, feed: Feed):
+        self.run, self.epoch, self.order, self.feed = run, progress.epoch, order, feed
+        self.known, self.skipped = list(progress.losses), progress.skipped  # what a resumed run begins with
         self.losses: list[Tensor] = []
         self.start = self.clock = time.perf_counter()
-        self.waited = 0.0
+        self.timed, self.waited = 0, 0.0  # steps, seconds since the last log line
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
     def add(self, loss: Tensor) -> None:
         self.losses.append(loss)
+        self.timed += 1
 
-    def stop_unless_finite(self, what: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            last = self.run.folder / "last.pth"
-            good = f"{last} holds the state before epoch {self.epoch}" if last.exists() else "nothing is saved yet"
-            raise FloatingPointError(
-                f"the {what} is {value} at epoch {self.epoch}, step {step} of {self.steps}; {good}"
-            )
+    def progress(self, step: int) -> Progress:
+        """Where the run is after so many steps of the epoch; reads the losses from the device."""
+        if self.losses:
+            self.known += (self.run.world.sum(torch.stack(self.losses)) / self.run.world.size).tolist()
+            self.losses = []
+        return Progress(self.epoch, step, tuple(self.known), self.skipped)
 
     def read(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """Log the steps up to this one (counted from 1 in the epoch); a loss that is not finite ends the run."""
-        run = self.run
-        losses = (run.world.sum(torch.stack(self.losses)) / run.world.size).tolist()
-        norm = grad_norm.item()
-        for number, loss in enumerate(losses, start=step - len(losses) + 1):
-            self.stop_unless_finite("loss", loss, number)
-        if run.args.amp != "fp16":  # its scaler skips such a step
-            self.stop_unless_finite("norm of the gradient", norm, step)
+        """Log the steps up to this one (counted from 1 in the epoch)."""
+        run, steps = self.run, self.order.steps
+        losses, norm = self.progress(step).losses, grad_norm.item()
+        done, total = self.epoch * steps + step, run.args.epochs * steps
+        self.report_skipped(done, losses)
+        good = [loss for loss in losses if math.isfinite(loss)]
         now = time.perf_counter()
         seconds, waited = now - self.clock, self.feed.waited - self.waited
-        done, total = self.epoch * self.steps + step, run.args.epochs * self.steps
         record = {
             "step": done,
-            "epoch": done / self.steps,
-            "loss": sum(losses) / len(losses),
+            "epoch": done / steps,
+            "loss": sum(good) / len(good) if good else None,
             "lr": lr,
             "grad_norm": norm if math.isfinite(norm) else None,
-            "images_per_s": len(losses) * run.batch / seconds,
+            "images_per_s": self.timed * run.batch / seconds,
             "data_wait": waited / seconds,
-            **self.speed(len(losses) * run.batch / run.world.size / seconds),
+            **self.speed(self.timed * run.batch / run.world.size / seconds),
             "memory_gib": peak_memory(run.world.device),
         }
         run.log.scalars(record)
-        run.log.progress(done, total, record, (total - done) * seconds / len(losses))
-        self.losses, self.clock, self.waited = [], now, self.feed.waited
+        run.log.progress(done, total, record, (total - done) * seconds / self.timed)
+        self.known, self.timed, self.clock, self.waited = [], 0, now, self.feed.waited
+
+    def report_skipped(self, done: int, losses: Sequence[float]) -> None:
+        """Name the samples of steps whose update was skipped; too many of them in a row end the run, on every rank."""
+        run, most = self.run, self.run.args.max_skipped
+        for step, loss in enumerate(losses, start=done - len(losses) + 1):
+            self.skipped = 0 if math.isfinite(loss) else self.skipped + 1
+            if not self.skipped:
+                continue
+            samples = self.order.samples(*divmod(step - 1, self.order.steps)).tolist()
+            run.log.scalars({"step": done, "epoch": done / self.order.steps, "skipped_step": step, "samples": samples})
+            run.log.say(
+                f"warning: step {step}: loss or gradient is not finite, the update is skipped; samples "
+                f"{' '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}; --replay {step} looks into it"
+            )
+            if self.skipped > most:
+                raise FloatingPointError(
+                    f"loss or gradient is not finite up to step {step}, more than --max_skipped {most} in a row; "
+                    f"{last_good(run.folder)}; --replay {step - self.skipped + 1} looks into the first, a lower --blr may help"
+                )
 
     def speed(self, images_per_s: float) -> dict[str, float]:
         """TFLOP/s of a rank, and their share of what its device could do, where that is known."""
@@ -149,77 +165,120 @@ class Meter:
         loss.item()
         self.run.log.say(f"first step: {time.perf_counter() - self.start:.1f} s with its data")
 
-    def close(self, workers: int) -> None:
-        """Say what to do if the epoch waited for its data."""
+    def close(self, workers: int) -> Progress:
+        """The end of the epoch; say what to do if it waited for its data."""
         share = self.feed.waited / (time.perf_counter() - self.start)
         if share > 0.1:
             self.run.log.say(
                 f"warning: {share:.0%} of epoch {self.epoch + 1} went into waiting for data: raise --num_workers "
                 f"({workers} now); pre-training can read a packed cache (`python -m util.cache build`, docs/data.md)"
             )
+        return self.progress(self.order.steps)
+
+
+def last_good(folder: Path) -> str:
+    """What a run that ends leaves to go on from."""
+    last = folder / "last.pth"
+    return f"{last} holds the last good state" if last.exists() else "nothing is saved yet"
+
+
+def update(optimizer: Any, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
+    """A step of the optimiser; where the gradient is not finite nothing changes, and the host need not know."""
+    if scaler.is_enabled():  # it looks for itself
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~finite).float()  # as the scaler tells a fused optimiser
+        optimizer.step()
+    elif finite:  # LARS: the device is waited for, but a probe has little to do
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def train_one_epoch(
     run: Run,
     model: Any,
-    loader: DataLoader,
+    loader: Any,  # DataLoader or ThreadLoader
     optimizer,
     scaler,
     loss_fn: Callable,
-    epoch: int,
-    start_step: int = 0,
-) -> None:
-    """Train from `start_step` to the end of the epoch.
+    progress: Progress,
+    saver: Saver,
+) -> Progress:
+    """Train from `progress` to the end of its epoch, and say where the run is then.
 
     `loss_fn(model, batch)` gives the mean loss of a batch on the device. A step is `--accum_iter` batches on each rank.
     """
-    args, world = run.args, run.world
+    args, world, epoch = run.args, run.world, progress.epoch
     order: Any = loader.batch_sampler  # a TrainOrder
+    if progress.step == order.steps:  # it was saved when only the evaluation was left
+        return progress
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    order.start(epoch, start_step)
+    running = statistics(model)
+    order.start(epoch, progress.step)
     feed = Feed(loader, world.device, order.parts)
-    meter = Meter(run, epoch, order.steps, feed)
+    meter = Meter(run, progress, order, feed)
     batches = iter(feed)
     first = run.log.flops is None
     model.train()
-    for step in range(start_step, order.steps):
+    for step in range(progress.step, order.steps):
+        done = epoch * order.steps + step
+        if args.replay == done + 1:
+            replay(run, model, loss_fn, [next(batches) for _ in range(args.accum_iter)], loader.dataset.source, done)
         lr = run.lr_at(epoch + step / order.steps)
         set_lr(optimizer, lr)
-        losses = []
+        losses, before = [], [value.clone() for value in running]
         for micro in range(args.accum_iter):
             batch = next(batches)
             if run.log.flops is None:
                 run.log.flops = step_flops(model, loss_fn, batch, args.amp)
-            seed_everything(step_seed(args.seed, (epoch * order.steps + step) * args.accum_iter + micro, world.rank))
+            seed_everything(step_seed(args.seed, done * args.accum_iter + micro, world.rank))
             last = micro == args.accum_iter - 1  # the ranks exchange gradients only then
             with nullcontext() if last or world.size == 1 else model.no_sync():
                 with autocast(args.amp, world.device):
                     loss = loss_fn(model, batch) / args.accum_iter
-                scaler.scale(loss).backward()
+                scaler.scale(spread_to_gradient(loss)).backward()
             losses.append(loss.detach())
-        meter.add(torch.stack(losses).sum())
-        log_now = (step + 1) % args.log_every == 0 or step + 1 == order.steps
-        if log_now:  # the norm is for the eye: it is neither clipped nor computed in other steps
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = grad_norm.isfinite()
+        update(optimizer, scaler, finite)
+        for value, old in zip(running, before, strict=True):
+            value.copy_(torch.where(finite, value, old))
+        loss = torch.stack(losses).sum()
+        meter.add(
+            loss if args.amp == "fp16" else torch.where(finite, loss, math.nan)
+        )  # fp16's scaler skips now and then
         if first:
-            meter.first_step(losses[-1])
+            meter.first_step(loss)
             first = False
-        if log_now:
+        if (step + 1) % args.log_every == 0 or step + 1 == order.steps:
             meter.read(step + 1, lr, grad_norm)
-    meter.close(loader.num_workers)
-    report_bad_images(run, feed)
+        if step + 1 < order.steps:
+            saver.after_step(partial(reached, meter, step + 1))
+    reached(meter, order.steps)
+    return meter.close(loader.num_workers)
+
+
+def spread_to_gradient(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite makes the whole gradient nan, so that all ranks know of it."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def reached(meter: Meter, step: int) -> Progress:
+    """Where the run is, everything about the steps before written down."""
+    report_bad_images(meter.run, meter.feed)
+    return meter.progress(step)
 
 
 def report_bad_images(run: Run, feed: Feed) -> None:
     """Add the images that no rank could read to OUTPUT_DIR/bad_images.txt, each once."""
     found = {path: reason for bad in run.world.gather(feed.bad) for path, reason in bad}
+    feed.bad = []
     if found and run.world.leads:
         listed = run.folder / "bad_images.txt"
         known = listed.read_text(errors="surrogateescape").splitlines() if listed.exists() else []
         lines = sorted({*known, *(f"{path}\t{reason}" for path, reason in found.items())})
-        listed.write_text("\n".join(lines) + "\n", errors="surrogateescape")  # names need not be UTF-8
+        with suppress(OSError):  # a full disk ends no run
+            write_whole(listed, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))  # names need not be UTF-8
         run.log.say(f"{len(found)} images could not be read and were replaced; {listed} names {len(lines)} so far")

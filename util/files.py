@@ -1,0 +1,49 @@
+"""Files that are there as a whole or not at all, whenever the process or the machine dies."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems cannot
+        os.fsync(opened)
+    os.close(opened)
+
+
+def write_whole(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
+    """Put bytes, or what `fill(file)` writes, at `path`; the file before it stays until the new one is on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            if callable(fill):
+                fill(file)
+            else:
+                file.write(fill)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{path} cannot be written ({reason}); the file before it is untouched") from error
+    sync_folder(path.parent)
+    return path
+
+
+def link_whole(source: Path, path: Path) -> None:
+    """Give the bytes of a file that is never rewritten a second name; a copy where the file system has no links."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with source.open("rb") as file:
+            write_whole(path, lambda copy: shutil.copyfileobj(file, copy))
