@@ -34,6 +34,7 @@ from models_pixmim import MaskedViT, PixMIM
 from util.args import Parser, add_device_arguments, add_method_arguments, add_model_arguments, number, report_mistakes
 from util.data import Normalize
 from util.dist import autocast, join
+from util.train import update
 
 Step = Callable[[dict], object]  # of a batch
 
@@ -42,14 +43,14 @@ def our_step(args, normalize: Normalize, model: nn.Module, fused: bool = True) -
     """Batch -> loss, still on the device: what train_one_epoch does with a batch."""
     groups = param_groups_weight_decay(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-6, betas=(0.9, 0.95), fused=fused, foreach=not fused)
-    loss_fn = pretrain_loss(normalize)
+    loss_fn, parameters = pretrain_loss(normalize), list(model.parameters())
+    scaler = torch.amp.GradScaler(args.device, enabled=False)
 
     def step(batch: dict) -> Tensor:
         with autocast(args.amp, batch["images"].device):
             loss = loss_fn(model, batch)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer, scaler, parameters)
         return loss.detach()
 
     return step

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -117,3 +118,11 @@ def test_made_up_images_have_the_size_and_the_falling_spectrum_of_photographs(tm
         power = np.abs(np.fft.rfft2(pixels[..., 0] - pixels[..., 0].mean())) ** 2
         low, high = (power[a:b, a:b].mean() for a, b in ((5, 10), (40, 80)))
         assert 8**1.5 < low / high < 8**3.5  # amplitude falls as frequency to the power of 1.2
+
+
+def test_ranks_are_timed_by_real_runs(tmp_path, capsys):
+    words = ["--model", "vit_tiny", "--steps", 3, "--rounds", 1, "--batch_size", 1, "--amp", "off"]
+    call("benchmarks.ranks", *words, "--append", tmp_path / "rows.md")
+    (row,) = (tmp_path / "rows.md").read_text().splitlines()[2:]
+    alone, together, ratio = map(float, re.search(r"1 rank (\S+) s, 2 ranks (\S+) s; (\S+)", row).groups())
+    assert ratio == pytest.approx(together / alone, rel=0.01)

@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -182,17 +182,23 @@ def last_good(folder: Path) -> str:
     return f"{last} holds the last good state" if last.exists() else "nothing is saved yet"
 
 
-def update(optimizer: Any, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
-    """A step of the optimiser; where the gradient is not finite nothing changes, and the host need not know."""
+def update(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A step of the optimiser; where the norm of the gradient, which is returned, is not finite nothing changes.
+
+    The host need not know, so it does not wait for the device.
+    """
+    scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if scaler.is_enabled():  # it looks for itself
         scaler.step(optimizer)
         scaler.update()
     elif getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~finite).float()  # as the scaler tells a fused optimiser
+        optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler tells a fused optimiser
         optimizer.step()
-    elif finite:  # LARS: the device is waited for, but a probe has little to do
+    elif norm.isfinite():  # LARS: the device is waited for, but a probe has little to do
         optimizer.step()
     optimizer.zero_grad()
+    return norm
 
 
 def train_one_epoch(
@@ -239,10 +245,8 @@ def train_one_epoch(
                     loss = loss_fn(model, batch) / args.accum_iter
                 scaler.scale(spread_to_gradient(loss)).backward()
             losses.append(loss.detach())
-        scaler.unscale_(optimizer)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = update(optimizer, scaler, parameters)
         finite = grad_norm.isfinite()
-        update(optimizer, scaler, finite)
         for value, old in zip(running, before, strict=True):
             value.copy_(torch.where(finite, value, old))
         loss = torch.stack(losses).sum()
