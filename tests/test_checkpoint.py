@@ -124,6 +124,18 @@ def test_another_run_is_refused_by_the_name_of_its_flag(flag, value, message, ru
         pretrain(photos, run, flag, value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"), [("more", "16 images, --data_path .* has 17 now"), ("other", "other names")]
+)
+def test_other_images_are_refused(change, message, run, photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "data")
+    pretrain(data, run)  # a folder may move
+    image = data / "train" / "ant" / "1.png"
+    (shutil.copy if change == "more" else shutil.move)(image, image.with_name("7.png"))
+    with pytest.raises(ValueError, match=f"last.pth was trained on .*{message}"):
+        pretrain(data, run)
+
+
 def test_the_same_batch_in_smaller_parts_is_the_same_run(run, photos):
     pretrain(photos, run, "--batch_size", 4, "--accum_iter", 2, "--log_every", 5)
 

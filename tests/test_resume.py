@@ -1,12 +1,16 @@
 """Nothing is lost: runs that are killed, stopped, short of room or of ranks go on as if nothing had been."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from argparse import Namespace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,9 +30,12 @@ from conftest import (
 )
 from torch.testing import assert_close
 
+import main_linprobe
 import main_pretrain
 from util import checkpoint
 from util.checkpoint import Saver, Writer
+from util.dist import World
+from util.run import split_batch
 
 # 8 steps an epoch, of 2 images; log lines and saves do not fall together; evaluations and pictures
 STEPS = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", "--warmup_epochs", "1", "--blr", "0.1"]
@@ -263,10 +270,20 @@ def quick(real):
 
 def test_a_full_disk_ends_the_run_if_that_is_chosen(photos, tmp_path, full_at):
     full_at(first=3, failures=1000)
-    message = r"last|new\.pth cannot be written \(No space left on device\).*\(--on_full_disk stop\)"
+    message = r"new\.pth cannot be written \(No space left on device\).*the same command goes on \(--on_full_disk\)"
     with pytest.raises(OSError, match=message):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0, "--on_full_disk", "stop")
     assert checkpoint.read(tmp_path / "last.pth")["progress"]["step"] == 1
+
+
+def test_the_last_save_waits_for_room_until_it_is_told_not_to(photos, tmp_path, full_at, monkeypatch):
+    full_at(first=2, failures=1000)
+    monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
+    threading.Timer(8, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"No space left on device.*make room, the same command goes on"):
+        pretrain(photos, tmp_path, *STEPS, "--epochs", 1)
+    assert 7 < time.monotonic() - began < 30
 
 
 def test_a_run_on_a_disk_that_is_really_full_is_the_unbroken_one(unbroken, photos, tmp_path):
@@ -404,6 +421,32 @@ def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkey
         pretrain(photos, tmp_path, *STEPS, "--replay", 3)
 
 
+def test_a_probe_keeps_its_weights_and_statistics_through_a_bad_step(pretrained, photos, tmp_path, monkeypatch):
+    states, after_step, made, calls = [], Saver.after_step, main_linprobe.probe_loss, []
+
+    def watched(self, progress):
+        states.append([value.clone() for name, value in self.model.state_dict().items() if "num_batches" not in name])
+        after_step(self, progress)
+
+    def broken(normalize):
+        loss = made(normalize)
+
+        def bad(model, batch):
+            calls.extend([1] * torch.is_grad_enabled())
+            return loss(model, batch | {"images": batch["images"] + 50}) * (math.nan if len(calls) == 2 else 1)
+
+        return bad
+
+    monkeypatch.setattr(Saver, "after_step", watched)
+    monkeypatch.setattr(main_linprobe, "probe_loss", broken)
+    words = ["--warmup_epochs", 0, "--blr", 1, "--pool", "mean"]
+    classifier("main_linprobe", photos, tmp_path, pretrained, *words)
+    first, second, third = ([torch.equal(x, y) for x, y in zip(a, b, strict=True)] for a, b in pairwise(states[:4]))
+    assert all(first)
+    assert not all(second)
+    assert not all(third)
+
+
 # ----------------------------------------------------------------------------------------------------------------- ranks
 
 DIES = """
@@ -504,6 +547,48 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
     progress = weights(tmp_path)["progress"]
     assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # 10 of 7 an epoch, known a step later
     assert f"stopped at step {progress['step']} of 8 of epoch 2, saved; the same command goes on" in ends[0][1]
+
+
+def test_two_ranks_probe_on_with_the_statistics_of_each(pretrained, photos, tmp_path):
+    flags = [*CLASSIFIER, "--warmup_epochs", 0, "--blr", 1, "--pool", "mean", "--data_path", photos]
+    flags = ["main_linprobe", *flags, "--checkpoint", pretrained / "last.pth", "--output_dir"]
+    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "unbroken"):
+        assert status == 0, err
+    script = DIES.replace("main_pretrain", "main_linprobe").replace("== 10", "== 4").format("SIGTERM")
+    assert [status for status, _, _ in ranks(2, "-c", script, *flags[1:], tmp_path / "broken")] == [75, 75]
+    each = weights(tmp_path / "broken")["statistics"]
+    assert not torch.equal(each[0][0], each[1][0])
+    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "broken"):
+        assert status == 0, err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_ranks_that_find_different_checkpoints_say_so(photos, tmp_path, monkeypatch):
+    pretrain(photos, tmp_path, *STEPS)
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, checkpoint.Progress(0, 3)])
+    with pytest.raises(
+        ValueError, match=f"--output_dir {tmp_path}: the ranks find different checkpoints; it must be a disk"
+    ):
+        pretrain(photos, tmp_path, *STEPS)
+
+
+@pytest.mark.parametrize(
+    ("effective", "ranks", "batch", "accum"),
+    [(4096, 8, 512, 1), (4096, 4, 512, 2), (4096, 1, 512, 8), (96, 1, 40, 3), (6, 2, 512, 1), (14, 2, 4, 7)],
+)
+def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, accum):
+    args = Namespace(
+        effective_batch=effective, batch_size={(96, 1): 40, (14, 2): 4}.get((effective, ranks), 512), accum_iter=1
+    )
+    split_batch(args, ranks)
+    assert args.accum_iter == accum
+    assert args.batch_size * args.accum_iter * ranks == effective
+    assert args.batch_size <= batch
+
+
+def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="--effective_batch 4096 cannot be divided among 3 ranks"):
+        split_batch(Namespace(effective_batch=4096, batch_size=512, accum_iter=1), 3)
 
 
 def test_two_runs_do_not_write_into_one_folder(photos, tmp_path):

@@ -118,9 +118,9 @@ class Writer:
     def __init__(self, folder: Path, say: Callable[[str], None], retry: float):
         self.folder, self.say, self.retry = folder, say, retry  # seconds
         self.lock = threading.Lock()
-        self.waiting: tuple[dict, str | None] | None = None
-        self.thread: threading.Thread | None = None
-        self.error: OSError | None = None  # of the last try
+        self.waiting: tuple[dict, str | None] | None = None  # a thread works as long as something is
+        self.error: Exception | None = None  # of the last try
+        self.again = threading.Event()
 
     @property
     def busy(self) -> bool:
@@ -133,22 +133,17 @@ class Writer:
                 self.say(f"warning: {self.folder / self.waiting[1]} is given up for a newer checkpoint")
             idle, self.waiting = self.waiting is None, (content, kept)
         if idle:
-            self.thread = threading.Thread(target=self.work)
-            self.thread.start()
+            threading.Thread(target=self.work).start()
 
     def work(self) -> None:
-        while self.waiting:
-            content, kept = given = self.waiting
+        while given := self.waiting:
             try:
-                store(self.folder, content, kept)
-            except OSError as error:
+                store(self.folder, *given)
+            except (OSError, MemoryError) as error:
                 self.error = error
                 self.say(f"warning: {error}: make room; it is tried again every {self.retry:.0f} s")
-                until = time.monotonic() + self.retry
-                while time.monotonic() < until and self.waiting is given:
-                    if not threading.main_thread().is_alive():  # the process ends
-                        return
-                    time.sleep(0.05)
+                if not self.pause():
+                    return
                 continue
             if self.error:
                 self.say(f"{self.folder / 'last.pth'} is written again")
@@ -156,11 +151,27 @@ class Writer:
                 self.error = None
                 if self.waiting is given:
                     self.waiting = None
+                    return
 
-    def wait(self, patient: bool) -> None:
-        """Until all is stored; without patience, until it was tried."""
-        while self.waiting and (patient or not self.error):
+    def pause(self) -> bool:
+        """Wait for the time to try again; False if the process ends."""
+        until = time.monotonic() + self.retry
+        while time.monotonic() < until and not self.again.wait(0.1):
+            if not threading.main_thread().is_alive():
+                return False
+        self.again.clear()
+        return True
+
+    def stored(self, patient: Callable[[], bool]) -> bool:
+        """Wait until all is stored; as soon as nobody is patient, until it was tried once more. True if it is stored."""
+        while self.waiting and (self.busy or patient()):
             time.sleep(0.005)
+        if self.waiting:
+            self.error = None
+            self.again.set()
+            while self.busy:
+                time.sleep(0.005)
+        return self.waiting is None
 
 
 # ---------------------------------------------------------------------------------------------------------- finding, fitting
@@ -199,7 +210,7 @@ def newest(run: Run, steps: int) -> tuple[Path, dict, Progress] | None:
     if damaged:
         names = " ".join(path.name for path in damaged)
         raise ValueError(
-            f"--resume {run.args.resume}: {names} in {damaged[0].parent} damaged or foreign, and nothing else to go on from; "
+            f"--resume {run.args.resume}: damaged or foreign in {damaged[0].parent}: {names}; there is nothing else to go on from; "
             "--resume FILE takes a copy, --resume none --overwrite starts anew"
         )
     return None
@@ -333,7 +344,7 @@ class Saver:
         if wanted == NOTHING:
             return
         if wanted == FULL:
-            raise OSError(f"{self.writer.error or 'rank 0 cannot save'} (--on_full_disk stop)")
+            self.refuse_full_disk()
         now = progress()
         self.save(now)
         if wanted == STOP:
@@ -377,9 +388,8 @@ class Saver:
 
     def stop(self, progress: Progress) -> None:
         """End a run that was asked to; the same command goes on from here."""
-        self.writer.wait(patient=False)
+        saved = "saved" if self.writer.stored(patient=lambda: False) else "could not be saved"
         asked = self.interrupt.signal.name if self.interrupt.signal else "another rank's signal"
-        saved = "could not be saved" if self.writer.error else "saved"
         self.run.log.say(
             f"{asked}: stopped at step {progress.step} of {self.steps} of epoch {progress.epoch + 1}, {saved}; "
             "the same command goes on"
@@ -390,5 +400,12 @@ class Saver:
 
     def close(self) -> None:
         """All is written when this returns."""
-        self.writer.wait(patient=True)
+        waits = self.run.args.on_full_disk == "wait"
+        if not self.writer.stored(patient=lambda: waits and not self.interrupt.signal):
+            self.refuse_full_disk()
         self.interrupt.restore()
+
+    def refuse_full_disk(self) -> None:
+        raise OSError(
+            f"{self.writer.error or 'rank 0 cannot write'}; make room, the same command goes on (--on_full_disk)"
+        )

@@ -118,7 +118,8 @@ def prepare(run: Run) -> None:
         raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output_dir {folder} is not writable")
-    if args.resume == "none" and (folder / "last.pth").exists() and not args.overwrite:
+    held = [path for name in ("last.pth", "previous.pth", "epoch-*.pth") for path in folder.glob(name)]
+    if args.resume == "none" and held and not args.overwrite:
         raise ValueError(f"--resume none: {folder} holds a run; choose another --output_dir, or add --overwrite")
 
 
