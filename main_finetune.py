@@ -89,9 +89,9 @@ def main() -> None:
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size))
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
     optimizer, scaler = torch.optim.AdamW(groups, run.lr, fused=True), grad_scaler(run)
+    wrapped, loss_fn = wrap(model, run), finetune_loss(args, Normalize(args, device), classes, device)
     saver = Saver(run, model, optimizer, scaler, loader)
     progress = saver.resume()
-    wrapped, loss_fn = wrap(model, run), finetune_loss(args, Normalize(args, device), classes, device)
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)

@@ -75,10 +75,10 @@ def main() -> None:
     loader = train_loader(run, train, crop, flip=True)
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))
     optimizer, scaler = lars(model, run), grad_scaler(run)
+    wrapped, loss_fn = wrap(model, run), probe_loss(Normalize(args, run.world.device))
     saver = Saver(run, model, optimizer, scaler, loader)
     progress = saver.resume()
     frozen = {name: value.clone() for name, value in encoder.state_dict().items()}
-    wrapped, loss_fn = wrap(model, run), probe_loss(Normalize(args, run.world.device))
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)

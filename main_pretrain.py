@@ -67,10 +67,10 @@ def main() -> None:
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     scaler = grad_scaler(run)
-    saver = Saver(run, model, optimizer, scaler, loader)
-    progress = saver.resume()
     normalize = Normalize(args, device)
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
+    saver = Saver(run, model, optimizer, scaler, loader)
+    progress = saver.resume()
     examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
     for line in warnings_at_start(model, normalize(examples), args):
         run.log.say(line)

@@ -40,7 +40,10 @@ def grad_scaler(run: Run) -> torch.amp.GradScaler:
 
 
 def wrap(model: nn.Module, run: Run) -> nn.Module:
-    """The model as it is trained: compiled, then one of several ranks. Its parameters stay those of `model`."""
+    """The model as it is trained: compiled, then one of several ranks. Its parameters stay those of `model`.
+
+    A run is resumed after that: the ranks begin with what rank 0 has, statistics of batch norms included.
+    """
     wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
         ids = [run.world.device.index] if run.world.device.type == "cuda" else None
