@@ -32,7 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
-    world = join(args.device, args.amp)
+    world = join(args.device, args.amp, args.timeout_minutes)
     encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool)).to(world.device)
     sources = labelled_sources(args.data_path)
     print_result(world, knn(args, world, encoder, sources, args.k, args.temperature))

@@ -83,7 +83,9 @@ def speed(dataset: Any, count: int, workers: int, seconds: float) -> float:
     ours = isinstance(dataset, Samples)
     keys: Any = endless(count, ours)
     if ours:
-        loader = make_loader(dataset, keys, argparse.Namespace(num_workers=workers), torch.device("cpu"))
+        loader = make_loader(
+            dataset, keys, argparse.Namespace(num_workers=workers, timeout_minutes=1), torch.device("cpu")
+        )
     else:
         loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers)
     batches = iter(loader)
@@ -131,7 +133,7 @@ def sources(args, folder: Path) -> dict[str, Source]:
 
 def datasets(args, images: Folder, packed: dict[str, Source]) -> dict[str, Any]:
     size = (args.input_size, args.input_size)
-    flags = argparse.Namespace(seed=0, in_chans=3)
+    flags = argparse.Namespace(seed=0, in_chans=3, timeout_minutes=1)
     patches = (args.input_size // 16) ** 2
 
     def ours(source: Source, crop: str = "src") -> Samples:

@@ -121,7 +121,15 @@ def ranks(count: int, *words) -> list[tuple[int, str, str]]:
 
 def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
     """What `start` would make of these flags, without joining anybody."""
-    defaults = {"seed": 0, "in_chans": 3, "mean": None, "std": None, "on_bad_image": "stop", "num_workers": 0}
+    defaults = {
+        "seed": 0,
+        "in_chans": 3,
+        "mean": None,
+        "std": None,
+        "on_bad_image": "stop",
+        "num_workers": 0,
+        "timeout_minutes": 1,
+    }
     args = Namespace(**defaults | {"batch_size": 8, "accum_iter": 1, "amp": "off", "output_dir": str(tmp_path)} | flags)
     batch = args.batch_size * args.accum_iter * size
     return Run(args, World(rank, size, CPU), Log(tmp_path, False), tmp_path, batch, 0.1)

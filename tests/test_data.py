@@ -29,7 +29,7 @@ from util.data import (
 from util.dist import World
 from util.sources import list_images, read_image, unlabelled_folder
 
-RGB = Namespace(in_chans=3, mean=None, std=None, seed=0)
+RGB = Namespace(in_chans=3, mean=None, std=None, seed=0, timeout_minutes=1)
 
 
 def names(paths, folder: Path) -> list[str]:

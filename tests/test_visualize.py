@@ -113,7 +113,9 @@ def test_masks_are_those_of_training(photos, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "masks_picture", lambda pixels, masks, patch: caught.update(masks=masks) or BLANK)
     draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--masks", "--seed", 3, "--count", 2)
     source = visualize.find_images([str(photos / "val")], 2)
-    samples = Samples(source, eval_transform((16, 16)), Namespace(seed=3, in_chans=3), noise_length=4)
+    samples = Samples(
+        source, eval_transform((16, 16)), Namespace(seed=3, in_chans=3, timeout_minutes=1), noise_length=4
+    )
     model = PixMIM(
         ENCODERS["vit_tiny"](img_size=16, patch_size=8), torch.nn.Identity(), decoder_dim=32, decoder_depth=1
     )

@@ -146,6 +146,8 @@ def add_device_arguments(parser: argparse.ArgumentParser, amp: bool = True):
         group.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16",
                            help="precision of the model; fp16, for GPUs without bf16, scales the loss; off = float32; "
                                 "target and loss are float32 in each")
+    group.add_argument("--timeout_minutes", type=number(float, 1e-3), default=30,
+                       help="how long another rank, or the disk that an image is on, may take to answer")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of initial values, order, crops and masks")
     return group
 
@@ -171,8 +173,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group.add_argument("--save_minutes", type=number(float, 0), default=30, help="minutes between checkpoints within an epoch")
     group.add_argument("--on_full_disk", choices=["wait", "stop"], default="wait",
                        help="a checkpoint that cannot be written is tried again while the run goes on, or ends it")
-    group.add_argument("--timeout_minutes", type=number(float, 1e-3), default=30,
-                       help="how long ranks wait for one that does not answer before they end")
     return group
 
 
@@ -220,13 +220,18 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
     return tuple(mean), tuple(std)
 
 
+LOADER = re.compile(r"DataLoader (worker|timed out)")
 LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
 
 
-def lost_rank(error: Exception) -> bool:
-    """True for what torch.distributed raises when another rank is to blame; it has no name of its own."""
-    ranked = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    return ranked and isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
+def explained(error: RuntimeError) -> str | None:
+    """A line for what torch raises when another process is to blame; it has no class of its own."""
+    reason = str(error).splitlines()[0][:160] if str(error) else ""
+    if LOADER.search(reason):
+        return f"a loader process ended or did not answer: {reason}; fewer --num_workers need less memory, the same command goes on"
+    if ("RANK" in os.environ or "SLURM_PROCID" in os.environ) and LOST.search(str(error)):
+        return f"another rank ended or did not answer within --timeout_minutes; see its output ({reason})"
+    return None
 
 
 def end_at_once() -> None:
@@ -244,16 +249,12 @@ def report_mistakes(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        lost = lost_rank(error)
-        if os.environ.get("PIXMIM_DEBUG") or (isinstance(error, RuntimeError) and not lost):
+        said = explained(error) if isinstance(error, RuntimeError) else str(error)
+        if os.environ.get("PIXMIM_DEBUG") or said is None:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        start = f"{Path(sys.argv[0]).name}{rank}: error: "
-        if not lost:
-            sys.exit(f"{start}{error}")
-        reason = str(error).splitlines()[0][:160]
-        print(
-            f"{start}another rank ended or did not answer within --timeout_minutes; see its output ({reason})",
-            file=sys.stderr,
-        )
+        line = f"{Path(sys.argv[0]).name}{rank}: error: {said}"
+        if not isinstance(error, RuntimeError):
+            sys.exit(line)
+        print(line, file=sys.stderr, flush=True)
         end_at_once()

@@ -310,7 +310,7 @@ def evaluate_saved(args: Namespace, encoders, weights: convert.Weights | None, i
         raise ValueError(
             f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}"
         )
-    world = join(args.device, args.amp)
+    world = join(args.device, args.amp, args.timeout_minutes)
     model = load_encoder(args, encoders, weights, num_classes=count, **pooling(weights)).to(world.device)
     loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))
     print_result(world, evaluate(args, world, model, loader, count)[0])

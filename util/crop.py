@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+MAX_PIXELS = 2**27  # of a resized image: a line of pixels must not become gigabytes
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -18,6 +19,8 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
         height = max(height, int(width * image.height / image.width))
     else:
         width = max(width, int(height * image.width / image.height))
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"is {image.width} x {image.height} and would be {width} x {height} to cover {size}: too long")
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 

@@ -1,12 +1,17 @@
 """From folders of images to batches of uint8 on the device, each sample a function of (seed, epoch, index)."""
 
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import islice
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -90,6 +95,7 @@ class Samples(Dataset):
     ):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
         self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, skip_bad
+        self.patience = 60 * args.timeout_minutes  # seconds
 
     def __len__(self) -> int:
         return len(self.source)
@@ -104,44 +110,66 @@ class Samples(Dataset):
         flips, index = [], []
         noise = np.empty((len(keys), self.noise_length), np.float32)
         images = None
+        if in_main_thread():
+            signal.signal(signal.SIGALRM, wake)
         try:
             self.source.enter(keys[0][0])
             self.source.expect([i for _, i in keys])
         except (ValueError, OSError) as error:  # raised here, it would come out of a worker with a traceback
             return {"bad": bad, "stop": str(error)}
         for n, (epoch, i) in enumerate(keys):
-            readable = self.read(i, bad)
-            if readable is None:
-                return {"bad": bad}
             rng = crops.at(epoch, i)
+            found = self.sample(i, rng, None if images is None else images[n], bad)
+            if found is None:
+                return {"bad": bad}
             if images is None:
-                first = self.transform(readable[0], rng)
-                images = room(len(keys), first.shape)
-                into = images.numpy()
-                into[0] = first
-            else:
-                self.transform(readable[0], rng, into[n])
-            index.append(readable[1])
+                batch_images = room(len(keys), found[0].shape)
+                images = batch_images.numpy()
+                images[0] = found[0]
+            index.append(found[1])
             flips.append(rng.random() < 0.5)
             masks.at(epoch, i).random(out=noise[n], dtype=np.float32)
         batch = {
-            "images": images,
+            "images": batch_images,
             "noise": torch.from_numpy(noise),
             "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
             "index": torch.tensor(index),
         }
         return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
 
-    def read(self, i: int, bad: list[tuple[str, str]]) -> tuple[Any, int] | None:
-        """Image i, or with `skip` the next one that can be read, and its index."""
+    def sample(self, i: int, rng, out: np.ndarray | None, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int] | None:
+        """Pixels of image i, cropped into `out`, or with `skip` of the next one that can be read; and its index."""
         for candidate in range(i, i + (len(self) if self.skip_bad else 1)):
             index = candidate % len(self)
             try:
-                return self.source.read(index, self.in_chans), index
+                with within(self.patience):
+                    return self.transform(self.source.read(index, self.in_chans), rng, out), index
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 name = self.source.name(index).replace("\n", "\\n")
                 bad.append((name, " ".join(str(error).split()) or type(error).__name__))
         return None
+
+
+def in_main_thread() -> bool:
+    """True in a process's main thread, the one that a signal can wake; loaders of images decode in it."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def wake(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError("the disk does not answer (--timeout_minutes)")
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """TimeoutError inside if it takes longer, where that is possible."""
+    if not in_main_thread():
+        yield
+        return
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def room(count: int, shape: tuple[int, ...]) -> Tensor:
@@ -229,9 +257,22 @@ class ThreadLoader:
             for keys in self.batch_sampler:
                 ahead.append(pool.submit(self.batch, keys))
                 if len(ahead) > 2 * self.num_workers:  # as many as a DataLoader has in advance
-                    yield ahead.popleft().result()
+                    yield self.result(ahead.popleft())
             while ahead:
-                yield ahead.popleft().result()
+                yield self.result(ahead.popleft())
+
+    def result(self, batch: Future) -> dict:
+        try:
+            return batch.result(self.dataset.patience)
+        except FutureTimeout as error:
+            raise RuntimeError(
+                f"DataLoader timed out after {self.dataset.patience:.0f} s (--timeout_minutes)"
+            ) from error
+
+
+def leave_group(worker: int) -> None:
+    """A signal to the whole process group, Ctrl-C for one, is for the process that trains: it needs its loaders to end well."""
+    os.setpgrp()
 
 
 def make_loader(samples: Samples, order: Sampler, args, device: torch.device) -> DataLoader | ThreadLoader:
@@ -247,6 +288,8 @@ def make_loader(samples: Samples, order: Sampler, args, device: torch.device) ->
         batch_sampler=order,
         num_workers=workers,
         collate_fn=as_it_is,
+        worker_init_fn=leave_group,
+        timeout=2 * samples.patience if workers else 0,  # where a worker cannot even be woken
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and isinstance(order, TrainOrder),
     )

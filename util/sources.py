@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+Image.MAX_IMAGE_PIXELS = None  # it warns of half as many as it refuses; here the limit is
+MAX_PIXELS = 2**28  # in memory at once; compressed they may be few bytes
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy")
 
 
@@ -136,6 +138,8 @@ def read_image(path: bytes | BytesIO, in_chans: int) -> list[Image.Image]:
         raise ValueError(f"--in_chans {in_chans} is for .npy files")
     image: Image.Image
     with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         image.load()
         # In place, and below converted only where it must be: copies would cost a tenth of the decoding.
         ImageOps.exif_transpose(image, in_place=True)

@@ -104,8 +104,9 @@ class Meter:
         self.timed, self.waited = 0, 0.0  # steps, seconds since the last log line
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
-    def add(self, loss: Tensor) -> None:
-        self.losses.append(loss)
+    def add(self, loss: Tensor, finite: Tensor) -> None:
+        """The loss of a step, and whether its gradient was finite; of fp16 the scaler skips a step now and then."""
+        self.losses.append(loss if self.run.args.amp == "fp16" else torch.where(finite, loss, math.nan))
         self.timed += 1
 
     def progress(self, step: int) -> Progress:
@@ -253,9 +254,7 @@ def train_one_epoch(
         for value, old in zip(running, before, strict=True):
             value.copy_(torch.where(finite, value, old))
         loss = torch.stack(losses).sum()
-        meter.add(
-            loss if args.amp == "fp16" else torch.where(finite, loss, math.nan)
-        )  # fp16's scaler skips now and then
+        meter.add(loss, finite)
         if first:
             meter.first_step(loss)
             first = False

@@ -1,0 +1,305 @@
+"""Break runs at random until they have to be the unbroken ones: `python -m tests.soak --data_path DIR`.
+
+DIR has train/<class>/ and val/<class>/. Each broken run is started again with its own command; at the end weights, optimiser,
+log and TensorBoard are compared bit for bit. As root it also fills a disk of its own. Ends with status 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from tests.conftest import DEVICE, ROOT, assert_same_run, records
+from util.checkpoint import read
+
+TINY = ["--model", "vit_tiny", "--patch_size", 8, "--input_size", 32, *DEVICE, "--num_workers", 1, "--log_every", 3]
+PRETRAIN = [
+    *TINY,
+    "--decoder_dim",
+    32,
+    "--decoder_depth",
+    1,
+    "--decoder_heads",
+    2,
+    "--warmup_epochs",
+    1,
+    "--save_every",
+    2,
+]
+SAVES = ["--save_minutes", 0.01]
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[: random.randrange(len(content))],
+    "zeroed tail": lambda content: content[: (cut := random.randrange(len(content)))] + bytes(len(content) - cut),
+    "bit flipped": lambda content: (
+        content[: (at := random.randrange(len(content)))] + bytes([content[at] ^ 8]) + content[at + 1 :]
+    ),
+    "emptied": lambda content: b"",
+}
+
+
+class Breaker:
+    """Runs a command until it ends by itself, and breaks it before as often as it is told to."""
+
+    def __init__(self) -> None:
+        self.breaks: Counter[str] = Counter()
+        self.recoveries: list[float] = []  # seconds from start to the end of the first step
+        self.lost = 0  # steps that a start went back behind the newest whole checkpoint
+
+    def start(self, command: list) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="surrogateescape", start_new_session=True,
+        )  # fmt: skip
+
+    def until(self, process: subprocess.Popen, text: str) -> bool:
+        """Read what it says up to a line with this text; False if it ends before."""
+        assert process.stdout
+        for line in process.stdout:
+            self.said.append(line)
+            if line.startswith("resumed from"):
+                self.resumed = line
+            if text in line:
+                return True
+        return False
+
+    def drain(self, process: subprocess.Popen) -> int:
+        self.until(process, "\0")
+        return process.wait()
+
+    def once(self, command: list, folder: Path, kind: str | None, break_it: Callable[[subprocess.Popen], Any]) -> int:
+        """Start the command, break it after a random part of a few seconds, or before its first step; its exit status."""
+        before, self.resumed, self.said = saved_steps(folder), "", list[str]()
+        began = time.monotonic()
+        process = self.start(command)
+        if kind and random.random() < 0.15:
+            time.sleep(random.uniform(0, 5))
+        elif self.until(process, "first step:"):
+            self.recoveries.append(time.monotonic() - began)
+            self.check_start(before)
+            time.sleep(random.uniform(0, 2.5) if kind else 0)
+        if kind and process.poll() is None:
+            break_it(process)
+            self.breaks[kind] += 1
+        return self.drain(process)
+
+    def check_start(self, before: int) -> None:
+        """It went on from the newest whole checkpoint."""
+        found = 0
+        if self.resumed:
+            words = self.resumed.replace(",", "").split()  # ... epoch E of N, S of M steps done
+            at = len(words) - words[::-1].index("epoch") - 1
+            found = (int(words[at + 1]) - 1) * int(words[at + 6]) + int(words[at + 4])
+        self.lost += max(0, before - found)
+
+    def checked(self, status: int, *expected: int) -> None:
+        if status not in expected:
+            sys.exit(f"exit status {status}, not {expected}:\n{''.join(self.said[-20:])}")
+        if any("Traceback" in line for line in self.said) and not any(
+            "torch.distributed.run" in line for line in self.said
+        ):
+            sys.exit(f"a traceback:\n{''.join(self.said[-40:])}")
+
+
+def saved_steps(folder: Path) -> int:
+    """Steps of the newest whole checkpoint of a run."""
+    for name in ("last.pth", "previous.pth", *sorted((path.name for path in folder.glob("epoch-*.pth")), reverse=True)):
+        if (folder / name).exists():
+            try:
+                content = read(folder / name)
+            except ValueError:
+                continue
+            return content["progress"]["epoch"] * content["steps"] + content["progress"]["step"]
+    return 0
+
+
+def send(number: int) -> Callable[[subprocess.Popen], None]:
+    return lambda process: process.send_signal(number)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Process numbers of the ranks that a torchrun has started."""
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
+    return [int(pid) for pid in children if b"main_pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def one_rank(breaker: Breaker, command: list, disk: Path, images: Path, kills: int) -> None:
+    """Every kind of break of a run on one rank, in random order, then to the end."""
+    folder = disk / "run"
+    kinds = ["SIGKILL"] * 3 + ["SIGTERM", "SIGUSR1", "full disk", "images vanish", "deleted", *DAMAGES]
+    for kind in random.choices(kinds, k=kills) if kills > len(kinds) else random.sample(kinds, kills):
+        status: tuple[int, ...] = (-9,)
+        if kind in ("SIGTERM", "SIGUSR1"):
+            status, action = (75, -signal.Signals[kind]), send(signal.Signals[kind])  # before it listens it just ends
+        elif kind == "full disk":
+            action = lambda process: fill(process, disk)  # noqa: E731
+        elif kind == "images vanish":
+            status, action = (1, 0, -9), lambda process: vanish(process, images)
+        else:
+            action = send(signal.SIGKILL)
+        breaker.checked(breaker.once([*command, "--output_dir", folder], folder, kind, action), 0, *status)
+        last = folder / "last.pth"
+        if kind in DAMAGES and last.exists():
+            last.write_bytes(DAMAGES[kind](last.read_bytes()))
+        if kind == "deleted":
+            last.unlink(missing_ok=True)
+    breaker.checked(breaker.once([*command, "--output_dir", folder], folder, None, send(0)), 0)
+
+
+def fill(process: subprocess.Popen, disk: Path) -> None:
+    """No room for three seconds; a kill before or after there is some again."""
+    with suppress(OSError):  # the run writes as well
+        (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 2**20)))
+    time.sleep(3)
+    if random.random() < 0.5:
+        process.kill()
+    (disk / "filler").unlink()
+    time.sleep(2)
+    process.kill()
+
+
+def vanish(process: subprocess.Popen, images: Path) -> None:
+    """A class is away for a moment; the run ends with a line, or did not notice."""
+    (away := images / "away").mkdir(exist_ok=True)
+    gone = random.choice(sorted((images / "train").iterdir()))
+    gone.rename(away / gone.name)
+    time.sleep(2)
+    (away / gone.name).rename(gone)
+    away.rmdir()
+    process.kill()
+
+
+def two_ranks(breaker: Breaker, command: list, folder: Path, kills: int) -> None:
+    """Ranks that die or hang under torchrun, which starts them again by itself."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills + 5}"]
+    breaker.said = []
+    process = breaker.start([*torchrun, *command, "--output_dir", folder])
+    for turn in range(kills):
+        before = saved_steps(folder)
+        if not breaker.until(process, "first step:"):
+            break
+        if turn:
+            breaker.check_start(before)
+        time.sleep(random.uniform(0, 2.5))
+        victims = ranks_of(process)
+        if len(victims) == 2:
+            kind = random.choice([signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+            os.kill(random.choice(victims), kind)
+            breaker.breaks[f"one of two ranks: {kind.name}"] += 1
+    breaker.checked(breaker.drain(process), 0)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, required=True, help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument(
+        "--kills", type=int, default=40, help="breaks of the run on one rank; a quarter as many of two ranks"
+    )
+    parser.add_argument("--epochs", type=int, default=12, help="of the pre-training")
+    parser.add_argument("--seed", type=int, default=0, help="of what is broken when")
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    random.seed(args.seed)
+    torch.set_num_threads(1)
+    work = Path(tempfile.mkdtemp(prefix="soak-"))
+    images, disk = work / "images", work / "disk"
+    for split, count in (("train", 60), ("val", 5)):  # of each class
+        for kind in sorted((args.data_path / split).iterdir()):
+            (images / split / kind.name).mkdir(parents=True)
+            for path in sorted(kind.iterdir())[:count]:
+                shutil.copy(path, images / split / kind.name)
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "none", disk], check=False).returncode == 0
+    if not mounted:
+        print("a disk of its own needs root: the disk that is filled is the one with the temporary folder; left out")
+    try:
+        report = soak(args, images, disk, work)
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", disk], check=True)
+    shutil.rmtree(work)
+    print(json.dumps(report))
+
+
+def soak(args, images: Path, disk: Path, work: Path) -> dict:
+    """All phases; what was broken, what it cost."""
+    breaker = Breaker()
+    data = ["--data_path", images]
+    train = [
+        "main_pretrain.py",
+        *PRETRAIN,
+        *data,
+        "--batch_size",
+        16,
+        "--epochs",
+        args.epochs,
+        "--image_every",
+        2,
+        "--knn_every",
+        3,
+    ]
+
+    def unbroken(command: list, folder: str, ranks: int = 1) -> Path:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        process = breaker.start([*torchrun, *command, "--output_dir", work / folder])
+        breaker.said = []
+        breaker.checked(breaker.drain(process), 0)
+        return work / folder
+
+    alone = unbroken(train, "alone")
+    one_rank(breaker, [*train, *SAVES], disk, images, args.kills)
+    assert_same_run(alone, disk / "run")
+    print(f"one rank: {sum(breaker.breaks.values())} breaks, no difference", flush=True)
+
+    shared = [*train, "--effective_batch", 16, "--epochs", max(2, args.epochs // 3), "--timeout_minutes", 0.15]
+    together = unbroken(shared, "together", ranks=2)
+    two_ranks(breaker, [*shared, *SAVES], work / "broken", args.kills // 4)
+    assert_same_run(together, work / "broken")
+    losses = [[x["loss"] for x in records(folder)] for folder in (together, unbroken(shared, "one"))]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+    print("two ranks: no difference; to one rank of the same batch less than 1e-5", flush=True)
+
+    weights = ["--checkpoint", alone / "last.pth", *DEVICE, "--num_workers", 1, "--batch_size", 32, "--log_every", 3]
+    for name, epochs in (("main_finetune", 3), ("main_linprobe", 6)):
+        command = [f"{name}.py", *weights, *data, "--epochs", epochs, "--warmup_epochs", 1]
+        reference = unbroken(command, name)
+        for _ in range(3):
+            status = breaker.once(
+                [*command, *SAVES, "--output_dir", work / "c"], work / "c", name, send(signal.SIGKILL)
+            )
+            breaker.checked(status, -9, 0)
+        breaker.checked(breaker.once([*command, *SAVES, "--output_dir", work / "c"], work / "c", None, send(0)), 0)
+        assert_same_run(reference, work / "c")
+        shutil.rmtree(work / "c")
+        print(f"{name}: no difference", flush=True)
+    seconds = sorted(breaker.recoveries)
+    return {
+        "breaks": dict(breaker.breaks),
+        "total": sum(breaker.breaks.values()),
+        "steps_lost_beyond_the_last_save": breaker.lost,
+        "seconds_to_recover": [round(x, 1) for x in (seconds[0], median(seconds), seconds[-1])],
+        "differences": 0,
+    }
+
+
+if __name__ == "__main__":
+    main()
