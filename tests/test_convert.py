@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from models_convmae import ConvViT
 from models_mff import MFFViT
 from models_pixmim import MaskedEncoder, MaskedViT, PixMIM
-from util import convert
+from util import convert, export, names
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -242,7 +242,7 @@ def test_a_file_of_the_reference_comes_back_as_it_was(name, target, tmp_path):
 def test_what_is_written_is_read_again_as_it_was(host, tuned, tmp_path):
     state = classifier(state_of(host)) if tuned else state_of(host)
     path = saved(tmp_path, {"format": "pixmim-1", "model": state})
-    for target in {"mae", "mmpretrain"} & {*convert.HOMES[convert.family(state)]}:
+    for target in {"mae", "mmpretrain"} & {*names.HOMES[names.family(state)]}:
         report = convert.convert(path, tmp_path / "out.pth", target)
         again = convert.load(tmp_path / "out.pth")
         assert same(again.state, state)
@@ -455,7 +455,7 @@ def test_one_key_too_many_is_an_error_that_names_it(key, value, mae, tmp_path):
 def test_every_single_key_is_missed(host, tmp_path):
     state = state_of(host)
     for key in state:
-        with pytest.raises(ValueError, match=rf"convert\.RULES describe: missing: {re.escape(key)}$"):
+        with pytest.raises(ValueError, match=rf"names\.RULES describe: missing: {re.escape(key)}$"):
             convert._map(tmp_path, {k: v for k, v in state.items() if k != key}, "mae")
 
 
@@ -703,6 +703,10 @@ def test_a_full_disk_leaves_out_and_no_temporary_file(mae, tmp_path, monkeypatch
     assert out.read_bytes() == b"precious"
 
 
-def test_convert_needs_nothing_but_torch_and_the_standard_library():
-    imports = re.findall(r"^(?:from|import) (\w+)", inspect.getsource(convert), re.MULTILINE)
-    assert {name for name in imports if name not in sys.stdlib_module_names} == {"torch"}
+def test_reading_needs_nothing_but_torch_and_the_standard_library():
+    imports = {
+        name
+        for module in (convert, export, names)
+        for name in re.findall(r"^(?:from|import) (\w+)", inspect.getsource(module), re.MULTILINE)
+    }
+    assert {name for name in imports if name not in sys.stdlib_module_names} == {"torch", "util"}

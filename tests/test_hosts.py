@@ -38,7 +38,7 @@ from engine_pretrain import build_model, panel, reconstruct
 from models import ENCODERS
 from models_convmae import ConvViT
 from models_pixmim import LowPass, MaskedViT, PixMIM, mask_from_noise
-from util import classify, convert
+from util import classify, convert, names
 from util.classify import Encoder, load_encoder, pooling
 from util.data import Normalize, Samples, eval_transform, labelled_sources, one_batch
 from visualize import find_images
@@ -334,7 +334,7 @@ def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
     with torch.device("meta"):
         encoder = ENCODERS[name]()
     left = {key for key in encoder.state_dict() if key.split(".")[0] in encoder.pretraining_only}
-    assert left == {key for key in encoder.state_dict() if convert.FUSION.fullmatch(key)}
+    assert left == {key for key in encoder.state_dict() if names.FUSION.fullmatch(key)}
 
 
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe"])

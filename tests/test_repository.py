@@ -26,7 +26,9 @@ LAYERS = (
     {"util.checkpoint", "util.data", "util.replay"},
     {"util.cache", "util.tars"},
     {"util.run", "util.sources"},
-    {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.convert", "util.args", "util.draw"},
+    {"util.convert"},
+    {"util.export"},
+    {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.names", "util.args", "util.draw"},
     {"util.files", "util.interrupt"},
 )
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py")])
