@@ -5,6 +5,7 @@ never executed.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -30,6 +31,8 @@ from util.names import (
     decoder_heads,
     expected_shapes,
     family,
+    from_hf,
+    from_mmseg,
     home,
     mae_names,
     misshaped,
@@ -47,6 +50,8 @@ __all__ = [
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of names.RULES, by source; "mae" is that of the others
 # Pickled beside the weights by mmengine and mmcv: training history (numpy arrays, bound methods) and configuration.
 INERT = re.compile(
     r"(mmengine\.(logging|config)|mmcv\.utils)\..+|builtins\.getattr"
@@ -88,13 +93,15 @@ def _read(path: Path) -> Any:
     """The file's content with nothing executed: objects on the allow-list are empty shells, others are an error."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the checkpoint file in it")
     with path.open("rb") as file:
-        head = file.read(64).lstrip()
+        head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
-    if head.startswith(b"<"):
+    if path.suffix == ".onnx":
+        raise ValueError(
+            f"{path} is a graph, in which tensors need no names: convert the checkpoint that it was made of"
+        )
+    if head.lstrip().startswith(b"<") and head[8:9] != b"{":  # safetensors may begin with a length like b" <"
         raise ValueError(f"{path} is a web page, not a checkpoint: download the file itself")
     with _explained(path):
         if path.suffix == ".safetensors":
@@ -108,6 +115,78 @@ def _read(path: Path) -> Any:
     shells = [(_Inert, name) for name in asked if name != "argparse.Namespace"]
     with _explained(path), torch.serialization.safe_globals([argparse.Namespace, *shells]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Content of a file, or of the weights in a folder of transformers or timm, and that folder's config.json."""
+    if not path.is_dir():
+        return _read(path), {}
+    file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if file is None:
+        parts = any(path.glob("*.index.json"))
+        how = "save it in one part (max_shard_size)" if parts else "name the checkpoint file in it"
+        raise ValueError(f"{path} is a folder without {' or '.join(WEIGHT_FILES)}: {how}")
+    config, about = path / "config.json", {}
+    if config.is_file():
+        try:
+            about = json.loads(config.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{config} is not JSON ({str(error)[:100]}): copy or download it again") from error
+    if not about or not isinstance(about, dict):
+        raise ValueError(f"{path} has no config.json that describes the model: download it too, or name {file}")
+    return _read(file), about
+
+
+# What config.json calls it (transformers, then timm) -> the same in `architecture`
+CLAIMS = {
+    "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_channels": "in_chans", "patch_size": "patch_size",
+    "decoder_hidden_size": "decoder_dim", "decoder_num_hidden_layers": "decoder_depth",
+    "embed_dim": "embed_dim", "depth": "depth", "in_chans": "in_chans", "mlp_ratio": "mlp_ratio", "num_classes": "num_classes",
+}  # fmt: skip
+
+
+def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of a run that config.json tells, and what of it is not taken; ValueError if the weights contradict it."""
+    facts = architecture(state)
+    sizes = (
+        {**about, **about["model_args"]} if isinstance(about.get("model_args"), dict) else about
+    )  # timm's are within
+    facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
+    wrong = [
+        f"{key} {sizes[key]} (the weights: {facts[fact]})"
+        for key, fact in {**CLAIMS, "intermediate_size": "hidden"}.items()
+        if sizes.get(key) is not None and fact in facts and sizes[key] not in (facts[fact], [facts[fact]] * 2)
+    ]
+    size = sizes.get("image_size", sizes.get("img_size"))
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    patch, whole = facts["patch_size"], isinstance(height, int) and isinstance(width, int)
+    if size is not None and (not whole or (height // patch) * (width // patch) != facts["num_patches"]):
+        wrong.append(f"image size {size} (the weights: {facts['num_patches']} patches of {patch} px)")
+    heads = sizes.get("num_attention_heads", sizes.get("num_heads"))
+    decoder_heads = sizes.get("decoder_num_attention_heads") if "decoder_dim" in facts else None
+    for count, dim in ((heads, facts["embed_dim"]), (decoder_heads, facts.get("decoder_dim", 0))):
+        if count is not None and (not isinstance(count, int) or count < 1 or dim % count):
+            wrong.append(f"{count} attention heads (the weights: width {dim})")
+    if sizes.get("hidden_act", "gelu") != "gelu":
+        wrong.append(f"hidden_act {sizes['hidden_act']} (here: gelu)")
+    if wrong:
+        raise ValueError(f"{path / 'config.json'} says {', '.join(wrong)}: it belongs to other weights")
+    looks: Any = about.get("pretrained_cfg")
+    looks = looks if isinstance(looks, dict) else {}
+    args = {
+        "input_size": None if size is None else [height, width],
+        "num_heads": heads,
+        "decoder_heads": decoder_heads,
+        "norm_pix_loss": about.get("norm_pix_loss"),
+        "mask_ratio": about.get("mask_ratio"),
+        "mean": looks.get("mean"),
+        "std": looks.get("std"),
+        "classes": about.get("label_names"),
+        "pool": "mean" if sizes.get("fc_norm") is False and sizes.get("global_pool") == "avg" else None,
+    }
+    eps = about.get("layer_norm_eps", 1e-6)
+    unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as MAE has it)"]
+    return {name: value for name, value in args.items() if value is not None}, unused
 
 
 def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
@@ -136,14 +215,27 @@ def _join_qkv_bias(state: State) -> State:
     return joined
 
 
-def load(path: str | os.PathLike) -> Weights:
-    """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, mmselfsup / mmcls / mmpretrain or timm.
+def _spelled(box: dict, state: State) -> tuple[str, State]:
+    """Who wrote it, and the state in the names of one column of RULES."""
+    if str(box.get("format", "")).startswith("pixmim"):
+        return "pixmim", state
+    if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
+        return "hf", from_hf(state)
+    if any(key.startswith("backbone.") for key in state):
+        return "mm", from_mmseg(state) if any(".attn.attn.in_proj_" in key for key in state) else state
+    if "patch_embed.projection.weight" in state:
+        return "mmseg", from_mmseg(state)
+    return "mae" if "model" in box or "mask_token" in state else "timm", state
 
-    FileNotFoundError, or ValueError with the file, what was found in it (all unknown, missing and mis-shaped keys) and
-    the remedy.
+
+def load(path: str | os.PathLike) -> Weights:
+    """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, OpenMMLab, transformers or timm.
+
+    A file, or a folder with config.json as transformers and timm save it. FileNotFoundError, or ValueError with the
+    file, what was found in it (all unknown, missing and mis-shaped keys) and the remedy.
     """
     path = Path(path)
-    content = _read(path)
+    content, about = _open(path)
     box = content if isinstance(content, dict) else {}
     state = next((box[key] for key in ("model", "state_dict") if isinstance(box.get(key), dict)), box)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
@@ -152,25 +244,24 @@ def load(path: str | os.PathLike) -> Weights:
     for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    if str(box.get("format", "")).startswith("pixmim"):
-        source = "pixmim"
-    elif any(key.startswith("backbone.") for key in state):
-        source = "mm"
-    else:
-        source = "mae" if "model" in box or "mask_token" in state else "timm"
     args = box.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    source, state = _spelled(box, state)
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
     dropped += [key for key in state if DROPPED.fullmatch(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
     if source != "pixmim" or family(state):  # a run's own host without rules is left to its model to check
         state = _map(path, state, source)
-    return Weights(state, args if isinstance(args, dict) else {}, source, dropped)
+    if about:
+        args, unused = _told(path, about, state)
+        dropped += unused
+    return Weights(state, args, source, dropped)
 
 
 def _map(path: Path, state: State, source: str) -> State:
     """State in facebookresearch/mae's names; ValueError if it is not, key for key, what the tables describe."""
-    column = "mm" if source == "mm" else "mae"
+    column = COLUMNS.get(source, "mae")
     native: dict[str, str] = {}
     unknown = []
     for key in state:
@@ -182,7 +273,7 @@ def _map(path: Path, state: State, source: str) -> State:
     if not native:
         raise ValueError(
             f"{path}: not one of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
-            "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain or timm's ViT"
+            "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain, mmsegmentation's backbone, transformers' or timm's ViT"
         )
     mapped = {name: state[key] for name, key in native.items()}
     expected = expected_shapes(mapped)

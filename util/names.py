@@ -1,4 +1,4 @@
-"""Which tensor is which: the names of facebookresearch/mae, mmpretrain and the hosts side by side, shapes included.
+"""Which tensor is which: the names of facebookresearch/mae, mmpretrain, transformers and the hosts side by side, with shapes.
 
 Everything inside the project has the names of facebookresearch/mae, which are timm's plus a decoder, or of
 Alpha-VL/ConvMAE, which has the same decoder.
@@ -6,7 +6,7 @@ Alpha-VL/ConvMAE, which has the same decoder.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class Weights(NamedTuple):
 
     state: State  # names of facebookresearch/mae: encoder, and decoder, fc_norm, head where the file has them
     args: dict[str, Any]  # arguments of the run that wrote the file, {} if it keeps none
-    source: str  # "pixmim", "mae", "mm" or "timm"
+    source: str  # "pixmim", "mae", "mm", "mmseg", "hf" or "timm"
     dropped: list[str]  # keys that a rule leaves out
 
 
@@ -33,7 +33,8 @@ class Rule(NamedTuple):
     """
 
     mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, timm
-    mm: str | None  # mmselfsup, mmcls, mmpretrain
+    mm: str | None  # mmselfsup, mmcls, mmpretrain; mmsegmentation without "backbone."
+    hf: str | None  # transformers 4.x; {query,key,value} are three tensors there
     shape: str
     hosts: tuple[str, ...]
 
@@ -41,65 +42,91 @@ class Rule(NamedTuple):
 VIT, MFF, CONV = ("vit", "mff_vit"), ("mff_vit",), ("convvit",)
 ALL = (*VIT, *CONV)
 TENSORS = (
-    Rule("cls_token", "backbone.cls_token", "1 1 D", VIT),
-    Rule("pos_embed", "backbone.pos_embed", "1 T D", ALL),
-    Rule("mask_token", "neck.mask_token", "1 1 E", ALL),
-    Rule("decoder_pos_embed", "neck.decoder_pos_embed", "1 T E", ALL),
-    Rule("proj_weights", "backbone.proj_weights", "M 1 1 1", MFF),
+    Rule("cls_token", "backbone.cls_token", "vit.embeddings.cls_token", "1 1 D", VIT),
+    Rule("pos_embed", "backbone.pos_embed", "vit.embeddings.position_embeddings", "1 T D", ALL),
+    Rule("mask_token", "neck.mask_token", "decoder.mask_token", "1 1 E", ALL),
+    Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
+    Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
 )
 LAYERS = (  # shape of the weight; the bias is as long as its first side
-    Rule("patch_embed.proj", "backbone.patch_embed.projection", "D C P P", VIT),
-    Rule("patch_embed1.proj", None, "X C Q Q", CONV),
-    Rule("patch_embed1.norm", None, "X", CONV),
-    Rule("patch_embed2.proj", None, "Y X R R", CONV),
-    Rule("patch_embed2.norm", None, "Y", CONV),
-    Rule("patch_embed3.proj", None, "D Y S S", CONV),
-    Rule("patch_embed3.norm", None, "D", CONV),
-    Rule("patch_embed4", None, "D D", CONV),
-    Rule("stage1_output_decode", None, "D X 4 4", CONV),
-    Rule("stage2_output_decode", None, "D Y 2 2", CONV),
-    Rule("proj_layers.N", "backbone.proj_layers.N", "D D", MFF),
-    Rule("norm", "backbone.ln1", "D", ALL),
-    Rule("fc_norm", "backbone.ln2", "D", ALL),
-    Rule("head", "head.fc", "K D", ALL),
-    Rule("head", "head.layers.head", "K D", ALL),  # mmselfsup's linear probe
-    Rule("decoder_embed", "neck.decoder_embed", "E D", ALL),
-    Rule("decoder_norm", "neck.ln1", "E", ALL),
-    Rule("decoder_pred", "neck.decoder_pred", "PPC E", VIT),
-    Rule("decoder_pred", None, "QQRRSSC E", CONV),
+    Rule(
+        "patch_embed.proj",
+        "backbone.patch_embed.projection",
+        "vit.embeddings.patch_embeddings.projection",
+        "D C P P",
+        VIT,
+    ),
+    Rule("patch_embed1.proj", None, None, "X C Q Q", CONV),
+    Rule("patch_embed1.norm", None, None, "X", CONV),
+    Rule("patch_embed2.proj", None, None, "Y X R R", CONV),
+    Rule("patch_embed2.norm", None, None, "Y", CONV),
+    Rule("patch_embed3.proj", None, None, "D Y S S", CONV),
+    Rule("patch_embed3.norm", None, None, "D", CONV),
+    Rule("patch_embed4", None, None, "D D", CONV),
+    Rule("stage1_output_decode", None, None, "D X 4 4", CONV),
+    Rule("stage2_output_decode", None, None, "D Y 2 2", CONV),
+    Rule("proj_layers.N", "backbone.proj_layers.N", None, "D D", MFF),
+    Rule("norm", "backbone.ln1", "vit.layernorm", "D", ALL),
+    Rule("fc_norm", "backbone.ln2", None, "D", ALL),
+    Rule("head", "head.fc", "classifier", "K D", ALL),
+    Rule("head", "head.layers.head", None, "K D", ALL),  # mmselfsup's linear probe
+    Rule("decoder_embed", "neck.decoder_embed", "decoder.decoder_embed", "E D", ALL),
+    Rule("decoder_norm", "neck.ln1", "decoder.decoder_norm", "E", ALL),
+    Rule("decoder_pred", "neck.decoder_pred", "decoder.decoder_pred", "PPC E", VIT),
+    Rule("decoder_pred", None, None, "QQRRSSC E", CONV),
 )
 CONV_BLOCK = (  # layers of a block of ConvMAE's first stage
     ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
     ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
 )  # fmt: skip
 BLOCK = (  # layers of a block
-    ("norm1", "ln1", "D"),
-    ("attn.qkv", "attn.qkv", "3D D"),
-    ("attn.proj", "attn.proj", "D D"),
-    ("norm2", "ln2", "D"),
-    ("mlp.fc1", "ffn.layers.0.0", "F D"),
-    ("mlp.fc2", "ffn.layers.1", "D F"),
+    ("norm1", "ln1", "layernorm_before", "D"),
+    ("attn.qkv", "attn.qkv", "attention.attention.{query,key,value}", "3D D"),
+    ("attn.proj", "attn.proj", "attention.output.dense", "D D"),
+    ("norm2", "ln2", "layernorm_after", "D"),
+    ("mlp.fc1", "ffn.layers.0.0", "intermediate.dense", "F D"),
+    ("mlp.fc2", "ffn.layers.1", "output.dense", "D F"),
 )
 
 
 def _expand() -> Iterator[Rule]:
     yield from TENSORS
     decoder, second = str.maketrans("DF", "EG"), str.maketrans("XU", "YV")
-    blocks = [Rule(f"blocks1.N.{layer}", None, shape, CONV) for layer, shape in CONV_BLOCK]
-    blocks += [Rule(f"blocks2.N.{layer}", None, shape.translate(second), CONV) for layer, shape in CONV_BLOCK]
-    for ours, mm, shape in BLOCK:
-        blocks.append(Rule(f"blocks.N.{ours}", f"backbone.layers.N.{mm}", shape, VIT))
-        blocks.append(Rule(f"blocks3.N.{ours}", None, shape, CONV))
-        blocks.append(Rule(f"decoder_blocks.N.{ours}", f"neck.decoder_blocks.N.{mm}", shape.translate(decoder), ALL))
+    blocks = [Rule(f"blocks1.N.{layer}", None, None, shape, CONV) for layer, shape in CONV_BLOCK]
+    blocks += [Rule(f"blocks2.N.{layer}", None, None, shape.translate(second), CONV) for layer, shape in CONV_BLOCK]
+    for ours, mm, hf, shape in BLOCK:
+        blocks.append(Rule(f"blocks.N.{ours}", f"backbone.layers.N.{mm}", f"vit.encoder.layer.N.{hf}", shape, VIT))
+        blocks.append(Rule(f"blocks3.N.{ours}", None, None, shape, CONV))
+        neck, theirs = f"neck.decoder_blocks.N.{mm}", f"decoder.decoder_layers.N.{hf}"
+        blocks.append(Rule(f"decoder_blocks.N.{ours}", neck, theirs, shape.translate(decoder), ALL))
     for layer in (*LAYERS, *blocks):
         for kind, shape in (("weight", layer.shape), ("bias", layer.shape.split()[0])):
-            yield Rule(f"{layer.mae}.{kind}", layer.mm and f"{layer.mm}.{kind}", shape, layer.hosts)
+            mmpretrain, transformers = (f"{name}.{kind}" if name else None for name in (layer.mm, layer.hf))
+            yield Rule(f"{layer.mae}.{kind}", mmpretrain, transformers, shape, layer.hosts)
 
 
 RULES = tuple(_expand())
-DROPPED = re.compile(r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)")
+DROPPED = re.compile(
+    r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
+)
 DECODER = re.compile(r"mask_token|decoder_.*")
 FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")  # MFF's, ConvMAE's: not for features
+THIRDS = "{query,key,value}"
+SPELLINGS = (  # of transformers 5.x and of models without a head -> 4.x
+    (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+IN_PROJ = (  # mmpretrain's and mmsegmentation's MAE's -> torch's attention, as mmsegmentation's VisionTransformer has it
+    (".attn.qkv.", ".attn.attn.in_proj_"),
+    (".attn.proj.", ".attn.attn.out_proj."),
+)
 HOMES = {  # host -> the formats that have a place for it
     "vit": ("timm", "mae", "mmpretrain"),
     "mff_vit": ("timm", "mmpretrain"),
@@ -163,6 +190,48 @@ def to_mm(state: State) -> State:
     return {str(rename(key, "mae", "mm")): value for key, value in state.items()}
 
 
+def to_mmseg(state: State, backbone: str = "MAE") -> State:
+    """An encoder, as mmsegmentation's backbone MAE or VisionTransformer names it."""
+    named = {key.removeprefix("backbone."): value for key, value in to_mm(state).items()}
+    return _respelled(named, [(re.escape(old), new) for old, new in IN_PROJ]) if backbone != "MAE" else named
+
+
+def from_mmseg(state: State) -> State:
+    """mmsegmentation's names -> mmpretrain's."""
+    return _respelled(state, [(r"^(?!backbone\.)", "backbone."), *((re.escape(new), old) for old, new in IN_PROJ)])
+
+
+def to_hf(state: State) -> State:
+    """Everything, as transformers 4.x names it; 5.x reads that as well."""
+    named: State = {}
+    for key, value in state.items():
+        name = str(rename(key, "mae", "hf"))
+        parts = value.chunk(3) if THIRDS in name else (value,)
+        named |= {name.replace(THIRDS, part): x for part, x in zip(("query", "key", "value"), parts, strict=False)}
+    return named
+
+
+def from_hf(state: State) -> State:
+    """transformers' names, of 4.x or 5.x, with a head or a decoder or bare -> column `hf` of RULES."""
+    named = _respelled(state, SPELLINGS)
+    for key in [key for key in named if ".attention.attention.query." in key]:
+        three = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if len({tuple(named[name].shape) if name in named else name for name in three}) == 1:  # else they stay, unknown
+            named[key.replace(".query.", f".{THIRDS}.")] = torch.cat([named.pop(name) for name in three])
+    return named
+
+
+def _respelled(state: State, spellings: Iterable[tuple[str, str]]) -> State:
+    """State with patterns replaced in its names, in this order; a name that would be there twice stays as it is."""
+    named: State = {}
+    for key, value in state.items():
+        name = key
+        for pattern, replacement in spellings:
+            name = re.sub(pattern, replacement, name)
+        named[key if name in named or (name != key and name in state) else name] = value
+    return named
+
+
 def _depth(state: State, prefix: str) -> int:
     return len({m[1] for key in state if (m := re.match(rf"{prefix}\.(\d+)\.", key))})
 
@@ -175,7 +244,7 @@ def expected_shapes(state: State) -> dict[str, str]:
     absent = {"norm"} if pooled else {"fc_norm"}
     absent |= {"head"} - parts
     expected: dict[str, str] = {}
-    for name, _, shape, hosts in RULES:
+    for name, _, _, shape, hosts in RULES:
         part = name.split(".")[0]
         pretraining = DECODER.fullmatch(part) or FUSION.fullmatch(name)
         if host in hosts and part not in absent and (decoder or part in parts or not pretraining):
