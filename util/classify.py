@@ -15,6 +15,7 @@ from util import checkpoint, convert
 from util.args import encoder_options
 from util.data import Feed, Normalize, eval_loader, eval_transform, labelled_source
 from util.dist import World, autocast, join
+from util.export import resample
 from util.run import Run, plain
 from util.sources import Source
 
@@ -81,16 +82,6 @@ def old_grid(weights: convert.Weights, model: Encoder) -> tuple[int, int]:
     count = weights.state["pos_embed"].shape[1] - model.num_prefix_tokens
     side = isqrt(count)
     return (side, side) if side**2 == count else model.grid
-
-
-def resample(embed: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Position embedding (1, prefix + L, D) of another grid, bicubic without antialiasing as facebookresearch/mae.
-
-    timm's resample_abs_pos_embed returns a 2 x 8 grid as it is when 4 x 4 is wanted.
-    """
-    prefix, patches = embed[:, :num_prefix_tokens], embed[:, num_prefix_tokens:]
-    patches = F.interpolate(patches.mT.unflatten(2, old), new, mode="bicubic").flatten(2).mT
-    return torch.cat([prefix, patches], dim=1)
 
 
 def listed(names: set[str]) -> str:

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ if not __package__:  # python util/convert.py
 import torch
 from torch import Tensor
 
-from util.export import usage
+from util.args import SizeAction, number
+from util.export import push, resized, save, selected, spelled, usage
 from util.names import (
     DECODER,
     DROPPED,
+    HOMES,
     State,
     Weights,
     architecture,
@@ -288,29 +291,43 @@ def _map(path: Path, state: State, source: str) -> State:
     return mapped
 
 
-def convert(source: Path, out: Path, target: str) -> str:
-    """Write `out`, a file of tensors only, in the format of `target`; returns the report."""
+def convert(
+    source: Path,
+    out: Path,
+    target: str,
+    *,
+    folder: bool = False,
+    encoder_only: bool = False,
+    input_size: tuple[int, int] | None = None,
+    backbone: str = "MAE",
+) -> str:
+    """Write `out`, a file or folder of tensors only, in the format of `target`; returns the report."""
     if source.resolve() == out.resolve():
         raise ValueError(f"OUT is IN ({out}): choose another name, the original is not overwritten")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"cannot write {out}: it must be a file in an existing folder")
+    _check_flags(target, folder, encoder_only, backbone)
+    folder = folder or target == "hf"
+    occupied = any(out.iterdir()) if folder and out.is_dir() else out.exists() if folder else out.is_dir()
+    if occupied or not out.parent.is_dir():
+        what = "new or empty folder" if folder else "file"
+        raise ValueError(f"cannot write {out}: it must be a {what} in an existing folder")
     weights = load(source)
-    line = usage(weights, target, out)
-    state = {"timm": to_timm, "mae": to_mae, "mmpretrain": to_mm}[target](weights.state)
-    state = {key: value.detach().clone().contiguous() for key, value in state.items()}  # of a view, only what it shows
+    weights = weights if input_size is None else resized(weights, input_size)
+    line = usage(weights, target, out, folder, encoder_only, backbone)
+    chosen = selected(weights, target, encoder_only)
+    state = spelled(chosen, target, backbone)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        wrapped = {"timm": state, "mae": {"model": state}, "mmpretrain": {"state_dict": state, "meta": {}}}
-        torch.save(wrapped[target], temporary)
+        save(temporary, weights._replace(state=chosen), state, target, folder)
+        if folder and out.is_dir():
+            out.rmdir()
         os.replace(temporary, out)
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
-    dropped = [*weights.dropped]
-    if target != "mmpretrain":  # there, everything stays, under other names
-        gone = [key for key in weights.state if key not in state]
-        decoder = sum(1 for key in gone if DECODER.fullmatch(key))
-        dropped += [f"mask_token and decoder_* ({decoder} keys)"] if decoder else []
-        dropped += [key for key in gone if not DECODER.fullmatch(key)]
+    gone = [key for key in weights.state if key not in chosen]
+    decoder = sum(1 for key in gone if DECODER.fullmatch(key))
+    dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
+    dropped += [key for key in gone if not DECODER.fullmatch(key)]
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
@@ -319,19 +336,44 @@ def convert(source: Path, out: Path, target: str) -> str:
     )
 
 
+def _check_flags(target: str, folder: bool, encoder_only: bool, backbone: str) -> None:
+    if folder and target not in ("timm", "hf"):
+        raise ValueError(f"--folder is for --to timm (--to hf always is one), not for --to {target}")
+    if encoder_only and target != "hf":
+        raise ValueError(f"--encoder_only is for --to hf, not for --to {target}")
+    if backbone != "MAE" and target != "mmseg":
+        raise ValueError(f"--backbone {backbone} is for --to mmseg, not for --to {target}")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    # fmt: off
+    parser = argparse.ArgumentParser(prog="python -m util.convert", description=(__doc__ or "").splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain / mmsegmentation, timm or transformers; "
+                              "of the last two also a folder")
+    add("OUT", type=Path, help="file to write; with --folder and --to hf a new folder")
+    add("--to", choices=HOMES["vit"], default="timm", help="format; mae is Alpha-VL/ConvMAE's as well")
+    add("--folder", action="store_true", help="timm: a folder with config.json, for local-dir: and the Hugging Face Hub")
+    add("--encoder_only", action="store_true", help="hf: a ViTModel, without decoder; else a ViTMAEForPreTraining")
+    add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: whose names the attention has")
+    add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
+        help="resample position embeddings for images of this side in pixels, or H W")
+    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository, which is made private if it is new")
+    # fmt: on
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m util.convert", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain or timm")
-    parser.add_argument("OUT", type=Path, help="file to write")
-    parser.add_argument(
-        "--to",
-        choices=["timm", "mae", "mmpretrain"],
-        default="timm",
-        help="format (default: %(default)s); mae is Alpha-VL/ConvMAE's as well",
-    )
-    args = parser.parse_args()
+    args = get_parser().parse_args()
+    options = {"folder": args.folder, "encoder_only": args.encoder_only, "backbone": args.backbone}
     try:
-        print(convert(args.IN, args.OUT, args.to))
+        if args.push_to_hub and not (args.folder or args.to == "hf"):
+            raise ValueError(f"--push_to_hub {args.push_to_hub} uploads folders: add --folder, or use --to hf")
+        print(convert(args.IN, args.OUT, args.to, input_size=args.input_size, **options))
+        if args.push_to_hub:
+            push(args.OUT, args.push_to_hub)
+            print(f"pushed   {args.push_to_hub}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

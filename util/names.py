@@ -128,8 +128,8 @@ IN_PROJ = (  # mmpretrain's and mmsegmentation's MAE's -> torch's attention, as 
     (".attn.proj.", ".attn.attn.out_proj."),
 )
 HOMES = {  # host -> the formats that have a place for it
-    "vit": ("timm", "mae", "mmpretrain"),
-    "mff_vit": ("timm", "mmpretrain"),
+    "vit": ("timm", "mae", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
+    "mff_vit": ("timm", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
     "convvit": ("mae",),
 }
 
