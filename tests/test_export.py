@@ -210,7 +210,7 @@ def test_detectron2_finds_every_tensor_of_its_vit(size, mae, tmp_path):
     assert {*state} - {*found.values()} == {"cls_token", "norm.weight", "norm.bias"}  # it has none
     assert all(name == f"backbone.net.{key}" for name, key in found.items())
     assert reported_line(report) == (
-        f"'train.init_checkpoint={tmp_path}/out.pth?matching_heuristics=True' model.backbone.net.pretrain_img_size={size} "
+        f"'train.init_checkpoint=\"{tmp_path}/out.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size={size} "
         "model.backbone.net.embed_dim=192 model.backbone.net.depth=2 model.backbone.net.num_heads=3 model.backbone.net.patch_size=8"
     )
 
@@ -232,14 +232,14 @@ def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
         MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", []
     )
     assert convert.usage(weights, "detectron2", "/x.pth") == (
-        "'train.init_checkpoint=/x.pth?matching_heuristics=True' model.backbone.net.pretrain_img_size=448"
+        "'train.init_checkpoint=\"/x.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size=448"
     )
     assert (
         convert.usage(weights, "mmseg", "/x.pth")
         == "--cfg-options model.pretrained=/x.pth model.backbone.init_values=1.0"
     )
     line = convert.usage(weights, "mmseg", "/x.pth", backbone="VisionTransformer")
-    assert line == "--cfg-options model.pretrained=/x.pth model.backbone.type=VisionTransformer"
+    assert line == "--cfg-options model.pretrained=/x.pth model.backbone.patch_bias=True"
 
 
 # --------------------------------------------------------------------------------------------------- what libraries make of it

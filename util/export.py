@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,8 @@ def _detectron2_line(weights: Weights, out: Path | str) -> str:
     usual = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "in_chans": 3, "mlp_ratio": 4}
     options = {"pretrain_img_size": square(weights, "ViTDet")}
     options |= {key: sizes[key] for key, value in usual.items() if sizes[key] != value}
-    checkpoint = f"'train.init_checkpoint={Path(out).resolve()}?matching_heuristics=True'"
-    return " ".join([checkpoint, *(f"model.backbone.net.{key}={value}" for key, value in options.items())])
+    checkpoint = f'train.init_checkpoint="{Path(out).resolve()}?matching_heuristics=True"'  # hydra wants the quotes
+    return " ".join([shlex.quote(checkpoint), *(f"model.backbone.net.{key}={value}" for key, value in options.items())])
 
 
 def usage(
@@ -314,9 +315,9 @@ def usage(
     if target == "onnx":
         return f"onnxruntime.InferenceSession('{out}').run(['features', 'tokens'], {{'images': images}})"
     if target == "mmseg":
-        chosen = "type=VisionTransformer" if backbone == "VisionTransformer" else "init_values=1.0"
-        checkpoint = f"model.pretrained={Path(out).resolve()}"
-        return " ".join(["--cfg-options", checkpoint, f"model.backbone.{chosen}", *_mm_options(weights)])
+        own = "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"  # False and 0.1 by default
+        checkpoint = shlex.quote(f"model.pretrained={Path(out).resolve()}")
+        return " ".join(["--cfg-options", checkpoint, f"model.backbone.{own}", *_mm_options(weights)])
     init = {"type": "Pretrained", "checkpoint": out, "prefix": "backbone."}
     return f"--cfg-options {' '.join(f'model.backbone.init_cfg.{key}={value}' for key, value in init.items())}"
 
