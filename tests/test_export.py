@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -218,6 +219,22 @@ def test_detectron2_finds_every_tensor_of_its_vit(size, mae, tmp_path):
 def test_another_pretrain_img_size_would_lose_the_positions(mae):
     """Control, and the silent failure that docs/downstream.md warns of."""
     assert "backbone.net.pos_embed" not in matched(vitdet(192, 2, 8, 14 * 14 + 1, 16), shapes(convert.to_timm(mae)))
+
+
+def test_the_check_of_the_page_names_what_did_not_arrive(mae):
+    """docs/downstream.md, `lost`, on a model built like ViTDet's."""
+    page = (Path(__file__).parents[1] / "docs" / "downstream.md").read_text()
+    found: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], found)
+    file = convert.to_timm(mae)
+    net = MaskedViT(**SIZES)
+    detector = nn.ModuleDict({"backbone": nn.ModuleDict({"net": net})})
+    assert set(found["lost"](detector, file, "backbone.net.")) >= {"pos_embed", "cls_token", "blocks.0.attn.qkv.weight"}
+    net.load_state_dict(file)
+    net.norm, net.cls_token = nn.Identity(), None
+    assert found["lost"](detector, file, "backbone.net.") == ["cls_token", "norm.weight", "norm.bias"]
+    net.pos_embed = nn.Parameter(torch.zeros(1, 26, 192))
+    assert "pos_embed" in found["lost"](detector, file, "backbone.net.")
 
 
 def test_a_norm_as_wide_as_the_pyramid_is_refused_by_detectron2(tmp_path):

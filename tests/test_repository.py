@@ -12,7 +12,7 @@ import pytest
 from util.run import peak_lr
 
 ROOT = Path(__file__).parent.parent
-MAINS = ("main_pretrain", "main_knn", "main_linprobe", "main_finetune", "visualize")
+MAINS = ("main_pretrain", "main_knn", "main_features", "main_linprobe", "main_finetune", "visualize")
 # Who may import whom, top down: a module imports from lower lines, or from its own if an arrow in the design says so.
 LAYERS = (
     {*MAINS},

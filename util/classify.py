@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from copy import deepcopy
 from math import isqrt
 from typing import Any
@@ -134,6 +135,15 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
+def computed(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, what=features) -> Iterator:
+    """(float32 `what(encoder, images)`, the batch) of each batch of this rank."""
+    normalize = Normalize(args, world.device)
+    for batch in Feed(loader, world.device):
+        with torch.inference_mode(), autocast(args.amp, world.device):
+            x = what(encoder, normalize(batch))
+        yield x.float(), batch
+
+
 # ------------------------------------------------------------------------------------------------------------- accuracy
 
 
@@ -189,11 +199,9 @@ def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader
 @torch.inference_mode()
 def extract(args: Namespace, world: World, encoder: Encoder, loader: DataLoader) -> tuple[Tensor, Tensor]:
     """(features (N, D) of length 1, labels (N,)) of this rank's share, float32 on the device."""
-    normalize, rows, labels = Normalize(args, world.device), [], []
-    for batch in Feed(loader, world.device):
-        with autocast(args.amp, world.device):
-            x = features(encoder, normalize(batch))
-        rows.append(F.normalize(x.float(), dim=1))
+    rows, labels = [], []
+    for x, batch in computed(args, world, encoder, loader):
+        rows.append(F.normalize(x, dim=1))
         labels.append(batch["label"])
     if not rows:
         return torch.empty(0, encoder.embed_dim, device=world.device), torch.empty(
