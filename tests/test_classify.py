@@ -131,6 +131,32 @@ def test_foreign_checkpoints_are_taken_as_they_are(source, pretrained, photos, t
     assert knn(tmp_path / "foreign.pth", photos) == knn(pretrained / "last.pth", photos)
 
 
+@pytest.mark.parametrize("options", [{"target": "hf"}, {"target": "timm", "folder": True}])
+def test_folders_of_transformers_and_timm_are_taken_as_they_are(options, pretrained, photos, tmp_path):
+    convert.convert(pretrained / "last.pth", tmp_path / "x", **options)
+    ours = knn(pretrained / "last.pth", photos)
+    assert knn(tmp_path / "x", photos) == ours
+    assert knn(tmp_path / "x", photos, "--input_size", 32, 24) == knn(
+        pretrained / "last.pth", photos, "--input_size", 32, 24
+    )
+    said = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
+    assert result("main_linprobe", *said)["n"] == 9
+    assert weights(tmp_path / "probe")["args"]["checkpoint"] == str(tmp_path / "x" / "model.safetensors")
+
+
+def test_a_folder_that_is_not_square_or_has_other_heads_is_read_by_its_config(photos, tmp_path):
+    encoder = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=192, depth=12, num_heads=3)
+    torch.save(encoder.state_dict(), tmp_path / "x.pth")
+    convert.convert(tmp_path / "x.pth", tmp_path / "x", "timm", folder=True, input_size=(16, 24))
+    assert knn(tmp_path / "x", photos) == knn(tmp_path / "x.pth", photos, "--input_size", 16, 24)
+    assert knn(tmp_path / "x", photos, "--input_size", 24)["n"] == 9
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["model_args"]["num_heads"] = 6
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"--checkpoint .*/x has 6 attention heads, --model vit_tiny 3"):
+        knn(tmp_path / "x", photos)
+
+
 def test_another_input_size_resamples_the_position_embedding(pretrained, photos, tmp_path):
     assert knn(pretrained / "last.pth", photos, "--input_size", 32, 24)["n"] == 9
     same, other = (

@@ -4,7 +4,6 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator
 from copy import deepcopy
-from math import isqrt
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from util import checkpoint, convert
 from util.args import encoder_options
 from util.data import Feed, Normalize, eval_loader, eval_transform, labelled_source
 from util.dist import World, autocast, join
-from util.export import resample
+from util.export import image_size, resample
 from util.run import Run, plain
 from util.sources import Source
 
@@ -47,42 +46,50 @@ def read_architecture(
         weights = None
     else:
         weights = convert.load(args.checkpoint)
-        found = own_arguments(weights) or infer_architecture(weights.state, args, encoders)
+        found = own_arguments(weights) or infer_architecture(weights, args, encoders)
         found = found | {"input_size": tuple(found["input_size"])}
     filled = {name: found.get(name) for name in flags if getattr(args, name, "") is None}
-    return Namespace(**vars(args) | filled), weights
+    file = args.checkpoint if weights is None else str(convert.weights_file(args.checkpoint))
+    return Namespace(**vars(args) | filled | {"checkpoint": file}), weights
 
 
-def infer_architecture(state: dict[str, Tensor], args: Namespace, encoders) -> dict:
-    """Model flags that the shapes of a foreign checkpoint tell."""
-    facts = convert.architecture(state)
+def infer_architecture(weights: convert.Weights, args: Namespace, encoders) -> dict:
+    """Model flags that the shapes of a foreign checkpoint, and the config.json beside it, tell."""
+    facts = convert.architecture(weights.state)
     family, width, depth = facts["family"], facts["embed_dim"], facts["depth"]
     sizes = {name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()}  # of partials
     known = {(name.rpartition("_")[0], size.get("embed_dim"), size.get("depth")): name for name, size in sizes.items()}
     if args.model is None and (family, width, depth) not in known:
         raise ValueError(f"--checkpoint {args.checkpoint}: no {family} here is {width} wide and {depth} deep")
-    if args.input_size is None and isqrt(facts["num_patches"]) ** 2 != facts["num_patches"]:
+    size = image_size(weights)
+    if args.input_size is None and size is None:
         raise ValueError(
             f"--checkpoint {args.checkpoint}: {facts['num_patches']} patches are no square; give --input_size H W"
         )
-    side = isqrt(facts["num_patches"]) * facts["patch_size"]
+    model = known.get((family, width, depth))
+    told, own = weights.args.get("num_heads"), sizes.get(args.model or model, {}).get("num_heads")
+    if told and own and told != own:
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} has {told} attention heads, --model {args.model or model} {own}"
+        )
     return {
-        "model": known.get((family, width, depth)),
+        "model": model,
         "patch_size": facts["patch_size"],
-        "input_size": (side, side),
+        "input_size": size or args.input_size,
         "in_chans": facts["in_chans"],
+        "mean": weights.args.get("mean"),
+        "std": weights.args.get("std"),
     }
 
 
 def old_grid(weights: convert.Weights, model: Encoder) -> tuple[int, int]:
-    """Grid of the weights' position embedding: that of the run that wrote them, else a square, else the model's."""
+    """Grid of the weights' position embedding: that of the run or config.json, else a square, else the model's."""
     run = own_arguments(weights)
     if run:
         height, width = (side // (run["patch_size"] or model.patch) for side in run["input_size"])
         return height, width
-    count = weights.state["pos_embed"].shape[1] - model.num_prefix_tokens
-    side = isqrt(count)
-    return (side, side) if side**2 == count else model.grid
+    size = image_size(weights)
+    return (size[0] // model.patch, size[1] // model.patch) if size else model.grid
 
 
 def listed(names: set[str]) -> str:

@@ -120,15 +120,24 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _open(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Content of a file, or of the weights in a folder of transformers or timm, and that folder's config.json."""
+def weights_file(path: str | os.PathLike) -> Path:
+    """The file itself, or that of a folder of transformers or timm that holds the weights."""
+    path = Path(path)
     if not path.is_dir():
-        return _read(path), {}
+        return path
     file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if file is None:
         parts = any(path.glob("*.index.json"))
         how = "save it in one part (max_shard_size)" if parts else "name the checkpoint file in it"
         raise ValueError(f"{path} is a folder without {' or '.join(WEIGHT_FILES)}: {how}")
+    return file
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Content of a file, or of the weights in a folder of transformers or timm, and that folder's config.json."""
+    file = weights_file(path)
+    if file == path:
+        return _read(path), {}
     config, about = path / "config.json", {}
     if config.is_file():
         try:
