@@ -592,7 +592,10 @@ LIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "value"), [*LIES.items(), ("image_size", "224"), ("num_attention_heads", "3")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*LIES.items(), ("image_size", "224"), ("image_size", True), ("num_attention_heads", "3"), ("patch_size", "x")],
+)
 def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -608,6 +611,20 @@ def test_so_is_one_of_timm(key, mae, tmp_path):
     config["model_args"][key] = 7
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json says .*7.*: it belongs to other weights"):
+        convert.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", "abc"), ("mean", [0.5]), ("std", [True, 0.1, 0.2]), ("std", {"a": 1})]
+)
+def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
+    folder = written(mae, tmp_path, "timm", folder=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=rf"config\.json says {key} .*\(the weights: 3 channels\): it belongs to other weights"
+    ):
         convert.load(folder)
 
 

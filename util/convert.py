@@ -152,50 +152,62 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
 # What config.json calls it (transformers, then timm) -> the same in `architecture`
 CLAIMS = {
     "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_channels": "in_chans", "patch_size": "patch_size",
-    "decoder_hidden_size": "decoder_dim", "decoder_num_hidden_layers": "decoder_depth",
+    "decoder_hidden_size": "decoder_dim", "decoder_num_hidden_layers": "decoder_depth", "intermediate_size": "hidden",
     "embed_dim": "embed_dim", "depth": "depth", "in_chans": "in_chans", "mlp_ratio": "mlp_ratio", "num_classes": "num_classes",
 }  # fmt: skip
+
+
+def _contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+    """What config.json says that cannot be true of weights with these facts."""
+    for key, fact in CLAIMS.items():
+        if claims.get(key) is not None and fact in facts and claims[key] not in (facts[fact], [facts[fact]] * 2):
+            yield f"{key} {claims[key]} (the weights: {facts[fact]})"
+    patch, (height, width) = facts["patch_size"], claims["input_size"]
+    if height is not None and not (_count(height) and _count(width)):
+        yield f"image size {height}, {width}"
+    elif height is not None and (height // patch) * (width // patch) != facts["num_patches"]:
+        yield f"image size {height}, {width} (the weights: {facts['num_patches']} patches of {patch} px)"
+    for key, dim in (("num_heads", facts["embed_dim"]), ("decoder_heads", facts.get("decoder_dim", 0))):
+        if claims[key] is not None and (not _count(claims[key]) or dim % claims[key]):
+            yield f"{claims[key]} attention heads (the weights: width {dim})"
+    for key in ("mean", "std"):
+        values = claims[key]
+        numbers = isinstance(values, list) and {*map(type, values)} <= {int, float}
+        if values is not None and not (numbers and len(values) == facts["in_chans"]):
+            yield f"{key} {values} (the weights: {facts['in_chans']} channels)"
+    if claims.get("hidden_act", "gelu") != "gelu":
+        yield f"hidden_act {claims['hidden_act']} (here: gelu)"
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
     """Arguments of a run that config.json tells, and what of it is not taken; ValueError if the weights contradict it."""
     facts = architecture(state)
-    sizes = (
-        {**about, **about["model_args"]} if isinstance(about.get("model_args"), dict) else about
-    )  # timm's are within
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
-    wrong = [
-        f"{key} {sizes[key]} (the weights: {facts[fact]})"
-        for key, fact in {**CLAIMS, "intermediate_size": "hidden"}.items()
-        if sizes.get(key) is not None and fact in facts and sizes[key] not in (facts[fact], [facts[fact]] * 2)
-    ]
-    size = sizes.get("image_size", sizes.get("img_size"))
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
-    patch, whole = facts["patch_size"], isinstance(height, int) and isinstance(width, int)
-    if size is not None and (not whole or (height // patch) * (width // patch) != facts["num_patches"]):
-        wrong.append(f"image size {size} (the weights: {facts['num_patches']} patches of {patch} px)")
-    heads = sizes.get("num_attention_heads", sizes.get("num_heads"))
-    decoder_heads = sizes.get("decoder_num_attention_heads") if "decoder_dim" in facts else None
-    for count, dim in ((heads, facts["embed_dim"]), (decoder_heads, facts.get("decoder_dim", 0))):
-        if count is not None and (not isinstance(count, int) or count < 1 or dim % count):
-            wrong.append(f"{count} attention heads (the weights: width {dim})")
-    if sizes.get("hidden_act", "gelu") != "gelu":
-        wrong.append(f"hidden_act {sizes['hidden_act']} (here: gelu)")
-    if wrong:
-        raise ValueError(f"{path / 'config.json'} says {', '.join(wrong)}: it belongs to other weights")
-    looks: Any = about.get("pretrained_cfg")
-    looks = looks if isinstance(looks, dict) else {}
-    args = {
-        "input_size": None if size is None else [height, width],
-        "num_heads": heads,
-        "decoder_heads": decoder_heads,
-        "norm_pix_loss": about.get("norm_pix_loss"),
-        "mask_ratio": about.get("mask_ratio"),
+    inner, looks = (
+        x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
+    )  # timm's
+    claims = about | inner
+    size = claims.get("image_size", claims.get("img_size"))
+    claims |= {
+        "input_size": size if isinstance(size, list) and len(size) == 2 else [size, size],
+        "num_heads": claims.get("num_attention_heads", claims.get("num_heads")),
+        "decoder_heads": claims.get("decoder_num_attention_heads") if "decoder_dim" in facts else None,
         "mean": looks.get("mean"),
         "std": looks.get("std"),
-        "classes": about.get("label_names"),
-        "pool": "mean" if sizes.get("fc_norm") is False and sizes.get("global_pool") == "avg" else None,
     }
+    if wrong := [*_contradictions(claims, facts)]:
+        raise ValueError(f"{path / 'config.json'} says {', '.join(wrong)}: it belongs to other weights")
+    args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
+    args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
+    args |= {
+        key: x for key, kind in (("norm_pix_loss", bool), ("mask_ratio", float)) if type(x := about.get(key)) is kind
+    }
+    if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
+        args["pool"] = "mean"
     eps = about.get("layer_norm_eps", 1e-6)
     unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as MAE has it)"]
     return {name: value for name, value in args.items() if value is not None}, unused
