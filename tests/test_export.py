@@ -397,6 +397,7 @@ def test_a_timm_folder_says_how_its_images_are_prepared(mae, tmp_path):
     }  # fmt: skip
     assert same(model.state_dict(), convert.to_timm(mae))
     assert (model.global_pool, model.num_classes) == ("token", 0)
+    assert json.loads((folder / "config.json").read_text())["global_pool"] == "token"
 
 
 @torch.no_grad()

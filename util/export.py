@@ -313,7 +313,7 @@ def usage(
     if target == "detectron2":
         return _detectron2_line(weights, out)
     if target == "onnx":
-        return f"onnxruntime.InferenceSession('{out}').run(['features', 'tokens'], {{'images': images}})"
+        return f"onnxruntime.InferenceSession('{out}').run({_outputs(weights)}, {{'images': images}})"
     if target == "mmseg":
         own = "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"  # False and 0.1 by default
         checkpoint = shlex.quote(f"model.pretrained={Path(out).resolve()}")
@@ -450,9 +450,13 @@ class _Features(nn.Module):
         return (features, tokens, self.model.head(features)) if self.model.num_classes else (features, tokens)
 
 
+def _outputs(weights: Weights) -> list[str]:
+    return ["features", "tokens", "logits"] if "head.weight" in weights.state else ["features", "tokens"]
+
+
 def _save_onnx(path: Path, weights: Weights, state: State) -> None:
     """A graph for batches of any size."""
-    size, entry_options = known_size(weights), timm_model(weights)
+    size, (entry, options) = known_size(weights), timm_model(weights)
     if sum(value.nbytes for value in state.values()) > 2**31 - 2**20:
         raise ValueError("--to onnx: a graph holds less than 2 GiB: use --to timm")
     try:
@@ -460,16 +464,14 @@ def _save_onnx(path: Path, weights: Weights, state: State) -> None:
         import timm
     except ImportError as error:
         raise ValueError(f"--to onnx needs {error.name}: pip install onnx onnxscript") from error
-    entry, options = entry_options
     model = timm.create_model(entry, **options)
     model.load_state_dict({key: value.float() for key, value in state.items()})
-    outputs = ["features", "tokens", "logits"] if options["num_classes"] else ["features", "tokens"]
     torch.onnx.export(
         _Features(model.eval()).eval(),
         (torch.zeros(2, architecture(weights.state)["in_chans"], *size),),
         path,
         input_names=["images"],
-        output_names=outputs,
+        output_names=_outputs(weights),
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         dynamo=True,
         external_data=False,
