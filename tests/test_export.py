@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from reference.make import read
 from safetensors.torch import save_file
@@ -25,8 +27,6 @@ from util import convert, names
 from util.data import eval_transform
 from util.sources import read_image
 
-onnxruntime = pytest.importorskip("onnxruntime")
-transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
