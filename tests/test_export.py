@@ -712,6 +712,19 @@ def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
         convert.load(tmp_path / "x.onnx")
 
 
+def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
+    state = convert.mae_names(method(HOSTS["convvit"]()).state_dict())
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a ConvMAE, which neither transformers nor timm has"):
+        convert.load(folder)
+    assert same(convert.load(folder / "model.safetensors").state, state)
+
+
+def test_a_host_without_rules_is_refused_at_any_size(mae, tmp_path):
+    with pytest.raises(ValueError, match="no rule knows gate"):
+        written(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
+
+
 def test_an_out_folder_that_holds_something_is_left_alone(mae, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -186,6 +186,8 @@ def _count(value: Any) -> bool:
 def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
     """Arguments of a run that config.json tells, and what of it is not taken; ValueError if the weights contradict it."""
     facts = architecture(state)
+    if facts["family"] == "convvit":
+        raise ValueError(f"{path} holds a ConvMAE, which neither transformers nor timm has: name the weights in it")
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
     inner, looks = (
         x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
@@ -332,6 +334,7 @@ def convert(
         what = "new or empty folder" if folder else "file"
         raise ValueError(f"cannot write {out}: it must be a {what} in an existing folder")
     weights = load(source)
+    selected(weights, target, encoder_only)  # a host without a place there is refused before it is looked at
     weights = weights if input_size is None else resized(weights, input_size)
     line = usage(weights, target, out, folder, encoder_only, backbone)
     chosen = selected(weights, target, encoder_only)
