@@ -134,6 +134,9 @@ def spectrum(made: Reconstruction) -> np.ndarray:
 
 def log_pictures(log: Log, made: Reconstruction, epoch: int) -> None:
     """Panel and spectrum on TensorBoard, and how much of the error lies below and above the cut-off."""
+    if not made.filled.isfinite().all():
+        log.say(f"warning: epoch {epoch}: predictions are not finite, there is nothing to draw")
+        return
     log.image("reconstruction", panel(made), epoch)
     log.image("spectrum", spectrum(made), epoch)
     if made.radius is not None:

@@ -32,9 +32,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser = classifier_parser(__doc__, ENCODERS, "output/finetune", pool=False, **schedule)
     # fmt: off
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--layer_decay", type=number(float, 0, 1), default=0.65,
+    add("--layer_decay", type=number(float, 0.01, 1), default=0.65,
         help="learning rate of a layer over that of the layer after it; 1 = the same for all, 0.75 for ViT-L and ViT-H")
-    add("--drop_path", type=number(float, 0, 1), default=0.1, help="rate of the last block, rising linearly from 0")
+    add("--drop_path", type=number(float, 0, 0.99), default=0.1, help="rate of the last block, rising linearly from 0")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's name of an augmentation policy; none = no augmentation")
     add("--reprob", type=number(float, 0, 1), default=0.25, help="probability of erasing a part of an image")
     add("--mixup", type=number(float, 0), default=0.8, help="alpha of mixup; 0 = off")
@@ -47,9 +47,12 @@ def get_parser() -> argparse.ArgumentParser:
 def finetune_transform(args) -> Seeded:
     """Crop, flip and augmentation policy of timm; erasing follows on the device."""
     policy = None if args.aa == "none" else args.aa
-    augment = create_transform(
-        args.input_size, True, use_prefetcher=True, interpolation="bicubic", color_jitter=None, auto_augment=policy
-    )
+    try:
+        augment = create_transform(
+            args.input_size, True, use_prefetcher=True, interpolation="bicubic", color_jitter=None, auto_augment=policy
+        )
+    except AssertionError as error:
+        raise ValueError(f"--aa {args.aa}: timm knows no such policy ({error})") from error
     return Seeded(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor
 
 
@@ -75,10 +78,10 @@ def main() -> None:
     if args.eval:
         evaluate_saved(args, ENCODERS, weights)
         return
-    if args.batch_size % 2 and (args.mixup or args.cutmix):
-        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix mix pairs; use an even one, or 0 for both")
     train, val = labelled_sources(args.data_path)
     run = start(args)
+    if args.batch_size % 2 and (args.mixup or args.cutmix):
+        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix mix pairs; use an even one, or 0 for both")
     device = run.world.device
     classes = len(train.classes)
     options = {"num_classes": classes, "global_pool": "avg", "drop_path_rate": args.drop_path}

@@ -64,6 +64,7 @@ def main() -> None:
     model = build_model(args, ENCODERS).to(device)
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
     loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
+    examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     scaler = grad_scaler(run)
@@ -71,7 +72,6 @@ def main() -> None:
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
     saver = Saver(run, model, optimizer, scaler, loader)
     progress = saver.resume()
-    examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
     for line in warnings_at_start(model, normalize(examples), args):
         run.log.say(line)
 

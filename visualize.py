@@ -21,6 +21,7 @@ from util.args import (
     add_method_arguments,
     add_model_arguments,
     number,
+    picture,
     report_mistakes,
 )
 from util.classify import MODEL_FLAGS, load_encoder, own_arguments, pooling, read_architecture
@@ -40,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="pre-trained weights in any format that util/convert.py reads, with their decoder unless one of the pictures below "
              "does without; none = an untrained --model")
     parser.add_argument("--images", required=True, nargs="+", help="files, or folders of images")
-    parser.add_argument("--output", required=True, help="the picture to write, .png or .jpg")
+    parser.add_argument("--output", type=picture, required=True, help="the picture to write, .png or .jpg")
     parser.add_argument("--count", type=number(int, 1), default=8, help="images shown at most, spread over those found")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--attention", action="store_true", help="instead of what is reconstructed: what each head of the last block's class token looks at")

@@ -90,6 +90,11 @@ def call(name: str, *words) -> list[str]:
     return output.getvalue().splitlines()
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder and what is in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def result(*words) -> dict:
     """The JSON object that is the last line of a main."""
     return json.loads(call(*words)[-1])

@@ -1,12 +1,14 @@
 """The command line: recipes, ranges, help, and the one line that a mistake deserves."""
 
 import importlib
+import shutil
 
 import pytest
-from conftest import ended, spawn
+from conftest import DEVICE, PRETRAIN, call, ended, files, spawn
 
 import main_pretrain
 from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, report_mistakes
+from util.run import split_batch
 
 MAINS = ["main_pretrain", "main_knn", "main_linprobe", "main_finetune", "visualize"]
 
@@ -128,6 +130,141 @@ def test_the_defaults_are_the_paper_s_300_epochs_on_8_devices():
     assert (args.mask_ratio, args.norm_pix_loss, args.lowpass, args.crop) == (0.75, True, "reference", "src")
 
 
+# --------------------------------------------------------------------------------------- what cannot be, refused before
+# anything of a run that is there is touched, though --overwrite allows it
+
+NUMBERS = [
+    (flag, value)
+    for flag in ("--blr", "--weight_decay", "--lowpass_radius", "--save_minutes")
+    for value in ("nan", "inf")
+]
+IMPOSSIBLE = {
+    "--input_size 30": "input size of 30 x 30 is not a multiple of the patch size 8",
+    "--input_size 8": "mask ratio of 0.75 leaves 0 of 1 patches visible",
+    "--patch_size 5": "16 x 16 is not a multiple of the patch size 5",
+    "--model convvit_tiny --patch_size 6": "patch size of 6 must be a multiple of 4",
+    "--mask_unit 9": "mask units of 9 patches are larger than the grid",
+    "--mask_ratio 0": "leaves 4 of 4 patches visible",
+    "--mask_ratio 1": "leaves 0 of 4 patches visible",
+    "--lowpass_radius 99": "radius of 99 keeps every frequency of 16 x 16 px",
+    "--lowpass_radius 0.5": "radius of 0.5 keeps no frequency of 16 x 16 px",
+    "--decoder_dim 6": "width that 4 divides, not 6",
+    "--decoder_heads 3": "decoder 32 wide cannot be split among 3 attention heads",
+    "--fuse_layers 1": "--fuse_layers: --model vit_tiny fuses no layers",
+    "--model mff_vit_tiny --fuse_layers 99": "--fuse_layers 99: they must ascend",
+    "--in_chans 1": "--in_chans 1 needs 1 values of --mean, not 0",
+    "--mean 0.5": "--in_chans 3 needs 3 values of --mean, not 1",
+    "--in_chans 4 --mean 0 0 0 0 --std 1 1 1 1": "JPG cannot be read: --in_chans 4 is for .npy files",
+    "--batch_size 17": "asks for 17 images a step, --data_path has 16; lower --batch_size",
+    "--batch_size 4 --accum_iter 5": "asks for 20 images a step",
+    "--effective_batch 17": "asks for 17 images a step",
+    "--min_lr 1": "--min_lr 1 is above the peak learning rate, 0.0009",
+    "--amp fp16": "--amp fp16 needs a GPU, and the device is cpu",
+    "--device tpu": "--device tpu: torch has no such device here",
+    "--device meta": "--device meta: torch has no such device here",
+    "--stream_samples 4": "--stream_samples 4 is for streams",
+    "--data_path /nowhere": "--data_path: there is no folder /nowhere",
+    "--knn_every 1 --knn_path /nowhere": "there is no folder /nowhere/train",
+    "--resume /nowhere.pth": "--resume /nowhere.pth: there is no such file",
+    "--resume /etc/passwd": "--resume /etc/passwd: damaged or foreign",
+    "--resume auto --replay 1": "--replay 1: no checkpoint in .* is from before this step",
+    "--resume auto --mask_ratio 0.5": "was trained with --mask_ratio 0.75, not 0.5; give the same flag",
+    "--resume auto --batch_size 4": "was trained with 8 samples a step, not 4 .* --effective_batch 8 keeps it",
+    "--resume none": "holds a run; choose another --output_dir, or add --overwrite",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def held(pretrained, tmp_path_factory):
+    return shutil.copytree(pretrained, tmp_path_factory.mktemp("held") / "run")
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+def test_what_cannot_be_is_refused_before_a_run_that_is_there_is_touched(words, held, photos):
+    sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--data_path", photos]
+    may = [] if words.startswith("--resume") else ["--resume", "none", "--overwrite"]
+    before = files(held)
+    with pytest.raises((ValueError, OSError), match=IMPOSSIBLE[words]) as refused:
+        call("main_pretrain", *PRETRAIN, *sizes, *may, "--output_dir", held, *words.split())
+    assert "\n" not in str(refused.value)
+    assert files(held) == before
+
+
+CLASSIFIERS = {
+    "main_linprobe --checkpoint none": "--checkpoint none is an untrained encoder; say which with --model",
+    "main_linprobe --in_chans 1": "does not fit --model vit_tiny: of another shape: patch_embed.proj.weight",
+    "main_linprobe --eval": "has no classifier; train one",
+    "main_finetune --model vit_base": "does not fit --model vit_base: of another shape",
+    "main_finetune --aa none-such": "--aa none-such: timm knows no such policy",
+    "main_finetune --batch_size 3": "--batch_size 3: mixup and cutmix mix pairs",
+    "main_finetune --effective_batch 5": "--batch_size 1: mixup and cutmix mix pairs",
+    "main_knn --data_path /nowhere": "there is no folder /nowhere/train",
+    "main_features --output x.txt": "x.txt: its name must end in .npy or .safetensors",
+}
+
+
+@pytest.mark.parametrize("words", CLASSIFIERS)
+def test_what_cannot_be_measured_is_refused(words, pretrained, photos, tmp_path):
+    name, *flags = words.split()
+    sizes = ["--epochs", "1", "--warmup_epochs", "0", "--output_dir", tmp_path]
+    given = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--batch_size", "4", *DEVICE]
+    with pytest.raises((ValueError, OSError), match=CLASSIFIERS[words]) as refused:
+        call(name, *given, *(sizes if name in ("main_linprobe", "main_finetune") else []), *flags)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [
+        *[("main_pretrain", flag, value) for flag, value in NUMBERS],
+        ("main_pretrain", "--mean", "inf"),
+        ("main_pretrain", "--timeout_minutes", "inf"),
+        ("main_pretrain", "--epochs", "99999999999999999999"),
+        ("main_pretrain", "--num_workers", "10000"),
+        ("main_finetune", "--layer_decay", "0"),
+        ("main_finetune", "--drop_path", "1"),
+        ("main_finetune", "--mixup", "nan"),
+        ("main_linprobe", "--blr", "inf"),
+        ("main_knn", "--temperature", "0"),
+        ("visualize", "--filter", "nan"),
+        ("visualize", "--output", "picture.txt"),
+        ("util.curves", "--output", "picture"),
+    ],
+)
+def test_numbers_that_are_none_and_names_that_fit_no_format_are_named(name, flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(name, flag, value)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert flag in said
+    assert value in said
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused():
+    args = parse("--effective_batch", "15")
+    with pytest.raises(ValueError, match="--effective_batch 15 cannot be divided among 2 ranks"):
+        split_batch(args, 2)
+
+
+def test_a_learning_rate_that_never_falls_is_said(photos, tmp_path):
+    words = [
+        "--data_path",
+        photos,
+        "--output_dir",
+        tmp_path,
+        "--batch_size",
+        "8",
+        "--epochs",
+        "1",
+        "--warmup_epochs",
+        "2",
+    ]
+    assert "warning: --warmup_epochs 2 of --epochs 1: the learning rate never falls" in call(
+        "main_pretrain", *PRETRAIN, *words
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- help and mistakes
 
 
@@ -161,6 +298,18 @@ def test_a_mistake_is_one_line_and_status_1(error, monkeypatch):
     monkeypatch.setenv("PIXMIM_DEBUG", "1")
     with pytest.raises(error):
         report_mistakes(main)
+
+
+@pytest.mark.parametrize(
+    "reason", ["CUDA out of memory. Tried", "[enforce fail at alloc_cpu.cpp:127] can't allocate memory"]
+)
+def test_too_little_memory_is_a_line(reason, monkeypatch, capsys):
+    def main():
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr("util.args.end_at_once", lambda: None)
+    report_mistakes(main)
+    assert f"error: {reason}; a smaller --batch_size" in capsys.readouterr().err
 
 
 def test_our_own_slips_keep_their_traceback():

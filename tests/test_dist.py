@@ -70,5 +70,5 @@ def test_a_device_that_is_not_there_is_named():
 
 
 def test_an_unknown_device_is_named():
-    with pytest.raises(ValueError, match="--device gpu: torch knows no such device"):
+    with pytest.raises(ValueError, match="--device gpu: torch has no such device here"):
         join("gpu", "off")

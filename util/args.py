@@ -1,12 +1,12 @@
 """The command line: recipes, the flags that mains share, and the one line that a user's mistake deserves."""
 
 import argparse
-import math
 import os
 import re
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(expand(sys.argv[1:] if args is None else list(args)), namespace)
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable:
-    """Converter for argparse: an int or float in [low, high]."""
+def number(kind: type, low: float, high: float = 10**9) -> Callable:
+    """Converter for argparse: an int or float in [low, high]; neither nan nor inf is in any."""
 
     def convert(text: str):
         value = kind(text)
@@ -63,6 +63,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable:
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def picture(text: str) -> str:
+    """Converter for argparse: the name of a picture to write."""
+    if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png or .jpg")
+    return text
 
 
 class SizeAction(argparse.Action):
@@ -85,7 +92,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | 
                        default=(224, 224) if model else None, help=f"side of the input in pixels, or H W{source}")
     group.add_argument("--in_chans", type=number(int, 1), default=3 if model else None,
                        help=f"channels of an image{source}")
-    group.add_argument("--mean", type=float, nargs="+",
+    group.add_argument("--mean", type=number(float, -(10**9)), nargs="+",
                        help="mean of each channel, pixels in [0, 1]; None = ImageNet's (3 channels)")
     group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, likewise")
     return group
@@ -133,7 +140,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
     """Where the images are and who reads them."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", required=True, help=layout)
-    group.add_argument("--num_workers", type=number(int, 0),
+    group.add_argument("--num_workers", type=number(int, 0, 256),
                        help="loader processes of each rank; None = its share of the cores, at most 16")
     return group
 
@@ -146,7 +153,7 @@ def add_device_arguments(parser: argparse.ArgumentParser, amp: bool = True):
         group.add_argument("--amp", choices=["bf16", "fp16", "off"], default="bf16",
                            help="precision of the model; fp16, for GPUs without bf16, scales the loss; off = float32; "
                                 "target and loss are float32 in each")
-    group.add_argument("--timeout_minutes", type=number(float, 1e-3), default=30,
+    group.add_argument("--timeout_minutes", type=number(float, 1e-3, 10**5), default=30,
                        help="how long another rank, or the disk that an image is on, may take to answer")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of initial values, order, crops and masks")
     return group
@@ -185,7 +192,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
     group.add_argument("--effective_batch", type=number(int, 1),
                        help="images of a step, the same on any number of ranks: sets accum_iter, and batch_size to at most "
                             "what was given")
-    group.add_argument("--epochs", type=number(int, 1), help="passes over the data")
+    group.add_argument("--epochs", type=number(int, 1, 10**6), help="passes over the data")
     group.add_argument("--warmup_epochs", type=number(float, 0), help="epochs in which the learning rate rises from 0")
     several = "; several = several probes at once" if isinstance(blr, list) else ""
     group.add_argument("--blr", type=number(float, 0), default=blr, nargs="+" if several else None,
@@ -221,12 +228,17 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
 
 
 LOADER = re.compile(r"DataLoader (worker|timed out)")
+MEMORY = re.compile("out of memory|can't allocate memory")
 LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
 
 
 def explained(error: RuntimeError) -> str | None:
-    """A line for what torch raises when another process is to blame; it has no class of its own."""
+    """A line for what torch raises when memory or another process is to blame; it has no class of its own."""
     reason = str(error).splitlines()[0][:160] if str(error) else ""
+    if MEMORY.search(reason):
+        return (
+            f"{reason}; a smaller --batch_size (or --input_size) needs less, and pre-training with --grad_checkpointing"
+        )
     if LOADER.search(reason):
         return f"a loader process ended or did not answer: {reason}; fewer --num_workers need less memory, the same command goes on"
     if ("RANK" in os.environ or "SLURM_PROCID" in os.environ) and LOST.search(str(error)):
@@ -239,6 +251,8 @@ def end_at_once() -> None:
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join(60)
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # torchrun takes a node that died for a living one for 15 s,
+        time.sleep(20)  # and would wait for it in vain, and end, if it started the others again before
     os._exit(1)
 
 

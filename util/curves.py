@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from util.args import Parser, report_mistakes
+from util.args import Parser, picture, report_mistakes
 from util.draw import plot, side_by_side
 
 CHARTS = {
@@ -19,7 +19,7 @@ CHARTS = {
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders; a line is called what its folder is")
-    parser.add_argument("--output", required=True, help="the picture to write, .png or .jpg")
+    parser.add_argument("--output", type=picture, required=True, help="the picture to write, .png or .jpg")
     return parser
 
 

@@ -38,6 +38,10 @@ PART = 256  # images that a worker prepares at once: a large batch neither waits
 
 def pretrain_source(args) -> Source:
     """Images of --data_path: a cache, tar shards here or from afar, or a folder of whatever structure."""
+    if args.stream_samples and not is_stream(args.data_path):
+        raise ValueError(
+            f"--stream_samples {args.stream_samples} is for streams; --data_path {args.data_path} can be counted"
+        )
     if is_cache(args.data_path):
         packed = Cache(args.data_path)
         packed.refuse_other_flags(args)

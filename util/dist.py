@@ -134,8 +134,10 @@ def join(device: str, amp: str, timeout_minutes: float = 30) -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: torch knows no such device; use auto, cpu, cuda or cuda:N") from error
+        if place.type != "cuda":
+            torch.zeros(1, device=place).item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: torch has no such device here; use auto, cpu, cuda or cuda:N") from error
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu or install a CUDA build")

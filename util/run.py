@@ -96,6 +96,10 @@ def start(args: Namespace) -> Run:
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
     origin = digest(getattr(args, "checkpoint", None))
     run = Run(args, world, Log(folder, world.leads), folder, batch, peak_lr(blr, batch), origin)
+    if args.min_lr > run.lr:
+        raise ValueError(
+            f"--min_lr {args.min_lr:g} is above the peak learning rate, {run.lr:.3g} (--blr x batch / 256)"
+        )
     if world.leads:
         prepare(run)
     world.gather(None)  # nobody looks for checkpoints before the folder is ready
@@ -103,6 +107,10 @@ def start(args: Namespace) -> Run:
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
         run.log.say(
             "warning: this processor is not known to have bfloat16 instructions; without them --amp off is faster"
+        )
+    if args.warmup_epochs >= args.epochs:
+        run.log.say(
+            f"warning: --warmup_epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate never falls"
         )
     run.log.say(
         f"{world.size} x {world.device}, {batch} samples a step, peak learning rate {run.lr:.3g}, output in {folder}"
