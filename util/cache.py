@@ -62,7 +62,7 @@ def encode(payload: str, pixels: np.ndarray) -> bytes:
 def decode(payload: str, content: bytes | memoryview, shape: tuple[int, int, int]) -> np.ndarray:
     """The inverse of `encode`."""
     if payload == "jpeg":
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             return np.asarray(image).reshape(shape)
     if payload == "zstd":
         content = zstandard().ZstdDecompressor().decompress(content, max_output_size=int(np.prod(shape)))

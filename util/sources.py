@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 Image.MAX_IMAGE_PIXELS = None  # it warns of half as many as it refuses; here the limit is
 MAX_PIXELS = 2**28  # in memory at once; compressed they may be few bytes
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # Pillow runs a program, Ghostscript, for some others
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy")
 
 
@@ -137,7 +138,7 @@ def read_image(path: bytes | BytesIO, in_chans: int) -> list[Image.Image]:
     if in_chans not in (1, 3):
         raise ValueError(f"--in_chans {in_chans} is for .npy files")
     image: Image.Image
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         image.load()
