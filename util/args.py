@@ -232,13 +232,12 @@ MEMORY = re.compile("out of memory|can't allocate memory")
 LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
 
 
-def explained(error: RuntimeError) -> str | None:
+def explained(error: RuntimeError | MemoryError) -> str | None:
     """A line for what torch raises when memory or another process is to blame; it has no class of its own."""
     reason = str(error).splitlines()[0][:160] if str(error) else ""
-    if MEMORY.search(reason):
-        return (
-            f"{reason}; a smaller --batch_size (or --input_size) needs less, and pre-training with --grad_checkpointing"
-        )
+    if isinstance(error, MemoryError) or MEMORY.search(reason):
+        less = "a smaller --batch_size or --input_size needs less, so does pre-training with --grad_checkpointing"
+        return f"{reason or 'out of memory'}; {less}"
     if LOADER.search(reason):
         return f"a loader process ended or did not answer: {reason}; fewer --num_workers need less memory, the same command goes on"
     if ("RANK" in os.environ or "SLURM_PROCID" in os.environ) and LOST.search(str(error)):
@@ -262,13 +261,13 @@ def report_mistakes(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        said = explained(error) if isinstance(error, RuntimeError) else str(error)
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        said = explained(error) if isinstance(error, RuntimeError | MemoryError) else str(error)
         if os.environ.get("PIXMIM_DEBUG") or said is None:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         line = f"{Path(sys.argv[0]).name}{rank}: error: {said}"
-        if not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError | MemoryError):
             sys.exit(line)
         print(line, file=sys.stderr, flush=True)
         end_at_once()

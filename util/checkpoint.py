@@ -1,7 +1,6 @@
 """Checkpoints that survive: written whole, beside the training, with a checksum; read without executing anything."""
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from util.convert import mae_names
 from util.dist import Agreement
-from util.files import link_whole, sync_folder, write_whole
+from util.files import check_zip, fingerprint, link_whole, sync_folder, write_whole
 from util.interrupt import Interrupt
 from util.run import Run, configuration, plain
 
@@ -48,25 +47,6 @@ class Progress(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- reading, writing
 
 
-def fingerprint(content: Any) -> str:
-    """SHA-256 of nested dicts, lists, tensors and plain values."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            add([str(value.dtype), *value.shape, *value.stride(), value.storage_offset()])
-            digest.update(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).numpy().data)
-        elif isinstance(value, dict | list | tuple):
-            digest.update(b"%d items;" % len(value))
-            for part in value.items() if isinstance(value, dict) else value:
-                add(part)
-        else:
-            digest.update(f"{value!r};".encode())
-
-    add(content)
-    return digest.hexdigest()
-
-
 def on_host(content: Any) -> Any:
     """A copy in the host's memory that training does not change."""
     if isinstance(content, Tensor):
@@ -85,6 +65,7 @@ def write(path: Path, content: dict) -> Path:
 def read(path: Path) -> dict:
     """Content of one of our own checkpoints; ValueError if a bit of it changed since it was written."""
     try:
+        check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(content, dict) and content.get("format") in (FORMAT, OLDER)
         if ours and content["format"] == FORMAT:
@@ -172,6 +153,11 @@ class Writer:
             while self.busy:
                 time.sleep(0.005)
         return self.waiting is None
+
+    def give_up(self) -> None:
+        """Try no longer."""
+        self.waiting = None
+        self.again.set()
 
 
 # ---------------------------------------------------------------------------------------------------------- finding, fitting
@@ -398,6 +384,12 @@ class Saver:
         self.run.close()
         sys.exit(self.interrupt.status)
 
+    def last_good(self) -> str:
+        """What a run that fails leaves to go on from; a save that is under way is waited for."""
+        self.writer.stored(patient=lambda: False)
+        last = self.run.folder / "last.pth"
+        return f"{last} holds the last good state" if last.exists() else "nothing is saved yet"
+
     def close(self) -> None:
         """All is written when this returns."""
         waits = self.run.args.on_full_disk == "wait"
@@ -406,6 +398,7 @@ class Saver:
         self.interrupt.restore()
 
     def refuse_full_disk(self) -> None:
+        self.writer.give_up()
         raise OSError(
             f"{self.writer.error or 'rank 0 cannot write'}; make room, the same command goes on (--on_full_disk)"
         )

@@ -7,6 +7,7 @@ never executed.
 import argparse
 import json
 import os
+import pickletools
 import re
 import shutil
 import sys
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from util.args import SizeAction, number
 from util.export import push, resized, save, selected, spelled, usage
+from util.files import check_zip, fingerprint
 from util.names import (
     DECODER,
     DROPPED,
@@ -92,6 +94,15 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a readable checkpoint ({found}): copy or download it again") from error
 
 
+def _check_old(path: Path) -> None:
+    """ValueError for a broken file from before torch 1.6: in its pieces torch would search for a reason for minutes."""
+    with path.open("rb") as file:
+        for _ in range(5):  # pickles: magic number, protocol, system, content, names of the storages that follow
+            for _, value, _ in pickletools.genops(file):
+                if isinstance(value, str | bytes) and len(value) > 2**12:
+                    raise ValueError("no name is as long")
+
+
 def _read(path: Path) -> Any:
     """The file's content with nothing executed: objects on the allow-list are empty shells, others are an error."""
     if not path.exists():
@@ -111,13 +122,20 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file  # timm brings it; no other format needs it
 
             return load_file(path)
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        zipped = zipfile.is_zipfile(path)
+        check_zip(path) if zipped else _check_old(path)
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     strangers = sorted(name for name in asked if name != "argparse.Namespace" and not INERT.fullmatch(name))
     if strangers:
         raise _refusal(path, strangers)
     shells = [(_Inert, name) for name in asked if name != "argparse.Namespace"]
     with _explained(path), torch.serialization.safe_globals([argparse.Namespace, *shells]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, dict) and (written := content.pop("sha256", None)) and written != fingerprint(content):
+        raise ValueError(
+            f"{path} is damaged, its checksum differs: copy it again, or use previous.pth or epoch-NNNN.pth"
+        )
+    return content
 
 
 def weights_file(path: str | os.PathLike) -> Path:

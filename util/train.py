@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,8 +95,8 @@ def due(every: int, done: int, total: int) -> bool:
 class Meter:
     """Losses of the steps since the last log line, read from the device only then."""
 
-    def __init__(self, run: Run, progress: Progress, order: TrainOrder, feed: Feed):
-        self.run, self.epoch, self.order, self.feed = run, progress.epoch, order, feed
+    def __init__(self, run: Run, progress: Progress, order: TrainOrder, feed: Feed, last_good: Callable[[], str]):
+        self.run, self.epoch, self.order, self.feed, self.last_good = run, progress.epoch, order, feed, last_good
         self.known, self.skipped = list(progress.losses), progress.skipped  # what a resumed run begins with
         self.losses: list[Tensor] = []
         self.start = self.clock = time.perf_counter()
@@ -156,7 +155,7 @@ class Meter:
             if self.skipped > most:
                 raise FloatingPointError(
                     f"loss or gradient is not finite up to step {step}, more than --max_skipped {most} in a row; "
-                    f"{last_good(run.folder)}; --replay {step - self.skipped + 1} looks into the first, a lower --blr may help"
+                    f"{self.last_good()}; --replay {step - self.skipped + 1} looks into the first, a lower --blr may help"
                 )
 
     def speed(self, images_per_s: float) -> dict[str, float]:
@@ -178,12 +177,6 @@ class Meter:
                 f"({workers} now); pre-training can read a packed cache (`python -m util.cache build`, docs/data.md)"
             )
         return self.progress(self.order.steps)
-
-
-def last_good(folder: Path) -> str:
-    """What a run that ends leaves to go on from."""
-    last = folder / "last.pth"
-    return f"{last} holds the last good state" if last.exists() else "nothing is saved yet"
 
 
 def update(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -227,7 +220,7 @@ def train_one_epoch(
     running = statistics(model)
     order.start(epoch, progress.step)
     feed = Feed(loader, world.device, order.parts)
-    meter = Meter(run, progress, order, feed)
+    meter = Meter(run, progress, order, feed, saver.last_good)
     batches = iter(feed)
     first = run.log.flops is None
     model.train()
