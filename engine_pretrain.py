@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models_pixmim import LowPass, PixMIM, patch_statistics, patchify, take, unpatchify
+from models_pixmim import LowPass, PixMIM, low_pass_disc, patch_statistics, patchify, take, unpatchify
 from spectrum import spectrum_chart, split_power
 from util.args import channel_statistics, encoder_options
 from util.draw import draw_columns
@@ -26,6 +26,12 @@ def build_target(args: Namespace) -> nn.Module:
     radius = lowpass_radius(args)
     if radius == 0:
         return nn.Identity()
+    height, width = args.input_size
+    kept = low_pass_disc(args.input_size, radius, args.lowpass)
+    if kept.all() or not kept.any():
+        raise ValueError(
+            f"--lowpass_radius {radius:g} keeps {'every' if kept.any() else 'no'} frequency of {height} x {width} px; 0 is the target of MAE"
+        )
     return LowPass(args.input_size, radius, *channel_statistics(args.in_chans, args.mean, args.std), args.lowpass)
 
 

@@ -119,10 +119,6 @@ class LowPass(nn.Module):
         super().__init__()
         self.size, self.radius, self.kind = size, radius, kind
         disc = low_pass_disc(size, radius, kind).float()
-        if disc.min() == disc.max():
-            raise ValueError(
-                f"a low-pass radius of {radius:g} keeps {'every' if disc.max() else 'no'} frequency of {size[0]} x {size[1]} px"
-            )
         mirrored = disc.flip(0, 1).roll((1, 1), (0, 1))  # the value at each bin's conjugate partner
         half = size[1] // 2 + 1
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)

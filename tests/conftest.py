@@ -43,6 +43,12 @@ def _one_thread():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_disk(monkeypatch):
+    """What this process writes need not reach the disk: most of it, gigabytes, is deleted at the end of its test."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
 def smooth(rng: np.random.Generator, width: int, height: int, base=(128, 128, 128)) -> Image.Image:
     """A random image without sharp edges around a colour."""
     coarse = np.clip(rng.normal(base, 50, (4, 4, 3)), 0, 255).astype(np.uint8)
@@ -109,13 +115,17 @@ def spawn(*words, **environment) -> subprocess.Popen:
     )
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a process."""
-    out, err = process.communicate(timeout=240)
+def ended(process: subprocess.Popen) -> tuple[int | None, str, str]:
+    """(exit status, stdout, stderr) of a process; None for one that does not end, which is killed."""
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None, *process.communicate()
     return process.returncode, out, err
 
 
-def ranks(count: int, *words) -> list[tuple[int, str, str]]:
+def ranks(count: int, *words) -> list[tuple[int | None, str, str]]:
     """`ended` of each of several ranks that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -154,8 +164,13 @@ def interrupted(monkeypatch, step: int, main, number=signal.SIGTERM) -> int:
         patched.setattr(Saver, "after_step", after_step)
         with pytest.raises(SystemExit) as ending:
             main()
-    time.sleep(1 - time.time() % 1)  # TensorBoard tells the files of one process apart by the second
+    next_second()
     return ending.value.code
+
+
+def next_second() -> None:
+    """Wait: TensorBoard orders the files of a run by the second in which they were begun."""
+    time.sleep(1 - time.time() % 1)
 
 
 def records(folder: Path, key: str = "loss") -> list[dict]:

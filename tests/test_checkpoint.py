@@ -146,7 +146,7 @@ def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tm
     torch.save({"model": {}, "epoch": 3}, tmp_path / "foreign.pth")
     for name in ("half", "foreign"):
         with pytest.raises(
-            ValueError, match=rf"--resume .*: {name}\.pth in {tmp_path} damaged or foreign, and nothing"
+            ValueError, match=rf"--resume .*: damaged or foreign in {tmp_path}: {name}\.pth; there is nothing else"
         ):
             pretrain(photos, run, "--resume", tmp_path / f"{name}.pth")
     with pytest.raises(FileNotFoundError, match=r"--resume .*nowhere\.pth: there is no such file"):

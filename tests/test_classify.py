@@ -87,7 +87,7 @@ def knn(checkpoint, photos, *words) -> dict:
 def test_knn_of_a_checkpoint_is_that_of_its_features_one_by_one(pool, pretrained, photos):
     encoder = MaskedViT(**TIMM | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3).eval()
     encoder.load_state_dict(convert.to_timm(weights(pretrained)["model"]))
-    args = Namespace(in_chans=3, mean=None, std=None, seed=0)
+    args = Namespace(in_chans=3, mean=None, std=None, seed=0, timeout_minutes=1)
     sets = []
     for source in labelled_sources(str(photos)):
         samples = Samples(source, eval_transform((16, 16)), args)
@@ -320,6 +320,7 @@ def test_a_probe_of_other_weights_in_the_same_folder_is_refused(probed, pretrain
     folder = shutil.copytree(probed[0], tmp_path / "probe")
     other = torch.load(pretrained / "last.pth", weights_only=True)
     other["model"]["norm.bias"] += 1
+    del other["sha256"]
     torch.save(other, tmp_path / "other.pth")
     content = torch.load(folder / "last.pth", weights_only=True)
     content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights in it

@@ -62,7 +62,7 @@ def test_images_of_one_colour_are_named_instead(prepared, tmp_path):
 
 
 def test_a_target_without_detail_is_named(prepared):
-    (line,) = said(prepared, "--lowpass_radius 0.5")
+    (line,) = said(prepared, "--lowpass centered --lowpass_radius 0.5")
     assert line == (
         "warning: --lowpass_radius 0.5 leaves 0.0% of the variance within patches, nearly constant targets: raise it; "
         "docs/decisions.md has a table of radii"
@@ -127,8 +127,8 @@ def test_a_run_that_is_better_than_a_constant_is_not_warned_of(prepared):
     [
         ("--epochs 20 --blr 0.06 --warmup_epochs 15", []),
         ("--epochs 2 --blr 30 --warmup_epochs 0", ["after epoch 1", "after epoch 2"]),
-        ("--epochs 1 --mean 124 116 104 --std 58 57 57", ["--mean 124 116 104"]),
-        ("--epochs 1 --lowpass_radius 0.5", ["--lowpass_radius 0.5"]),
+        ("--epochs 1 --mean 124 116 104 --std 58 57 57", ["--warmup_epochs 40 of --epochs 1", "--mean 124 116 104"]),
+        ("--epochs 1 --lowpass centered --lowpass_radius 0.5", ["--warmup_epochs 40 of", "--lowpass_radius 0.5"]),
     ],
 )
 def test_a_dead_run_says_so_and_a_sound_one_does_not(flags, causes, photos, tmp_path):

@@ -22,6 +22,7 @@ from conftest import (
     call,
     ended,
     interrupted,
+    next_second,
     pretrain,
     ranks,
     records,
@@ -126,7 +127,7 @@ main_pretrain.main()
 # --------------------------------------------------------------------------------------------------------------- kills
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 import main_pretrain
 from util.checkpoint import Saver
 
@@ -135,6 +136,8 @@ def after_step(self, progress):
     real(self, progress)
     calls.append(1)
     if where == str(len(calls)):
+        while not os.path.exists(self.run.folder / "last.pth"):  # the first save may take longer than the steps
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 def knn(*args, real=main_pretrain.knn):
     calls.append("knn")
@@ -151,6 +154,7 @@ def test_a_run_that_is_killed_is_the_unbroken_one_bit_for_bit(where, unbroken, p
     flags = [*PRETRAIN, *ALL, "--image_every", 1, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path]
     status, _, err = ended(spawn("-c", KILLED, where, *flags))
     assert status == -9, err
+    next_second()
     with (tmp_path / "log.jsonl").open("a") as log:  # as if it had been killed while it logged
         log.write('{"epoch": 1.9, "loss": 9, "step": 15}\n{"epoch": 2.0, "lo')
     said = call("main_pretrain", *flags)

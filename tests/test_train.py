@@ -63,7 +63,7 @@ def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monk
 
 def test_the_log_says_which_share_of_the_peak_is_used(tmp_path):
     run = one_rank(tmp_path, size=2)
-    meter = Meter(run, Progress(0, 0), TrainOrder(16, run), Feed([], CPU))
+    meter = Meter(run, Progress(0, 0), TrainOrder(16, run), Feed([], CPU), str)
     run.log.flops, meter.peak = 2e9, 100
     assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
 
@@ -75,10 +75,10 @@ def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeyp
         time.sleep(1)
         return read(self, keys)
 
-    words = ["--data_path", photos, "--output_dir", tmp_path / "slow", "--batch_size", 8, "--epochs", 1]
+    words = ["--data_path", photos, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1]
     monkeypatch.setattr(Samples, "__getitems__", slow)
     said = call("main_pretrain", *PRETRAIN, *words)
-    (warning,) = [line for line in said if line.startswith("warning: ")]
+    (warning,) = [line for line in said if "waiting for data" in line]
     share = int(warning.split("%")[0].removeprefix("warning: "))
     assert share > 50  # two steps of a second of waiting and far less of work
     assert "of epoch 1 went into waiting for data: raise --num_workers (0 now); pre-training can read" in warning
@@ -91,7 +91,7 @@ def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):
     run.log.active = True
     for waited, warnings in ((0.05, 0), (0.2, 1)):
         feed = Feed([], CPU)
-        meter = Meter(run, Progress(0, 0), TrainOrder(16, run), feed)
+        meter = Meter(run, Progress(0, 0), TrainOrder(16, run), feed, str)
         meter.start -= 100
         feed.waited = 100 * waited
         meter.close(2)
