@@ -238,6 +238,7 @@ def main() -> None:
             subprocess.run(["umount", "-l", disk], check=True)
     shutil.rmtree(work)
     print(json.dumps(report))
+    sys.exit(1 if report["steps_lost_beyond_the_last_save"] else 0)
 
 
 def soak(args, images: Path, disk: Path, work: Path) -> dict:
@@ -297,7 +298,6 @@ def soak(args, images: Path, disk: Path, work: Path) -> dict:
         "total": sum(breaker.breaks.values()),
         "steps_lost_beyond_the_last_save": breaker.lost,
         "seconds_to_recover": [round(x, 1) for x in (seconds[0], median(seconds), seconds[-1])],
-        "differences": 0,
     }
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 import main_finetune
 from models_pixmim import ENCODERS, MaskedViT
 from util import checkpoint, convert
-from util.classify import Probe, Score, extract, features, knn_votes, pooling, resample
+from util.classify import Probe, Score, extract, features, knn_votes, pooling, resample, save_classifier
 from util.data import Feed, Normalize, Samples, eval_loader, eval_transform, labelled_sources
 from util.dist import World
 from util.rng import seed_everything
@@ -328,6 +328,15 @@ def test_a_probe_of_other_weights_in_the_same_folder_is_refused(probed, pretrain
     checkpoint.write(folder / "last.pth", content)
     with pytest.raises(ValueError, match="began with other weights than --checkpoint has now"):
         probe(folder, photos, tmp_path / "other.pth", "--blr", 0.1, 3, 30)
+
+
+def test_a_classifier_is_written_from_the_hosts_memory(tmp_path, monkeypatch):
+    written, state = [], ENCODERS["vit_tiny"](img_size=16, patch_size=8, num_classes=3).state_dict()
+    monkeypatch.setattr(checkpoint, "write", lambda path, content: written.append(content) or path)
+    run = one_rank(tmp_path)
+    save_classifier(run, state, ["a", "b", "c"])  # on a GPU its bytes could not be summed up
+    assert_same(written[0]["model"], state)
+    assert all(written[0]["model"][name].data_ptr() != value.data_ptr() for name, value in state.items())
 
 
 def test_similarities_of_any_size_do_not_overflow():

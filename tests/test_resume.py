@@ -36,6 +36,7 @@ import main_pretrain
 from util import checkpoint
 from util.checkpoint import Saver, Writer
 from util.dist import World
+from util.log import Log
 from util.run import split_batch
 
 # 8 steps an epoch, of 2 images; log lines and saves do not fall together; evaluations and pictures
@@ -109,12 +110,12 @@ def test_probing_and_fine_tuning_go_on_within_an_epoch(name, words, pretrained, 
 
 def test_a_second_signal_ends_at_once(photos, tmp_path):
     script = """
-import os, signal, sys, time, main_pretrain
+import hashlib, os, signal, threading, main_pretrain
 from util.checkpoint import Saver
 def after_step(self, progress):
     os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as in a collective, Python calls no handler for minutes
 Saver.after_step = after_step
 main_pretrain.main()
 """
@@ -122,6 +123,40 @@ main_pretrain.main()
     status, _, _ = ended(spawn("-c", script, *PRETRAIN, *STEPS, "--data_path", photos, "--output_dir", tmp_path))
     assert status == 128 + signal.SIGTERM
     assert time.monotonic() - began < 50
+
+
+def test_a_run_of_one_step_an_epoch_stops_too(photos, tmp_path, monkeypatch):
+    words = ["--epochs", 4, "--batch_size", 16, "--warmup_epochs", 1]
+    reference, saves, real = pretrain(photos, tmp_path / "unbroken", *words), [], Saver.save
+
+    def save(self, *given):
+        saves.append(1)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, *given)
+
+    monkeypatch.setattr(Saver, "save", save)
+    with pytest.raises(SystemExit) as ending:
+        pretrain(photos, tmp_path / "broken", *words)
+    next_second()
+    assert ending.value.code == 75
+    assert weights(tmp_path / "broken")["progress"]["epoch"] == 1
+    pretrain(photos, tmp_path / "broken", *words)
+    assert_same_run(reference, tmp_path / "broken")
+
+
+def test_ranks_leave_together_when_all_is_written(photos, tmp_path, monkeypatch):
+    events, store, gather = [], checkpoint.store, World.gather
+
+    def slow(*given):
+        time.sleep(0.5)
+        store(*given)
+        events.append("stored")
+
+    monkeypatch.setattr(checkpoint, "store", slow)
+    monkeypatch.setattr(World, "gather", lambda self, value: [events.append("met"), *gather(self, value)][1:])
+    assert interrupted(monkeypatch, 3, lambda: pretrain(photos, tmp_path, *STEPS)) == 75
+    assert events[-2:] == ["stored", "met"]
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
@@ -187,6 +222,18 @@ def test_checkpoints_come_by_the_clock_and_steps_do_not_wait_for_the_disk(photos
     stored.clear()
     pretrain(photos, tmp_path / "hourly", *STEPS, "--save_minutes", 60)
     assert {progress[1] for progress in stored} == {8}
+
+
+def test_epochs_that_are_kept_wait_for_a_slow_disk(tmp_path, monkeypatch):
+    store = checkpoint.store
+    monkeypatch.setattr(checkpoint, "store", lambda *given: [time.sleep(0.2), store(*given)])
+    writer = Writer(tmp_path, print, 1)
+    for epoch in range(4):
+        writer.give({"epoch": epoch}, f"epoch-{epoch}.pth")
+        writer.give({"epoch": epoch, "step": 1}, None)
+    assert writer.stored(patient=lambda: True)
+    assert [checkpoint.read(tmp_path / f"epoch-{epoch}.pth")["epoch"] for epoch in range(4)] == [0, 1, 2, 3]
+    assert checkpoint.read(tmp_path / "last.pth")["step"] == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- damage
@@ -270,6 +317,20 @@ def test_a_full_disk_is_warned_of_and_the_run_goes_on_until_there_is_room(
 def quick(real):
     """Writer.__init__ with a short time between two tries."""
     return lambda self, folder, say, retry: real(self, folder, say, 0.05)
+
+
+def test_lines_without_room_come_back_with_the_checkpoint_that_is_newer(tmp_path, monkeypatch):
+    log, real = Log(tmp_path, True), Log.write_waiting
+    log.scalars({"epoch": 0.5, "loss": 1.0})
+    monkeypatch.setattr(Log, "write_waiting", lambda self: None)
+    log.scalars({"epoch": 1.0, "loss": 2.0})
+    waiting = log.sync()
+    monkeypatch.setattr(Log, "write_waiting", real)
+    again = Log(tmp_path, True)
+    again.rewind(1.0, waiting)
+    again.rewind(1.0, waiting)  # they are there now, and come no second time
+    again.close()
+    assert records(tmp_path) == [{"epoch": 0.5, "loss": 1.0}, {"epoch": 1.0, "loss": 2.0}]
 
 
 def test_a_full_disk_ends_the_run_if_that_is_chosen(photos, tmp_path, full_at):
@@ -421,6 +482,8 @@ def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkey
     assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
     interrupted(monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS))  # 11 steps: one ended an epoch
     assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
+    with pytest.raises(ValueError, match="--replay 17: the run has 16 steps"):
+        pretrain(photos, tmp_path, *STEPS, "--replay", 17)
     with pytest.raises(ValueError, match=r"--replay 3: no checkpoint in .* is from before this step"):
         pretrain(photos, tmp_path, *STEPS, "--replay", 3)
 
@@ -551,6 +614,11 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
     progress = weights(tmp_path)["progress"]
     assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # 10 of 7 an epoch, known a step later
     assert f"stopped at step {progress['step']} of 8 of epoch 2, saved; the same command goes on" in ends[0][1]
+    (zero, said, err), (one, _, _) = ranks(2, "main_pretrain.py", *flags, "--replay", 14)
+    assert (zero, one) == (0, 0), err
+    for rank, name in enumerate(("replay-14.pth", "replay-14-rank1.pth")):
+        assert f"step 14, batch 1 of 1 on rank {rank}: 1 images, loss " in said
+        assert len(torch.load(tmp_path / name, weights_only=True)["batches"][0]["index"]) == 1
 
 
 def test_two_ranks_probe_on_with_the_statistics_of_each(pretrained, photos, tmp_path):
@@ -593,6 +661,38 @@ def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, ac
 def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="--effective_batch 4096 cannot be divided among 3 ranks"):
         split_batch(Namespace(effective_batch=4096, batch_size=512, accum_iter=1), 3)
+
+
+@pytest.mark.parametrize(
+    ("environ", "own"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RUN_ID": "a"}, True),
+        ({"TORCHELASTIC_RUN_ID": "b"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "7"}, False),  # another command of the same allocation
+        ({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+    ],
+)
+def test_only_who_began_a_run_goes_on_with_it_whatever_resume_says(environ, own, photos, tmp_path, monkeypatch):
+    first, again = ["--epochs", 1, "--warmup_epochs", 0], ["--resume", "none", "--overwrite"]
+    with monkeypatch.context() as began:
+        began.setenv("TORCHELASTIC_RUN_ID", "a")
+        began.setenv("SLURM_JOB_ID", "7")
+        pretrain(photos, tmp_path, *first)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    words = [*PRETRAIN, *first, "--batch_size", 8, "--blr", 0.03, "--image_every", 0, "--data_path", photos, *again]
+    said = call("main_pretrain", *words, "--output_dir", tmp_path)
+    assert any(line.startswith("resumed from") for line in said) == own
+
+
+def test_a_start_from_a_named_file_is_what_a_restart_goes_on_from(photos, tmp_path, monkeypatch):
+    pretrain(photos, tmp_path, "--save_every", 1)
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(photos, tmp_path, "--save_every", 1, "--resume", tmp_path / "epoch-0001.pth")
+    assert weights(tmp_path)["progress"]["epoch"] == 0
 
 
 def test_two_runs_do_not_write_into_one_folder(photos, tmp_path):

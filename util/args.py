@@ -174,7 +174,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
                        help="updates in a row that are skipped because loss or gradient is not finite, before the run ends")
     group.add_argument("--replay", type=number(int, 1), metavar="STEP",
                        help="look into a step that was skipped: compute it again from a checkpoint before it, write nothing "
-                            "but OUTPUT_DIR/replay-STEP.pth, and say which layer and which images are not finite")
+                            "but OUTPUT_DIR/replay-STEP.pth (and -rankR), and say which layer and which images are not finite")
     group.add_argument("--log_every", type=number(int, 1), default=20, help="steps between log lines")
     group.add_argument("--save_every", type=number(int, 1), default=20, help="epochs between checkpoints that are kept")
     group.add_argument("--save_minutes", type=number(float, 0), default=30, help="minutes between checkpoints within an epoch")
@@ -245,10 +245,13 @@ def explained(error: RuntimeError | MemoryError) -> str | None:
     return None
 
 
+WRITER = "checkpoint"  # name of the thread that writes it
+
+
 def end_at_once() -> None:
     """Exit status 1 as soon as a checkpoint that is being written is whole: what binds lost ranks is not taken down."""
     for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
+        if thread.name == WRITER:
             thread.join(60)
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:  # torchrun takes a node that died for a living one for 15 s,
         time.sleep(20)  # and would wait for it in vain, and end, if it started the others again before

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from util.args import WRITER
 from util.convert import mae_names
 from util.dist import Agreement
 from util.files import check_zip, fingerprint, link_whole, sync_folder, write_whole
@@ -28,7 +29,7 @@ FREE = {
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
     "on_bad_image", "max_skipped", "replay", "timeout_minutes",
 }  # fmt: skip
-NOTHING, SAVE, STOP, FULL = range(4)  # what a rank may want after a step; the largest is done by all
+NOTHING, SAVE, FULL, STOP = range(4)  # what a rank may want after a step; the largest is done by all
 
 
 class Progress(NamedTuple):
@@ -109,12 +110,15 @@ class Writer:
         return self.waiting is not None and self.error is None
 
     def give(self, content: dict, kept: str | None) -> None:
+        before = self.waiting
+        while before and before[1] and self.waiting is before and not self.error:
+            time.sleep(0.005)  # one that is kept is not replaced by a newer one, while the disk takes it
         with self.lock:
             if self.waiting and self.error and self.waiting[1]:
                 self.say(f"warning: {self.folder / self.waiting[1]} is given up for a newer checkpoint")
             idle, self.waiting = self.waiting is None, (content, kept)
         if idle:
-            threading.Thread(target=self.work).start()
+            threading.Thread(target=self.work, name=WRITER).start()
 
     def work(self) -> None:
         while given := self.waiting:
@@ -183,6 +187,8 @@ def newest(run: Run, steps: int) -> tuple[Path, dict, Progress] | None:
     for path in found:
         try:
             content = read(path)
+            if "progress" not in content:
+                raise ValueError(f"{path} holds weights, not a run")
         except ValueError as error:
             damaged.append(path)
             run.log.say(f"warning: {error}; the checkpoint before it is tried")
@@ -220,7 +226,10 @@ def refuse_other(path: Path, content: dict, run: Run, data: list, steps: int) ->
         raise ValueError(f"{path} began with other weights than --checkpoint has now; choose another --output_dir")
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:
-        raise ValueError(f"{path} was trained on {count} images, --data_path {run.args.data_path} has {count_now} now")
+        raise ValueError(
+            f"{path} was trained on {count} images, --data_path {run.args.data_path} has {count_now} now; for one that is lost "
+            "put an empty file of its name there (--on_bad_image skip)"
+        )
     if names and names_now and names != names_now:
         raise ValueError(
             f"{path} was trained on as many images of other names than --data_path {run.args.data_path} has now"
@@ -253,6 +262,8 @@ class Saver:
         """Load what --resume means into model, optimizer and scaler; a run that would compute something else is refused."""
         run = self.run
         self.lock()
+        if run.args.replay and run.args.replay > run.args.epochs * self.steps:
+            raise ValueError(f"--replay {run.args.replay}: the run has {run.args.epochs * self.steps} steps")
         found = newest(run, self.steps)
         progress = self.begun = found[2] if found else Progress(0, 0)
         if len({repr(each) for each in run.world.gather(progress)}) > 1:
@@ -272,7 +283,8 @@ class Saver:
             return progress
         if run.world.leads:
             self.begin(found[0] if found else None)
-        run.log.rewind((progress.epoch * self.steps + progress.step) / self.steps)
+        at = (progress.epoch * self.steps + progress.step) / self.steps
+        run.log.rewind(at, found[1].get("log", "") if found else "")
         return progress
 
     def lock(self) -> None:
@@ -307,26 +319,25 @@ class Saver:
 
     def begin(self, path: Path | None) -> None:
         """Take possession of the folder: an old run goes, a damaged file makes room, config.json tells of this start."""
-        folder = self.run.folder
+        folder, asked = self.run.folder, self.run.args.resume
         if path is None:
             names = ("epoch-*.pth", "last.pth", "previous.pth", "log.jsonl", "bad_images.txt")
             for old in [old for name in names for old in folder.glob(name)]:
                 old.unlink()
             shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        elif self.run.args.resume == "auto" and path.name != "last.pth" and (folder / "last.pth").exists():
+        elif asked == "auto" and path.name != "last.pth" and (folder / "last.pth").exists():
             os.replace(
                 folder / "last.pth", folder / "last.pth.damaged"
             )  # else the next save would put it in place of `path`
+        elif asked != "auto" and path.absolute() != (folder / "last.pth").absolute():
+            link_whole(path, folder / "last.pth")  # what a restart goes on from
         write_whole(folder / "config.json", (json.dumps(configuration(self.run), indent=2) + "\n").encode())
 
     def after_step(self, progress: Callable[[], Progress]) -> None:
         """Save if it is time, stop if a rank was asked to; `progress` is called if so, on all ranks."""
         if self.run.args.replay:
             return
-        wanted = SAVE if self.due() else NOTHING
-        if self.writer.error and self.run.args.on_full_disk == "stop":
-            wanted = FULL
-        wanted = self.agreement.of(STOP if self.interrupt.signal else wanted)
+        wanted = self.agreement.of(self.wish())
         if wanted == NOTHING:
             return
         if wanted == FULL:
@@ -336,6 +347,14 @@ class Saver:
         if wanted == STOP:
             self.stop(now)
 
+    def wish(self) -> int:
+        """What this rank wants."""
+        if self.interrupt.signal:
+            return STOP
+        if self.writer.error and self.run.args.on_full_disk == "stop":
+            return FULL
+        return SAVE if self.due() else NOTHING
+
     def due(self) -> bool:
         if not self.run.world.leads or self.writer.busy or time.monotonic() < self.clock + self.interval:
             return False
@@ -343,12 +362,16 @@ class Saver:
         return True
 
     def after_epoch(self, progress: Progress) -> None:
-        """Save before the evaluation; epoch-NNNN.pth every --save_every epochs and at the end."""
-        if progress is self.begun:  # it came from the file that would be written
-            return
+        """Save, and stop if a rank was asked to, before the evaluation; epoch-NNNN.pth every --save_every epochs and at the end."""
         done, args = progress.epoch + 1, self.run.args
-        kept = done % args.save_every == 0 or done == args.epochs
-        self.save(progress, f"epoch-{done:04d}.pth" if kept else None)
+        if progress is not self.begun:  # else it came from the file that would be written
+            kept = done % args.save_every == 0 or done == args.epochs
+            self.save(progress, f"epoch-{done:04d}.pth" if kept else None)
+        wanted = max(self.run.world.gather(self.wish()))
+        if wanted == STOP:
+            self.stop(progress)
+        if wanted == FULL:
+            self.refuse_full_disk()
 
     def save(self, progress: Progress, kept: str | None = None) -> None:
         """Copy the state; it is written while the training goes on."""
@@ -368,13 +391,13 @@ class Saver:
             "origin": run.origin,
             "args": plain(run.args),
         }
-        run.log.sync()
+        content["log"] = run.log.sync()
         self.writer.give(on_host(content), kept)
         self.clock = time.monotonic()
 
     def stop(self, progress: Progress) -> None:
         """End a run that was asked to; the same command goes on from here."""
-        saved = "saved" if self.writer.stored(patient=lambda: False) else "could not be saved"
+        saved = "saved" if self.settled() else "could not be saved"
         asked = self.interrupt.signal.name if self.interrupt.signal else "another rank's signal"
         self.run.log.say(
             f"{asked}: stopped at step {progress.step} of {self.steps} of epoch {progress.epoch + 1}, {saved}; "
@@ -384,18 +407,25 @@ class Saver:
         self.run.close()
         sys.exit(self.interrupt.status)
 
+    def settled(self) -> bool:
+        """Wait, on all ranks, for what is being written: who starts ranks ends them all with the first. True if it is stored."""
+        stored = self.writer.stored(patient=lambda: False)
+        self.run.world.gather(None)
+        return stored
+
     def last_good(self) -> str:
-        """What a run that fails leaves to go on from; a save that is under way is waited for."""
-        self.writer.stored(patient=lambda: False)
+        """What a run that fails on all ranks leaves to go on from."""
+        self.settled()
         last = self.run.folder / "last.pth"
         return f"{last} holds the last good state" if last.exists() else "nothing is saved yet"
 
     def close(self) -> None:
         """All is written when this returns."""
         waits = self.run.args.on_full_disk == "wait"
-        if not self.writer.stored(patient=lambda: waits and not self.interrupt.signal):
-            self.refuse_full_disk()
+        stored = self.writer.stored(patient=lambda: waits and not self.interrupt.signal)
         self.interrupt.restore()
+        if not stored:
+            self.refuse_full_disk()
 
     def refuse_full_disk(self) -> None:
         self.writer.give_up()

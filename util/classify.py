@@ -299,7 +299,7 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, e
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
     """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
     if run.world.leads:
-        args, state = plain(run.args) | {"classes": classes}, convert.to_mae(state)
+        args, state = plain(run.args) | {"classes": classes}, convert.to_mae(checkpoint.on_host(state))
         path = checkpoint.write(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := convert.home(state):
             run.log.say(f"load it: {convert.usage(convert.Weights(state, args, 'pixmim', []), target, path)}")

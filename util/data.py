@@ -151,6 +151,8 @@ class Samples(Dataset):
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 name = self.source.name(index).replace("\n", "\\n")
                 bad.append((name, " ".join(str(error).split()) or type(error).__name__))
+                if isinstance(error, Stalled):  # it is not the image that is bad
+                    return None
         return None
 
 
@@ -159,13 +161,17 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+class Stalled(TimeoutError):
+    """A disk took too long."""
+
+
 def wake(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError("the disk does not answer (--timeout_minutes)")
+    raise Stalled("the disk does not answer (--timeout_minutes)")
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """TimeoutError inside if it takes longer, where that is possible."""
+    """Stalled inside if it takes longer, where that is possible."""
     if not in_main_thread():
         yield
         return
@@ -257,13 +263,16 @@ class ThreadLoader:
 
     def __iter__(self) -> Iterator[dict]:
         ahead: deque[Future] = deque()
-        with ThreadPoolExecutor(self.num_workers) as pool:
+        pool = ThreadPoolExecutor(self.num_workers)
+        try:
             for keys in self.batch_sampler:
                 ahead.append(pool.submit(self.batch, keys))
                 if len(ahead) > 2 * self.num_workers:  # as many as a DataLoader has in advance
                     yield self.result(ahead.popleft())
             while ahead:
                 yield self.result(ahead.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # a disk that does not answer is not waited for
 
     def result(self, batch: Future) -> dict:
         try:
@@ -277,6 +286,7 @@ class ThreadLoader:
 def leave_group(worker: int) -> None:
     """A signal to the whole process group, Ctrl-C for one, is for the process that trains: it needs its loaders to end well."""
     os.setpgrp()
+    signal.set_wakeup_fd(-1)  # what it gets is not counted there (util/interrupt.py)
 
 
 def make_loader(samples: Samples, order: Sampler, args, device: torch.device) -> DataLoader | ThreadLoader:
@@ -344,7 +354,7 @@ class Feed:
             if "stop" in part:
                 raise ValueError(part["stop"])
             if "images" not in part:
-                name, reason = bad[0]
+                name, reason = bad[-1]
                 raise ValueError(
                     f"{name} cannot be read: {reason}; mend or remove it; training can --on_bad_image skip"
                 )

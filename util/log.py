@@ -34,16 +34,19 @@ class Log:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def rewind(self, epoch: float) -> None:
+    def rewind(self, epoch: float, waiting: str = "") -> None:
         """Forget what was logged after this (fractional) epoch: the resumed run writes it again.
 
-        It also evaluates again what it has just trained; records that come out the same are not repeated.
+        It also evaluates again what it has just trained; records that come out the same are not repeated. `waiting` are
+        lines that had found no room when the checkpoint was made.
         """
         if not self.active:
             return
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        lines += [late for late in waiting.splitlines(keepends=True) if late not in lines]
         kept = []
-        if self.path.exists():
-            kept = [record for record in map(parsed, self.path.read_text().splitlines(keepends=True)) if record]
+        if lines:
+            kept = [record for record in map(parsed, lines) if record]
             kept = [record for record in kept if record["epoch"] <= epoch]
             self.evaluated = [record for record in kept if record["epoch"] == epoch and "step" not in record]
             write_whole(self.path, "".join(map(line, kept)).encode())
@@ -77,10 +80,13 @@ class Log:
             with suppress(OSError):
                 os.truncate(self.path, before)
 
-    def sync(self) -> None:
-        """Bring log.jsonl to the disk: no checkpoint is newer than it."""
+    def sync(self) -> str:
+        """Bring log.jsonl to the disk, so that no checkpoint is newer than it; lines for which there is no room."""
+        if self.waiting:
+            self.write_waiting()
         with suppress(OSError), self.path.open("a") as file:
             os.fsync(file.fileno())
+        return self.waiting
 
     def to_board(self, record: dict) -> None:
         """The numbers of a record on TensorBoard."""

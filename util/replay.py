@@ -44,7 +44,8 @@ def watched(model: nn.Module, count: int) -> Iterator[list[tuple[str, list[int]]
 
 def replay(run: Run, model: Any, loss_fn: Callable, batches: list[dict], source: Source, done: int) -> None:
     """Compute step `done` + 1 on `batches`, say what of it is not finite, write it to a file, and end the process."""
-    args, world, say = run.args, run.world, run.log.say
+    args, world = run.args, run.world
+    said: list[str] = []
     plain = getattr(model, "module", model)
     plain = getattr(plain, "_orig_mod", plain)
     for micro, batch in enumerate(batches):
@@ -53,24 +54,25 @@ def replay(run: Run, model: Any, loss_fn: Callable, batches: list[dict], source:
         with watched(plain, len(names)) as found, autocast(args.amp, world.device):
             loss = loss_fn(plain, batch)
         loss.backward()
-        say(
+        said.append(
             f"step {done + 1}, batch {micro + 1} of {len(batches)} on rank {world.rank}: {len(names)} images, loss {loss.item():.6g}"
         )
         if found:
             layer, rows = found[0]
-            say(f"not finite first in {layer}: " + ", ".join(f"{batch['index'][i]} {names[i]}" for i in rows))
+            said.append(f"not finite first in {layer}: " + ", ".join(f"{batch['index'][i]} {names[i]}" for i in rows))
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     norm = nn.utils.get_total_norm(list(gradients.values())).item()
-    say(
+    said.append(
         f"norm of the gradient {norm:.6g}; not finite in {len(wrong)} of {len(gradients)}: {' '.join(wrong[:8]) or 'none'}"
     )
-    path = run.folder / f"replay-{done + 1}.pth"
-    if world.leads:
-        moved = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
-        write_whole(
-            path, partial(torch.save, {"batches": moved, "model": mae_names(plain.state_dict()), "step": done + 1})
-        )
-        say(f"{path} holds the batch and the weights before the step")
+    path = run.folder / f"replay-{done + 1}{f'-rank{world.rank}' if world.rank else ''}.pth"
+    moved = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
+    content = {"batches": moved, "model": mae_names(plain.state_dict()), "step": done + 1}
+    write_whole(path, partial(torch.save, content))
+    said.append(f"{path} holds the batch and the weights before the step")
+    for lines in world.gather(said):
+        for line in lines:
+            run.log.say(line)
     run.close()
     sys.exit(0)

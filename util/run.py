@@ -1,7 +1,9 @@
 """From arguments to a run: the ranks joined, the folder prepared, the configuration written."""
 
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,8 +18,6 @@ import torchvision
 from util.dist import World, cpu_has_bf16, join
 from util.log import Log
 from util.lr_sched import warmup_cosine
-
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class Run(NamedTuple):
@@ -84,14 +84,37 @@ def split_batch(args: Namespace, ranks: int) -> None:
     args.batch_size = each // args.accum_iter
 
 
+def jobs() -> dict[str, str]:
+    """Who may start this command again by itself: torchrun after a rank was lost, Slurm after the job was."""
+    found, environ = {}, os.environ
+    if "TORCHELASTIC_RUN_ID" in environ:
+        name = environ["TORCHELASTIC_RUN_ID"]
+        found["torchrun"] = name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
+    if "SLURM_JOB_ID" in environ:
+        found["slurm"] = environ["SLURM_JOB_ID"]
+    return found
+
+
+def goes_on(folder: Path) -> bool:
+    """True where this command was started again and has begun the run in the folder before."""
+    try:
+        written = json.loads((folder / "config.json").read_text())["jobs"]
+    except (OSError, ValueError, KeyError):
+        return False
+    now = jobs()
+    if not int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # in one allocation several commands may be given
+        now.pop("slurm", None)
+    return any(written.get(kind) == name for kind, name in now.items())
+
+
 def start(args: Namespace) -> Run:
     """Join the ranks, see that OUTPUT_DIR can be written, seed the initial values."""
     world = join(args.device, args.amp, args.timeout_minutes)
     if args.effective_batch:
         split_batch(args, world.size)
     folder = Path(args.output_dir)
-    if any(int(os.environ.get(name, 0)) for name in RESTARTS) and (folder / "last.pth").exists():
-        args.resume = "auto"  # whatever the command says: it began this run, which goes on
+    if world.gather(goes_on(folder))[0]:
+        args.resume = "auto"  # whatever the command says: it began this run
     batch = args.batch_size * args.accum_iter * world.size
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
     origin = digest(getattr(args, "checkpoint", None))
@@ -139,6 +162,7 @@ def configuration(run: Run) -> dict:
         "command": [Path(sys.executable).name, *sys.argv],
         "world_size": run.world.size,
         "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else "cpu",
+        "jobs": jobs(),
         "batch": run.batch,
         "lr": run.lr,
         **versions(),

@@ -104,8 +104,8 @@ class Meter:
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
     def add(self, loss: Tensor, finite: Tensor) -> None:
-        """The loss of a step, and whether its gradient was finite; of fp16 the scaler skips a step now and then."""
-        self.losses.append(loss if self.run.args.amp == "fp16" else torch.where(finite, loss, math.nan))
+        """The loss of a step, and whether its gradient was finite: nothing is learned from it else."""
+        self.losses.append(torch.where(finite, loss, math.nan))
         self.timed += 1
 
     def progress(self, step: int) -> Progress:
@@ -274,7 +274,7 @@ def report_bad_images(run: Run, feed: Feed) -> None:
     """Add the images that no rank could read to OUTPUT_DIR/bad_images.txt, each once."""
     found = {path: reason for bad in run.world.gather(feed.bad) for path, reason in bad}
     feed.bad = []
-    if found and run.world.leads:
+    if found and run.world.leads and not run.args.replay:
         listed = run.folder / "bad_images.txt"
         known = listed.read_text(errors="surrogateescape").splitlines() if listed.exists() else []
         lines = sorted({*known, *(f"{path}\t{reason}" for path, reason in found.items())})
