@@ -109,9 +109,10 @@ class Breaker:
     def checked(self, status: int, *expected: int) -> None:
         if status not in expected:
             sys.exit(f"exit status {status}, not {expected}:\n{''.join(self.said[-20:])}")
-        if any("Traceback" in line for line in self.said) and not any(
+        strange = status == -9 or any(
             "torch.distributed.run" in line for line in self.said
-        ):
+        )  # loaders left behind; torchrun
+        if not strange and any("Traceback" in line for line in self.said):
             sys.exit(f"a traceback:\n{''.join(self.said[-40:])}")
 
 
