@@ -1,5 +1,6 @@
 """What disks, files and processes do to a run: one line that names them, or another image in their place."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -118,6 +119,15 @@ def test_a_line_of_pixels_does_not_become_gigabytes():
     assert resize_to_cover(Image.new("L", (30_000, 3)), (8, 8)).size == (80_000, 8)
     with pytest.raises(ValueError, match=r"is 100000 x 1 and would be 22400000 x 224 to cover \(224, 224\): too long"):
         resize_to_cover(Image.new("L", (100_000, 1)), (224, 224))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("parent", [os.getpid(), 1])
+def test_a_loader_process_does_not_outlive_who_was_killed_while_it_was_made(parent):
+    loader = multiprocessing.get_context("fork").Process(target=data.leave_group, args=(parent, 0))
+    loader.start()
+    loader.join(60)
+    assert loader.exitcode == (parent == 1)
 
 
 KILLER = """

@@ -283,8 +283,10 @@ class ThreadLoader:
             ) from error
 
 
-def leave_group(worker: int) -> None:
+def leave_group(parent: int, worker: int) -> None:
     """A signal to the whole process group, Ctrl-C for one, is for the process that trains: it needs its loaders to end well."""
+    if os.getppid() != parent:  # killed since it made this one, which torch would let wait for it for ever
+        os._exit(1)
     os.setpgrp()
     signal.set_wakeup_fd(-1)  # what it gets is not counted there (util/interrupt.py)
 
@@ -302,7 +304,7 @@ def make_loader(samples: Samples, order: Sampler, args, device: torch.device) ->
         batch_sampler=order,
         num_workers=workers,
         collate_fn=as_it_is,
-        worker_init_fn=leave_group,
+        worker_init_fn=partial(leave_group, os.getpid()),
         timeout=2 * samples.patience if workers else 0,  # where a worker cannot even be woken
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and isinstance(order, TrainOrder),
