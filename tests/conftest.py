@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -121,7 +121,9 @@ def ended(process: subprocess.Popen) -> tuple[int | None, str, str]:
         out, err = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         process.kill()
-        return None, *process.communicate()
+        with suppress(subprocess.TimeoutExpired):  # what it started may still hold its output
+            return None, *process.communicate(timeout=5)
+        return None, "", "it did not end"
     return process.returncode, out, err
 
 
