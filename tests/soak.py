@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,9 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     ),
     "emptied": lambda content: b"",
 }
+
+
+OURS = re.compile(rf'File "{ROOT}/(?!\.venv)')  # a line of a traceback through this project
 
 
 class Breaker:
@@ -109,10 +113,7 @@ class Breaker:
     def checked(self, status: int, *expected: int) -> None:
         if status not in expected:
             sys.exit(f"exit status {status}, not {expected}:\n{''.join(self.said[-20:])}")
-        strange = status == -9 or any(
-            "torch.distributed.run" in line for line in self.said
-        )  # loaders left behind; torchrun
-        if not strange and any("Traceback" in line for line in self.said):
+        if any(OURS.search(line) for line in self.said):  # not of loaders that a SIGKILL left alone, nor torchrun's
             sys.exit(f"a traceback:\n{''.join(self.said[-40:])}")
 
 
