@@ -230,7 +230,8 @@ def main() -> None:
             for path in sorted(kind.iterdir())[:count]:
                 shutil.copy(path, images / split / kind.name)
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "none", disk], check=False).returncode == 0
+    size = f"size={400 + 35 * args.epochs}m"  # a checkpoint has 65 MB, and every second epoch's is kept
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", disk], check=False).returncode == 0
     if not mounted:
         print("a disk of its own needs root: the disk that is filled is the one with the temporary folder; left out")
     try:
