@@ -117,7 +117,7 @@ WORDS += [
     "é x",
     "--",
     "/dev/null",
-    "/nowhere/x",
+    "nowhere/x",
     "@x",
     "fp16",
     "cuda:9",
