@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from util.args import WRITER
 from util.convert import mae_names
 from util.dist import Agreement
-from util.files import check_zip, fingerprint, link_whole, sync_folder, write_whole
+from util.files import check_zip, fingerprint, is_what_was_written, link_whole, sync_folder, write_whole
 from util.interrupt import Interrupt
 from util.run import Run, configuration, plain
 
@@ -69,10 +69,8 @@ def read(path: Path) -> dict:
         check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(content, dict) and content.get("format") in (FORMAT, OLDER)
-        if ours and content["format"] == FORMAT:
-            written = content.pop("sha256", None)
-            if fingerprint(content) != written:
-                raise ValueError("its checksum differs")
+        if ours and content["format"] == FORMAT and not is_what_was_written(content):
+            raise ValueError("its checksum differs")
     except Exception as error:  # what a damaged file makes the reader do is not foreseeable
         if isinstance(error, OSError) and error.filename:  # the disk's fault
             raise

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from util.args import SizeAction, number
 from util.export import push, resized, save, selected, spelled, usage
-from util.files import check_zip, fingerprint
+from util.files import check_zip, is_what_was_written
 from util.names import (
     DECODER,
     DROPPED,
@@ -131,7 +131,7 @@ def _read(path: Path) -> Any:
     shells = [(_Inert, name) for name in asked if name != "argparse.Namespace"]
     with _explained(path), torch.serialization.safe_globals([argparse.Namespace, *shells]):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(content, dict) and (written := content.pop("sha256", None)) and written != fingerprint(content):
+    if isinstance(content, dict) and content.get("sha256") and not is_what_was_written(content):
         raise ValueError(
             f"{path} is damaged, its checksum differs: copy it again, or use previous.pth or epoch-NNNN.pth"
         )

@@ -73,6 +73,11 @@ def fingerprint(content: Any) -> str:
     return digest.hexdigest()
 
 
+def is_what_was_written(content: dict) -> bool:
+    """Take the sha256 out of a checkpoint of ours; False if the rest is not what it was made of."""
+    return content.pop("sha256", None) == fingerprint(content)
+
+
 def check_zip(path: Path) -> None:
     """ValueError for a file of torch.save in which a bit changed: torch does not look at the checksums of a zip."""
     with zipfile.ZipFile(path) as parts:

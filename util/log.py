@@ -44,11 +44,9 @@ class Log:
             return
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         lines += [late for late in waiting.splitlines(keepends=True) if late not in lines]
-        kept = []
+        kept = [record for record in map(parsed, lines) if record and record["epoch"] <= epoch]
+        self.evaluated = [record for record in kept if record["epoch"] == epoch and "step" not in record]
         if lines:
-            kept = [record for record in map(parsed, lines) if record]
-            kept = [record for record in kept if record["epoch"] <= epoch]
-            self.evaluated = [record for record in kept if record["epoch"] == epoch and "step" not in record]
             write_whole(self.path, "".join(map(line, kept)).encode())
         step = round(epoch * 1000)
         self.open_board(step)

@@ -113,7 +113,7 @@ def start(args: Namespace) -> Run:
     if args.effective_batch:
         split_batch(args, world.size)
     folder = Path(args.output_dir)
-    if world.gather(goes_on(folder))[0]:
+    if world.gather(world.leads and goes_on(folder))[0]:
         args.resume = "auto"  # whatever the command says: it began this run
     batch = args.batch_size * args.accum_iter * world.size
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
