@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint
 demo: .venv/demo.done
-	$(BIN)/python -m util.demo
+	$(BIN)/python -m demo.digits
 
 test: .venv/dev.done .venv/demo.done
 	$(BIN)/python -m pytest

@@ -1,59 +1,25 @@
-"""Pre-training of a batch: the model that the flags describe, its loss, and the pictures of it."""
+"""The training loop: the loss of a batch, one epoch, the optimiser step."""
 
-from argparse import Namespace
-from collections.abc import Callable
-from inspect import signature
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from models_pixmim import LowPass, PixMIM, low_pass_disc, patch_statistics, patchify, take, unpatchify
-from spectrum import spectrum_chart, split_power
-from util.args import channel_statistics, encoder_options
-from util.draw import draw_columns
-from util.log import Log
-
-
-def lowpass_radius(args: Namespace) -> float:
-    """Cut-off in bins: as given, else 40 at 224 px and in proportion to the shorter side."""
-    return 40 * min(args.input_size) / 224 if args.lowpass_radius is None else args.lowpass_radius
-
-
-def build_target(args: Namespace) -> nn.Module:
-    """What is predicted: the low-passed image, or with radius 0 the image itself (MAE)."""
-    radius = lowpass_radius(args)
-    if radius == 0:
-        return nn.Identity()
-    height, width = args.input_size
-    kept = low_pass_disc(args.input_size, radius, args.lowpass)
-    if kept.all() or not kept.any():
-        raise ValueError(
-            f"--lowpass_radius {radius:g} keeps {'every' if kept.any() else 'no'} frequency of {height} x {width} px; 0 is the target of MAE"
-        )
-    return LowPass(args.input_size, radius, *channel_statistics(args.in_chans, args.mean, args.std), args.lowpass)
-
-
-def build_model(args: Namespace, encoders) -> PixMIM:
-    """The host with its target and decoder, initialised."""
-    build, options = encoders[args.model], encoder_options(args)
-    if args.fuse_layers:
-        if "fuse_layers" not in signature(build).parameters:
-            raise ValueError(f"--fuse_layers: --model {args.model} fuses no layers")
-        options["fuse_layers"] = args.fuse_layers
-    model = PixMIM(
-        build(**options),
-        build_target(args),
-        decoder_dim=args.decoder_dim,
-        decoder_depth=args.decoder_depth,
-        decoder_heads=args.decoder_heads,
-        mask_ratio=args.mask_ratio,
-        mask_unit=args.mask_unit,
-        norm_pix_loss=args.norm_pix_loss,
-    )
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    return model
+from debug_step import replay
+from util.checkpoint.resume import Progress
+from util.checkpoint.saver import Saver, statistics
+from util.data.batches import DevicePrefetcher
+from util.dist import autocast
+from util.files import write_atomic
+from util.lr_sched import set_lr
+from util.meters import Meter, step_flops
+from util.rng import seed_everything, step_seed
+from util.run import Run
 
 
 def pretrain_loss(normalize: Callable) -> Callable[[nn.Module, dict], Tensor]:
@@ -65,92 +31,125 @@ def pretrain_loss(normalize: Callable) -> Callable[[nn.Module, dict], Tensor]:
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------- the pictures
+def grad_scaler(run: Run) -> torch.amp.GradScaler:
+    """Loss scaler; it does nothing but for fp16."""
+    return torch.amp.GradScaler(run.world.device.type, enabled=run.args.amp == "fp16")
 
 
-class Reconstruction(NamedTuple):
-    """What a model makes of images, each (B, C, H, W) in pixels of [0, 1]."""
+def wrap(model: nn.Module, run: Run) -> nn.Module:
+    """The model as it is trained: compiled, then one of several ranks. Its parameters stay those of `model`.
 
-    images: Tensor
-    target: Tensor
-    masked: Tensor  # the images, grey where patches are removed
-    filled: Tensor  # the images with predictions where patches are removed
-    error: Tensor  # prediction minus target where patches are removed, zero elsewhere
-    radius: float | None  # cut-off of the target in bins, None = not filtered
-    how: str  # the prediction became pixels
-
-
-@torch.no_grad()
-def reconstruct(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> Reconstruction:
-    """The prediction of normalised images; with norm_pix_loss it gets the true mean and deviation of each patch."""
-    training = model.training
-    model.eval()
-    _, prediction, mask = model(images, noise)
-    model.train(training)
-    mean, std = (
-        torch.tensor(v, device=images.device).view(-1, 1, 1)
-        for v in channel_statistics(args.in_chans, args.mean, args.std)
-    )
-    patch, grid, how = model.encoder.patch, model.encoder.grid, "pixels"
-    target = model.target(images)
-    if model.norm_pix_loss:
-        centre, scale = patch_statistics(take(patchify(target, patch), mask.drop))
-        prediction, how = prediction * scale + centre, "true patch mean and std"
-    where = mask.drop[..., None].expand_as(prediction)
-
-    def replaced(x: Tensor) -> Tensor:
-        return unpatchify(patchify(x, patch).scatter(1, where, prediction), patch, grid) * std + mean
-
-    return Reconstruction(
-        images * std + mean,
-        target * std + mean,
-        masked(images * std + mean, mask.drop, patch),
-        replaced(images),
-        replaced(target) - (target * std + mean),
-        model.target.radius if isinstance(model.target, LowPass) else None,
-        how,
-    )
+    A run is resumed after that: the ranks begin with what rank 0 has, statistics of batch norms included.
+    """
+    wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
+    if run.world.size > 1:
+        ids = [run.world.device.index] if run.world.device.type == "cuda" else None
+        # Every step uses the same parameters; but DDP counts them in the first step, which accumulation cuts short.
+        static = run.args.accum_iter == 1
+        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, static_graph=static)
+        wrapped.broadcast_buffers = False  # they are constants; the probe averages its statistics itself
+    return wrapped
 
 
-def masked(pixels: Tensor, drop: Tensor, patch: int) -> Tensor:
-    """Images (B, C, H, W), grey where the patches `drop` (B, R) are."""
-    patches = patchify(pixels, patch)
-    patches = patches.scatter(1, drop[..., None].expand(-1, -1, patches.shape[2]), 0.5)
-    return unpatchify(patches, patch, (pixels.shape[2] // patch, pixels.shape[3] // patch))
+def update(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A step of the optimiser; where the norm of the gradient, which is returned, is not finite nothing changes.
+
+    The host need not know, so it does not wait for the device.
+    """
+    scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if scaler.is_enabled():  # it looks for itself
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler tells a fused optimiser
+        optimizer.step()
+    elif norm.isfinite():  # LARS: the device is waited for, but a probe has little to do
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
-def panel(made: Reconstruction) -> np.ndarray:
-    """A row for each image (H', W', 3) uint8: input, target, masked input, prediction, what the filter removed."""
-    columns = {"input": made.images}
-    if made.radius is not None:
-        columns[f"low-pass target, r = {made.radius:g}"] = made.target
-    columns["masked input"] = made.masked
-    columns[f"prediction ({made.how})"] = made.filled
-    if made.radius is not None:
-        columns["removed by the filter + grey"] = made.images - made.target + 0.5
-    return draw_columns({label: to_uint8(x) for label, x in columns.items()})
+def train_one_epoch(
+    run: Run,
+    model: Any,
+    loader: Any,  # DataLoader or ThreadLoader
+    optimizer,
+    scaler,
+    loss_fn: Callable,
+    progress: Progress,
+    saver: Saver,
+) -> Progress:
+    """Train from `progress` to the end of its epoch, and say where the run is then.
+
+    `loss_fn(model, batch)` gives the mean loss of a batch on the device. A step is `--accum_iter` batches on each rank.
+    """
+    args, world, epoch = run.args, run.world, progress.epoch
+    order: Any = loader.batch_sampler  # a TrainSampler
+    if progress.step == order.steps:  # it was saved when only the evaluation was left
+        return progress
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    running = statistics(model)
+    order.start(epoch, progress.step)
+    feed = DevicePrefetcher(loader, world.device, order.parts)
+    meter = Meter(run, progress, order, feed, saver.last_good)
+    batches = iter(feed)
+    first = run.log.flops is None
+    model.train()
+    for step in range(progress.step, order.steps):
+        done = epoch * order.steps + step
+        if args.replay == done + 1:
+            replay(run, model, loss_fn, [next(batches) for _ in range(args.accum_iter)], loader.dataset.source, done)
+        lr = run.lr_at(epoch + step / order.steps)
+        set_lr(optimizer, lr)
+        losses, before = [], [value.clone() for value in running]
+        for micro in range(args.accum_iter):
+            batch = next(batches)
+            if run.log.flops is None:
+                run.log.flops = step_flops(model, loss_fn, batch, args.amp)
+            seed_everything(step_seed(args.seed, done * args.accum_iter + micro, world.rank))
+            last = micro == args.accum_iter - 1  # the ranks exchange gradients only then
+            with nullcontext() if last or world.size == 1 else model.no_sync():
+                with autocast(args.amp, world.device):
+                    loss = loss_fn(model, batch) / args.accum_iter
+                scaler.scale(spread_to_gradient(loss)).backward()
+            losses.append(loss.detach())
+        grad_norm = update(optimizer, scaler, parameters)
+        finite = grad_norm.isfinite()
+        for value, old in zip(running, before, strict=True):
+            value.copy_(torch.where(finite, value, old))
+        loss = torch.stack(losses).sum()
+        meter.add(loss, finite)
+        if first:
+            meter.first_step(loss)
+            first = False
+        if (step + 1) % args.log_every == 0 or step + 1 == order.steps:
+            meter.read(step + 1, lr, grad_norm)
+        if step + 1 < order.steps:
+            saver.after_step(partial(reached, meter, step + 1))
+    reached(meter, order.steps)
+    return meter.close(loader.num_workers)
 
 
-def spectrum(made: Reconstruction) -> np.ndarray:
-    """Chart of the power of each frequency; the prediction is shown on the target's visible patches."""
-    images = {} if made.radius is None else {"input": made.images}
-    images["input = target" if made.radius is None else "target"] = made.target
-    return spectrum_chart(images | {"prediction": made.target + made.error, "error": made.error}, made.radius)
+def spread_to_gradient(loss: Tensor) -> Tensor:
+    """The loss; one that is not finite makes the whole gradient nan, so that all ranks know of it."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def log_pictures(log: Log, made: Reconstruction, epoch: int) -> None:
-    """Panel and spectrum on TensorBoard, and how much of the error lies below and above the cut-off."""
-    if not made.filled.isfinite().all():
-        log.say(f"warning: epoch {epoch}: predictions are not finite, there is nothing to draw")
-        return
-    log.image("reconstruction", panel(made), epoch)
-    log.image("spectrum", spectrum(made), epoch)
-    if made.radius is not None:
-        below, above = split_power(made.error, made.radius)
-        log.scalars({"epoch": epoch, "error_below_cutoff": below, "error_above_cutoff": above})
+def reached(meter: Meter, step: int) -> Progress:
+    """Where the run is, everything about the steps before written down."""
+    report_bad_images(meter.run, meter.feed)
+    return meter.progress(step)
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [0, 1] -> (B, H, W, 3) uint8; of other channel counts the first, or the first three."""
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def report_bad_images(run: Run, feed: DevicePrefetcher) -> None:
+    """Add the images that no rank could read to OUTPUT_DIR/bad_images.txt, each once."""
+    found = {path: reason for bad in run.world.gather(feed.bad) for path, reason in bad}
+    feed.bad = []
+    if found and run.world.is_main and not run.args.replay:
+        listed = run.folder / "bad_images.txt"
+        known = listed.read_text(errors="surrogateescape").splitlines() if listed.exists() else []
+        lines = sorted({*known, *(f"{path}\t{reason}" for path, reason in found.items())})
+        with suppress(OSError):  # a full disk ends no run
+            write_atomic(listed, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))  # names need not be UTF-8
+        run.log.info(f"{len(found)} images could not be read and were replaced; {listed} names {len(lines)} so far")

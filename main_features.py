@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models import ENCODERS
-from pictures import patch_features
+from models import ENCODERS, build_encoder
 from util.args import (
     Parser,
     add_checkpoint_arguments,
@@ -19,14 +18,16 @@ from util.args import (
     add_device_arguments,
     add_model_arguments,
     number,
-    report_mistakes,
+    run_main,
 )
-from util.cache import is_cache
-from util.classify import computed, features, load_encoder, pooling, print_result, read_architecture
-from util.data import eval_loader, eval_transform
-from util.dist import join
-from util.sources import Folder, Source, list_images
-from util.tars import Tars, is_stream, local_tars, regular
+from util.data.batches import eval_loader
+from util.data.cache import is_cache
+from util.data.folders import Folder, Source, list_images
+from util.data.tars import Tars, is_stream, local_tars, regular
+from util.data.transforms import eval_transform
+from util.dist import init_world
+from util.evaluate.encoder import encode_batches, features, load_encoder, patch_features, pooling, read_architecture
+from util.evaluate.scores import print_result
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -107,19 +108,19 @@ def main() -> None:
         raise ValueError(f"--output {output}: its name must end in .npy or .safetensors")
     if args.maps and args.pool:
         raise ValueError(f"--pool {args.pool} makes one vector of an image, --maps keeps its patches: choose one")
-    world = join(args.device, args.amp)
+    world = init_world(args.device, args.amp)
     if world.size > 1:
         raise ValueError(f"main_features.py runs alone, not on {world.size} ranks: start it with python")
-    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool)).to(world.device).eval()
+    encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
     source, names = images_of(args.data_path)
     loader = eval_loader(args, world, source, eval_transform(args.input_size))
-    batches = computed(args, world, encoder, loader, patch_features if args.maps else features)
+    batches = encode_batches(args, world, encoder, loader, patch_features if args.maps else features)
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
     about = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
     shape = write(output, (x.cpu().numpy() for x, _ in batches), names, about)
     print_result(world, {"output": str(output), "shape": shape})
-    world.leave()
+    world.close()
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

@@ -10,21 +10,18 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision import transforms as T
 
-from models import ENCODERS
-from util.args import classifier_parser, number, report_mistakes
-from util.checkpoint import Saver
-from util.classify import (
-    evaluate_saved,
-    load_encoder,
-    print_result,
-    read_architecture,
-    save_classifier,
-    validate,
-)
-from util.data import Normalize, eval_loader, eval_transform, labelled_sources, train_loader
-from util.rng import Seeded
+from engine_pretrain import grad_scaler, train_one_epoch, wrap
+from models import ENCODERS, build_encoder
+from util.args import classifier_parser, number, run_main
+from util.checkpoint.saver import Saver
+from util.data.batches import eval_loader, train_loader
+from util.data.sources import labelled_sources
+from util.data.transforms import Normalize, eval_transform
+from util.evaluate.classifier import evaluate_classifier, save_classifier
+from util.evaluate.encoder import load_encoder, read_architecture
+from util.evaluate.scores import print_result, validate
+from util.rng import SeededTransform
 from util.run import start
-from util.train import grad_scaler, train_one_epoch, wrap
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -44,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def finetune_transform(args) -> Seeded:
+def finetune_transform(args) -> SeededTransform:
     """Crop, flip and augmentation policy of timm; erasing follows on the device."""
     policy = None if args.aa == "none" else args.aa
     try:
@@ -53,7 +50,7 @@ def finetune_transform(args) -> Seeded:
         )
     except AssertionError as error:
         raise ValueError(f"--aa {args.aa}: timm knows no such policy ({error})") from error
-    return Seeded(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor
+    return SeededTransform(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor
 
 
 def finetune_loss(args, normalize, num_classes: int, device):
@@ -76,7 +73,7 @@ def finetune_loss(args, normalize, num_classes: int, device):
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
     if args.eval:
-        evaluate_saved(args, ENCODERS, weights)
+        evaluate_classifier(args, build_encoder, weights)
         return
     train, val = labelled_sources(args.data_path)
     run = start(args)
@@ -85,7 +82,7 @@ def main() -> None:
     device = run.world.device
     classes = len(train.classes)
     options = {"num_classes": classes, "global_pool": "avg", "drop_path_rate": args.drop_path}
-    model = load_encoder(args, ENCODERS, weights, **options).requires_grad_(True).to(device)
+    model = load_encoder(args, build_encoder, weights, **options).requires_grad_(True).to(device)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
     loader = train_loader(run, train, finetune_transform(args), flip=False)
@@ -107,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

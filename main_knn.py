@@ -2,7 +2,7 @@
 
 import argparse
 
-from models import ENCODERS
+from models import ENCODERS, build_encoder
 from util.args import (
     Parser,
     add_checkpoint_arguments,
@@ -10,11 +10,13 @@ from util.args import (
     add_device_arguments,
     add_model_arguments,
     number,
-    report_mistakes,
+    run_main,
 )
-from util.classify import knn, load_encoder, pooling, print_result, read_architecture
-from util.data import labelled_sources
-from util.dist import join
+from util.data.sources import labelled_sources
+from util.dist import init_world
+from util.evaluate.encoder import load_encoder, pooling, read_architecture
+from util.evaluate.knn import knn
+from util.evaluate.scores import print_result
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,12 +34,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
-    world = join(args.device, args.amp, args.timeout_minutes)
-    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool)).to(world.device)
+    world = init_world(args.device, args.amp, args.timeout_minutes)
+    encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device)
     sources = labelled_sources(args.data_path)
     print_result(world, knn(args, world, encoder, sources, args.k, args.temperature))
-    world.leave()
+    world.close()
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

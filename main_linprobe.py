@@ -8,23 +8,19 @@ import torch.nn.functional as F
 from timm.optim import Lars
 from torchvision import transforms as T
 
-from models import ENCODERS
-from util.args import classifier_parser, report_mistakes
-from util.checkpoint import Saver
-from util.classify import (
-    Probe,
-    evaluate_saved,
-    load_encoder,
-    pooling,
-    print_result,
-    read_architecture,
-    save_classifier,
-    validate,
-)
-from util.data import T_MODES, Normalize, eval_loader, eval_transform, labelled_sources, train_loader
-from util.rng import Seeded
+from engine_pretrain import grad_scaler, train_one_epoch, wrap
+from models import ENCODERS, build_encoder
+from util.args import classifier_parser, run_main
+from util.checkpoint.saver import Saver
+from util.data.batches import eval_loader, train_loader
+from util.data.sources import labelled_sources
+from util.data.transforms import T_MODES, Normalize, eval_transform
+from util.evaluate.classifier import evaluate_classifier, save_classifier
+from util.evaluate.encoder import load_encoder, pooling, read_architecture
+from util.evaluate.probes import Probe
+from util.evaluate.scores import print_result, validate
+from util.rng import SeededTransform
 from util.run import start
-from util.train import grad_scaler, train_one_epoch, wrap
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,13 +61,13 @@ def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
     interpolation = "bilinear" if args.probe_as == "mmselfsup" else "bicubic"
     if args.eval:
-        evaluate_saved(args, ENCODERS, weights, interpolation)
+        evaluate_classifier(args, build_encoder, weights, interpolation)
         return
     train, val = labelled_sources(args.data_path)
-    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights, args.pool))
+    encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
     run = start(args)
     model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
-    crop = Seeded(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
+    crop = SeededTransform(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
     loader = train_loader(run, train, crop, flip=True)
     val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))
     optimizer, scaler = lars(model, run), grad_scaler(run)
@@ -88,7 +84,7 @@ def main() -> None:
     saver.close()
     assert all(torch.equal(value, frozen[name]) for name, value in encoder.state_dict().items()), "the encoder changed"
     for blr, result in zip(args.blr, results, strict=True):
-        run.log.say(f"--blr {blr:g}: {json.dumps(result)}")
+        run.log.info(f"--blr {blr:g}: {json.dumps(result)}")
     best = max(range(len(results)), key=lambda i: results[i]["acc1"])
     save_classifier(run, model.classifier(best), train.classes)
     run.close()
@@ -96,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

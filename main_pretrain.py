@@ -6,9 +6,8 @@ import json
 import torch
 from timm.optim import param_groups_weight_decay
 
-from engine_pretrain import build_model, log_pictures, pretrain_loss, reconstruct
-from health import warning_after, warnings_at_start
-from models import ENCODERS
+from engine_pretrain import grad_scaler, pretrain_loss, train_one_epoch, wrap
+from models import ENCODERS, build_model
 from util.args import (
     Parser,
     add_data_arguments,
@@ -18,13 +17,18 @@ from util.args import (
     add_run_arguments,
     add_schedule_arguments,
     number,
-    report_mistakes,
+    resolve_defaults,
+    run_main,
 )
-from util.checkpoint import Saver
-from util.classify import knn
-from util.data import Normalize, labelled_sources, one_batch, pretrain_source, pretrain_transform, train_loader
+from util.checkpoint.saver import Saver
+from util.data.batches import one_batch, train_loader
+from util.data.sources import labelled_sources, pretrain_source
+from util.data.transforms import Normalize, pretrain_transform
+from util.evaluate.health import warning_after, warnings_at_start
+from util.evaluate.knn import knn
+from util.meters import due
+from util.plots.reconstruction import log_pictures, reconstruct
 from util.run import start
-from util.train import due, grad_scaler, train_one_epoch, wrap
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -39,8 +43,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = add_method_arguments(parser).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
         help="SimpleResizedCrop (PixMIM) or RandomResizedCrop of 0.2 to 1 of the area (MAE)")
-    add("--crop_interpolation", choices=["bilinear", "bicubic"],
-        help="of the crop's resize; None = bilinear for src as the release, bicubic for rrc as MAE")
+    add("--crop_interpolation", choices=["auto", "bilinear", "bicubic"], default="auto",
+        help="of the crop's resize; auto = bilinear for src as the release, bicubic for rrc as MAE")
     add("--grad_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
@@ -56,12 +60,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = get_parser().parse_args()
+    args = resolve_defaults(get_parser().parse_args())
     source = pretrain_source(args)
     labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
     run = start(args)
     device = run.world.device
-    model = build_model(args, ENCODERS).to(device)
+    model = build_model(args).to(device)
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
     loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
     examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
@@ -73,24 +77,24 @@ def main() -> None:
     saver = Saver(run, model, optimizer, scaler, loader)
     progress = saver.resume()
     for line in warnings_at_start(model, normalize(examples), args):
-        run.log.say(line)
+        run.log.info(line)
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
         saver.after_epoch(progress)
         done = epoch + 1
-        if run.world.leads and (warning := warning_after(done, model, normalize(examples), examples["noise"], args)):
-            run.log.say(warning)
-        if due(args.image_every, done, args.epochs) and run.world.leads:
+        if run.world.is_main and (warning := warning_after(done, model, normalize(examples), examples["noise"], args)):
+            run.log.info(warning)
+        if due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, normalize(examples), examples["noise"], args), done)
         if labelled and due(args.knn_every, done, args.epochs):
             result = knn(args, run.world, model.encoder, labelled)
             run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
-            run.log.say(f"epoch {done}  kNN {json.dumps(result)}")
+            run.log.info(f"epoch {done}  kNN {json.dumps(result)}")
     saver.close()
-    run.log.say(f"{args.epochs} epochs done: {run.folder / 'last.pth'}")
+    run.log.info(f"{args.epochs} epochs done: {run.folder / 'last.pth'}")
     run.close()
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

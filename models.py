@@ -1,7 +1,54 @@
-"""Every encoder by name, as --model knows them. A new host is one file beside these, and one line here."""
+"""Encoders by name, and the PixMIM model that the flags describe."""
+
+from argparse import Namespace
+from inspect import signature
+
+from torch import nn
 
 import models_convmae
 import models_mff
 import models_pixmim
+from models_pixmim import LowPass, PixMIM, low_pass_disc
 
 ENCODERS = models_pixmim.ENCODERS | models_convmae.ENCODERS | models_mff.ENCODERS
+
+
+def build_encoder(args: Namespace, **options) -> nn.Module:
+    """The encoder that --model, --patch_size, --input_size and --in_chans describe; `options` are timm's."""
+    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
+    return ENCODERS[args.model](img_size=args.input_size, in_chans=args.in_chans, **patch, **options)
+
+
+def build_target(args: Namespace) -> nn.Module:
+    """What is predicted: the low-passed image, or with radius 0 the image itself (MAE)."""
+    radius = args.lowpass_radius
+    if radius == 0:
+        return nn.Identity()
+    height, width = args.input_size
+    kept = low_pass_disc(args.input_size, radius, args.lowpass)
+    if kept.all() or not kept.any():
+        raise ValueError(
+            f"--lowpass_radius {radius:g} keeps {'every' if kept.any() else 'no'} frequency of {height} x {width} px; 0 is the target of MAE"
+        )
+    return LowPass(args.input_size, radius, args.mean, args.std, args.lowpass)
+
+
+def build_model(args: Namespace) -> PixMIM:
+    """The host with its target and decoder, initialised."""
+    options = {}
+    if args.fuse_layers:
+        if "fuse_layers" not in signature(ENCODERS[args.model]).parameters:
+            raise ValueError(f"--fuse_layers: --model {args.model} fuses no layers")
+        options["fuse_layers"] = args.fuse_layers
+    model = PixMIM(
+        build_encoder(args, **options),
+        build_target(args),
+        decoder_dim=args.decoder_dim,
+        decoder_depth=args.decoder_depth,
+        decoder_heads=args.decoder_heads,
+        mask_ratio=args.mask_ratio,
+        mask_unit=args.mask_unit,
+        norm_pix_loss=args.norm_pix_loss,
+    )
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    return model

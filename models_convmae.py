@@ -208,6 +208,7 @@ class ConvViT(nn.Module):
 
 
 ENCODERS: dict[str, Callable[..., ConvViT]] = {
+    "convvit_pico": partial(ConvViT, embed_dim=(16, 24, 48), depth=(1, 1, 2), num_heads=3),  # for tests
     "convvit_tiny": partial(ConvViT, embed_dim=(64, 96, 192), depth=(2, 2, 11), num_heads=3),
     "convvit_base": partial(ConvViT, embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12),
 }

@@ -50,5 +50,6 @@ class MFFViT(MaskedViT):
 
 
 ENCODERS: dict[str, Callable[..., MFFViT]] = {
-    f"mff_{size}": partial(MFFViT, **VITS[size].keywords) for size in ("vit_tiny", "vit_small", "vit_base", "vit_large")
+    f"mff_{size}": partial(MFFViT, **VITS[size].keywords)
+    for size in ("vit_pico", "vit_tiny", "vit_small", "vit_base", "vit_large")
 }

@@ -313,6 +313,7 @@ class PixMIM(nn.Module):
 
 
 ENCODERS: dict[str, Callable[..., MaskedViT]] = {
+    "vit_pico": partial(MaskedViT, embed_dim=48, depth=2, num_heads=3, patch_size=16),  # for tests
     "vit_tiny": partial(MaskedViT, embed_dim=192, depth=12, num_heads=3, patch_size=16),
     "vit_small": partial(MaskedViT, embed_dim=384, depth=12, num_heads=6, patch_size=16),
     "vit_base": partial(MaskedViT, embed_dim=768, depth=12, num_heads=12, patch_size=16),

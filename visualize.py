@@ -9,11 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine_pretrain import build_model, lowpass_radius, panel, reconstruct, spectrum
-from models import ENCODERS
+from models import ENCODERS, build_encoder, build_model
 from models_pixmim import PixMIM, mask_from_noise
-from pictures import attention_picture, filter_picture, masks_picture, pca_picture
-from util import convert
 from util.args import (
     METHOD,
     Parser,
@@ -22,13 +19,18 @@ from util.args import (
     add_model_arguments,
     number,
     picture,
-    report_mistakes,
+    resolve_defaults,
+    run_main,
 )
-from util.classify import MODEL_FLAGS, load_encoder, own_arguments, pooling, read_architecture
-from util.data import Normalize, Samples, eval_transform, one_batch
-from util.dist import join
+from util.data.batches import Samples, one_batch
+from util.data.folders import Folder, list_images
+from util.data.transforms import Normalize, eval_transform
+from util.dist import init_world
+from util.evaluate.encoder import MODEL_FLAGS, load_encoder, own_arguments, pooling, read_architecture
+from util.formats.keys import Weights, architecture, decoder_heads, pixmim_names
+from util.plots.features import attention_picture, pca_picture
+from util.plots.reconstruction import filter_picture, masks_picture, panel, reconstruct, spectrum
 from util.rng import MASK, generator
-from util.sources import Folder, list_images
 
 MASKS = 6
 RADII = (10, 20, 40, 80, 112)  # of --filter at 224 px
@@ -62,21 +64,21 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def has_decoder(weights: convert.Weights | None) -> bool:
+def has_decoder(weights: Weights | None) -> bool:
     return weights is not None and "decoder_pred.weight" in weights.state
 
 
-def foreign_method(weights: convert.Weights | None) -> dict:
+def foreign_method(weights: Weights | None) -> dict:
     """Method flags of a checkpoint that does not tell them: MAE's, and PixMIM's target if it brought its filter."""
     if weights is None or not has_decoder(weights):
         return METHOD
-    facts = convert.architecture(weights.state)
+    facts = architecture(weights.state)
     filtered = any("low_pass_filter" in key for key in weights.dropped)
     return METHOD | {
         "lowpass_radius": None if filtered else 0,
         "decoder_dim": facts["decoder_dim"],
         "decoder_depth": facts["decoder_depth"],
-        "decoder_heads": convert.decoder_heads(weights),
+        "decoder_heads": decoder_heads(weights),
     }
 
 
@@ -93,7 +95,7 @@ def find_images(names: list[str], count: int) -> Folder:
     return Folder(np.array(chosen), np.zeros(len(chosen), np.int64), [])
 
 
-def fit(model: PixMIM, weights: convert.Weights, args: Namespace) -> None:
+def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
     """Load the weights, or say what does not fit."""
     if "proj_weights" in weights.state and (fused := getattr(model.encoder, "fuse_layers", None)):
         count = weights.state["proj_weights"].numel()
@@ -102,7 +104,7 @@ def fit(model: PixMIM, weights: convert.Weights, args: Namespace) -> None:
                 f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; say which by --fuse_layers"
             )
     try:
-        model.load_state_dict(convert.pixmim_names(weights.state))
+        model.load_state_dict(pixmim_names(weights.state))
     except RuntimeError as error:
         differs = "; ".join(str(error).split("\n\t")[1:])
         raise ValueError(
@@ -111,22 +113,22 @@ def fit(model: PixMIM, weights: convert.Weights, args: Namespace) -> None:
         ) from error
 
 
-def encoder_picture(args: Namespace, weights: convert.Weights | None, batch: dict, device: torch.device) -> np.ndarray:
+def encoder_picture(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
     """Pictures of whole images' features: any encoder, at any --input_size."""
-    encoder = load_encoder(args, ENCODERS, weights, **pooling(weights)).to(device).eval()
+    encoder = load_encoder(args, build_encoder, weights, **pooling(weights)).to(device).eval()
     if args.attention and not encoder.num_prefix_tokens:
         raise ValueError(f"--attention: --model {args.model} has no class token; use --pca")
     draw = attention_picture if args.attention else pca_picture
     return draw(encoder, Normalize(args, device)(batch), pixels(batch))
 
 
-def method_picture(args: Namespace, weights: convert.Weights | None, batch: dict, device: torch.device) -> np.ndarray:
+def method_picture(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
     """Pictures of what pre-training does: its masks, its filter, its predictions."""
-    own = lowpass_radius(args)
+    own = args.lowpass_radius
     if args.filter is not None:
         sides = {round(radius * min(args.input_size) / 224) for radius in RADII} | {own}
         return filter_picture(pixels(batch), args.filter or sorted(sides - {0}), own, args.lowpass)
-    model = build_model(args, ENCODERS)
+    model = build_model(args)
     if not args.masks:
         fit(model, weights, args)
     model.to(device).eval()
@@ -159,7 +161,8 @@ def main() -> None:
     if not own_arguments(weights):
         foreign = foreign_method(weights)
         args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD if getattr(args, name) is None})
-    device = join(args.device, "off").device
+    args = resolve_defaults(args)
+    device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
     batch = one_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
     draw = encoder_picture if of_encoder else method_picture
@@ -170,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

@@ -15,8 +15,8 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from models_pixmim import PixMIM, patchify
-from util.convert import mae_names
 from util.dist import autocast
+from util.formats.keys import mae_names
 
 
 def masked_loss(prediction: Tensor, images: Tensor, patch: int, removed: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from benchmarks.results import append, spread
-from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, report_mistakes
-from util.cache import Cache
-from util.data import Samples, make_loader, pretrain_transform
-from util.sources import Folder, Source, unlabelled_folder
-from util.tars import Tars
+from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, run_main
+from util.data.batches import Samples, make_loader
+from util.data.cache import Cache
+from util.data.folders import Folder, Source, image_folder
+from util.data.tars import Tars
+from util.data.transforms import pretrain_transform
 
 BATCH = 64
 
@@ -198,7 +199,7 @@ def main() -> None:
             args.data_path = f"{folder}/images"
             Path(args.data_path).mkdir()
             synthesise(Path(args.data_path), args.synthetic)
-        images = unlabelled_folder(args.data_path)
+        images = image_folder(args.data_path)
         mean = sum(os.stat(path).st_size for path in images.paths) / len(images)
         say(f"{len(images)} images of {mean / 1000:.0f} kB")
         result = measure(args, images, Path(folder), say)
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

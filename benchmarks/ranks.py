@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.loading import synthesise
 from benchmarks.results import append, spread
-from util.args import Parser, number, report_mistakes
+from util.args import Parser, number, run_main
 
 
 def step_seconds(args, ranks: int) -> float:
@@ -72,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

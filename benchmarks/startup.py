@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks.results import append
-from util.args import Parser, number, report_mistakes
-from util.cache import ENTRY, FORMAT, shard_path
+from util.args import Parser, number, run_main
+from util.data.cache import ENTRY, FORMAT, shard_path
 
 OPENED = """
 import resource, sys, time
@@ -24,7 +24,7 @@ from util import cache, sources
 def pages():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 before, start = pages(), time.perf_counter()
-source = cache.Cache(sys.argv[1]) if sys.argv[2] == "cache" else sources.unlabelled_folder(sys.argv[1])
+source = cache.Cache(sys.argv[1]) if sys.argv[2] == "cache" else sources.image_folder(sys.argv[1])
 print(len(source), time.perf_counter() - start, pages() - before)
 """
 
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

@@ -28,13 +28,20 @@ from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_st
 from benchmarks.levers import levers_of, without
 from benchmarks.products import Products
 from benchmarks.results import append, spread
-from engine_pretrain import build_model, pretrain_loss
-from models import ENCODERS
+from engine_pretrain import pretrain_loss, update
+from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
-from util.args import Parser, add_device_arguments, add_method_arguments, add_model_arguments, number, report_mistakes
-from util.data import Normalize
-from util.dist import autocast, join
-from util.train import update
+from util.args import (
+    Parser,
+    add_device_arguments,
+    add_method_arguments,
+    add_model_arguments,
+    number,
+    resolve_defaults,
+    run_main,
+)
+from util.data.transforms import Normalize
+from util.dist import autocast, init_world
 
 Step = Callable[[dict], object]  # of a batch
 
@@ -113,7 +120,7 @@ def measure(steps: dict[str, Step], batch: dict, rounds: int) -> dict:
 
 
 def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
-    """What util.data.Feed would put on the device, and the images normalised for those that begin with these."""
+    """What util.data.DevicePrefetcher would put on the device, and the images normalised for those that begin with these."""
     device = normalize.mean.device
     shape = (size, *args.input_size, args.in_chans)
     batch = {
@@ -155,12 +162,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = get_parser().parse_args()
+    args = resolve_defaults(get_parser().parse_args())
     if args.amp == "fp16" or not args.norm_pix_loss:
         raise ValueError("--amp fp16 and --no-norm_pix_loss are not timed: the baseline scales no loss and normalises")
-    device = join(args.device, args.amp).device
+    device = init_world(args.device, args.amp).device
     torch.manual_seed(args.seed)
-    model, normalize = build_model(args, ENCODERS).to(device), Normalize(args, device)
+    model, normalize = build_model(args).to(device), Normalize(args, device)
     steps = all_steps(args, model, normalize)
     for size in args.batch_size:
         result = measure(steps, random_batch(args, model, normalize, size), args.rounds)
@@ -169,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    report_mistakes(main)
+    run_main(main)

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.checkpoint import Saver
+from util.args import IMAGENET_MEAN, IMAGENET_STD
+from util.checkpoint.saver import Saver
 from util.dist import World
 from util.log import Log
 from util.run import Run
@@ -141,8 +142,8 @@ def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
     defaults = {
         "seed": 0,
         "in_chans": 3,
-        "mean": None,
-        "std": None,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "on_bad_image": "stop",
         "num_workers": 0,
         "timeout_minutes": 1,

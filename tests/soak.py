@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from tests.conftest import DEVICE, ROOT, assert_same_run, records
-from util.checkpoint import read
+from util.checkpoint.state import read_checkpoint
 
 TINY = ["--model", "vit_tiny", "--patch_size", 8, "--input_size", 32, *DEVICE, "--num_workers", 1, "--log_every", 3]
 PRETRAIN = [
@@ -122,7 +122,7 @@ def saved_steps(folder: Path) -> int:
     for name in ("last.pth", "previous.pth", *sorted((path.name for path in folder.glob("epoch-*.pth")), reverse=True)):
         if (folder / name).exists():
             try:
-                content = read(folder / name)
+                content = read_checkpoint(folder / name)
             except ValueError:
                 continue
             return content["progress"]["epoch"] * content["steps"] + content["progress"]["step"]

@@ -7,8 +7,8 @@ import pytest
 from conftest import DEVICE, PRETRAIN, call, ended, files, spawn
 
 import main_pretrain
-from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, report_mistakes
-from util.run import split_batch
+from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, run_main
+from util.run import split_effective_batch
 
 MAINS = ["main_pretrain", "main_knn", "main_linprobe", "main_finetune", "visualize"]
 
@@ -244,7 +244,7 @@ def test_numbers_that_are_none_and_names_that_fit_no_format_are_named(name, flag
 def test_a_batch_that_ranks_do_not_divide_is_refused():
     args = parse("--effective_batch", "15")
     with pytest.raises(ValueError, match="--effective_batch 15 cannot be divided among 2 ranks"):
-        split_batch(args, 2)
+        split_effective_batch(args, 2)
 
 
 def test_a_learning_rate_that_never_falls_is_said(photos, tmp_path):
@@ -290,14 +290,14 @@ def test_a_mistake_is_one_line_and_status_1(error, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/main_x.py"])
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as end:
-        report_mistakes(main)
+        run_main(main)
     assert end.value.code == "main_x.py: error: --flag 3 is too much"  # Python prints it and exits with 1
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit, match=r"^main_x\.py \(rank 3\): error: "):
-        report_mistakes(main)
+        run_main(main)
     monkeypatch.setenv("PIXMIM_DEBUG", "1")
     with pytest.raises(error):
-        report_mistakes(main)
+        run_main(main)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +307,8 @@ def test_too_little_memory_is_a_line(reason, monkeypatch, capsys):
     def main():
         raise RuntimeError(reason)
 
-    monkeypatch.setattr("util.args.end_at_once", lambda: None)
-    report_mistakes(main)
+    monkeypatch.setattr("util.args.exit_after_save", lambda: None)
+    run_main(main)
     assert f"error: {reason}; a smaller --batch_size" in capsys.readouterr().err
 
 
@@ -317,7 +317,7 @@ def test_our_own_slips_keep_their_traceback():
         raise AssertionError("the encoder changed")
 
     with pytest.raises(AssertionError):
-        report_mistakes(main)
+        run_main(main)
 
 
 def test_an_interrupted_main_exits_with_130():
@@ -325,7 +325,7 @@ def test_an_interrupted_main_exits_with_130():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        report_mistakes(main)
+        run_main(main)
     assert end.value.code == 130
 
 

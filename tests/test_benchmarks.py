@@ -17,7 +17,7 @@ from benchmarks.baseline_mae import baseline_of
 from benchmarks.levers import LEVERS, without
 from benchmarks.loading import synthesise
 from benchmarks.products import Products
-from util.convert import mae_names
+from util.formats.keys import mae_names
 
 TINY = [*MODEL, "--device", "cpu", "--decoder_dim", "32", "--decoder_depth", "1", "--decoder_heads", "2"]
 

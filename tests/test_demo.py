@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import demo
-from util.data import labelled_sources
+from demo import digits as demo
+from util.data.sources import labelled_sources
 
 
 def test_digits_are_exported_once_in_class_folders_with_nothing_in_both_splits(tmp_path):

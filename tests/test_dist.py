@@ -6,26 +6,26 @@ import pytest
 import torch
 from conftest import CPU, ranks
 
-from util.dist import World, join, placement
+from util.dist import World, init_world, rank_from_env
 
 SUMS = """
 import json, torch
-from util.dist import join
-world = join("cpu", "off", timeout_minutes=1)
+from util.dist import init_world
+world = init_world("cpu", "off", timeout_minutes=1)
 mine = torch.tensor([1.0, 10.0]) * (world.rank + 1)
-print(json.dumps([world.sum(mine).tolist(), mine.tolist(), world.gather({"rank": world.rank}), world.leads]))
-world.leave()
+print(json.dumps([world.sum(mine).tolist(), mine.tolist(), world.gather({"rank": world.rank}), world.is_main]))
+world.close()
 """
 
 
 def test_a_bare_python_is_alone_even_inside_an_sbatch_job():
-    assert placement({}) == (0, 1, 0)
-    assert placement({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}) == (0, 1, 0)
-    assert placement({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == (0, 1, 0)
+    assert rank_from_env({}) == (0, 1, 0)
+    assert rank_from_env({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}) == (0, 1, 0)
+    assert rank_from_env({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == (0, 1, 0)
 
 
 def test_placement_is_read_from_torchrun():
-    assert placement({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8, 1)
+    assert rank_from_env({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_placement_is_read_from_torchrun():
 def test_placement_is_read_from_srun_and_all_tasks_agree_where_to_meet(nodes, first):
     step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456"}
     tasks = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 8)} for i in (3, 11)]
-    assert [placement(task) for task in tasks] == [(3, 16, 3), (11, 16, 3)]
+    assert [rank_from_env(task) for task in tasks] == [(3, 16, 3), (11, 16, 3)]
     assert {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks} == {(first, "23456")}
 
 
 def test_torchrun_inside_slurm_wins():
     environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
-    assert placement(environ) == (1, 2, 1)
+    assert rank_from_env(environ) == (1, 2, 1)
 
 
 def test_sums_and_gathered_values_are_the_same_on_all_ranks():
@@ -58,17 +58,17 @@ def test_one_rank_sums_and_gathers_what_it_has():
     world = World(0, 1, CPU)
     assert world.sum(torch.ones(2)).tolist() == [1, 1]
     assert world.gather("x") == ["x"]
-    world.leave()
+    world.close()
 
 
 def test_a_device_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="--device cuda:3: torch sees no GPU here"):
-        join("cuda:3", "bf16")
-    assert join("auto", "bf16") == World(0, 1, CPU)
+        init_world("cuda:3", "bf16")
+    assert init_world("auto", "bf16") == World(0, 1, CPU)
 
 
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="--device gpu: torch has no such device here"):
-        join("gpu", "off")
+        init_world("gpu", "off")

@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from util import checkpoint, convert
-from util.args import report_mistakes
-from util.files import fingerprint
+from util.args import run_main
+from util.checkpoint.state import read_checkpoint, write_checkpoint
+from util.files import content_hash
+from util.formats.read import read_weights
+from util.formats.unpickle import _read
 
 TRIES = int(os.environ.get("FUZZ", 40))  # commands; and 25 times as many broken files
 SETTINGS = {"deadline": None, "database": None, "derandomize": TRIES == 40, "suppress_health_check": list(HealthCheck)}
@@ -69,7 +71,7 @@ def whole(pretrained, place):
     content = torch.load(pretrained / "last.pth", weights_only=True)
     del content["sha256"]
     small = {name: value.flatten()[:5].clone() for name, value in content["model"].items()}
-    return checkpoint.write(place / "whole.pth", {**content, "model": small, "optimizer": {"state": small}})
+    return write_checkpoint(place / "whole.pth", {**content, "model": small, "optimizer": {"state": small}})
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +84,15 @@ def place(tmp_path_factory):
 def test_a_broken_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
     broken = place / "broken.pth"
     broken.write_bytes(damaged(whole.read_bytes(), how))
-    for read in (checkpoint.read, convert._read):
+    for read in (read_checkpoint, _read):
         content = content_of(read, broken)
-        assert content is None or fingerprint(content) == fingerprint(checkpoint.read(whole))
+        assert content is None or content_hash(content) == content_hash(read_checkpoint(whole))
 
 
 @pytest.fixture(scope="module")
 def theirs(pretrained, place):
     """The same weights in each kind of file that others write; the last two have no checksums."""
-    decoder = {name: x for name, x in convert.load(pretrained / "last.pth").state.items() if "decoder" in name}
+    decoder = {name: x for name, x in read_weights(pretrained / "last.pth").state.items() if "decoder" in name}
     torch.save({"model": decoder}, place / "theirs.pth")
     torch.save({"model": decoder}, place / "theirs.old", _use_new_zipfile_serialization=False)
     save_file(decoder, place / "theirs.safetensors")
@@ -102,7 +104,7 @@ def theirs(pretrained, place):
 def test_a_broken_file_of_somebody_else_is_read_or_refused(how, suffix, theirs):
     broken = theirs.with_name(f"broken{suffix}")
     broken.write_bytes(damaged(theirs.with_suffix(suffix).read_bytes(), how))
-    content = content_of(convert._read, broken)
+    content = content_of(_read, broken)
     if suffix == ".pth" and content is not None:
         assert_same(content, torch.load(theirs.with_suffix(suffix), weights_only=True))
 
@@ -144,7 +146,7 @@ def _bounded(monkeypatch, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**34, before[1]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("util.args.end_at_once", lambda: sys.exit(1))
+    monkeypatch.setattr("util.args.exit_after_save", lambda: sys.exit(1))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -158,7 +160,7 @@ def outcome(name: str, words: list[str]) -> tuple[object, str]:
         contextlib.redirect_stderr(errors),
     ):
         try:
-            report_mistakes(importlib.import_module(name).main)
+            run_main(importlib.import_module(name).main)
         except SystemExit as end:
             status = end.code
     return status, errors.getvalue()

@@ -34,13 +34,18 @@ from torch.testing import assert_close
 
 import main_finetune
 import main_pretrain
-from engine_pretrain import build_model, panel, reconstruct
-from models import ENCODERS
+from models import ENCODERS, build_encoder, build_model
 from models_convmae import ConvViT
 from models_pixmim import LowPass, MaskedViT, PixMIM, mask_from_noise
-from util import classify, convert, names
-from util.classify import Encoder, load_encoder, pooling
-from util.data import Normalize, Samples, eval_transform, labelled_sources, one_batch
+from util.args import resolve_defaults
+from util.data.batches import Samples, one_batch
+from util.data.sources import labelled_sources
+from util.data.transforms import Normalize, eval_transform
+from util.evaluate.encoder import MODEL_FLAGS, Encoder, load_encoder, pooling
+from util.evaluate.knn import knn_votes
+from util.formats.keys import FUSION, pixmim_names, rename, to_timm
+from util.formats.read import read_weights
+from util.plots.reconstruction import panel, reconstruct
 from visualize import find_images
 
 HOSTS = {  # patches of 8 px; the stages of ConvMAE have patches of 2 and 4 px
@@ -67,13 +72,13 @@ def trained(photos, tmp_path_factory):
 
 def parsed(host: str, flags: str = "") -> Namespace:
     words = [*PRETRAIN, *HOSTS[host].split(), *flags.split()]
-    return main_pretrain.get_parser().parse_args([*words, "--data_path", "x"])
+    return resolve_defaults(main_pretrain.get_parser().parse_args([*words, "--data_path", "x"]))
 
 
 def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
     """(model, images, noise), the same in every call with the same sizes."""
     torch.manual_seed(0)
-    model = build_model(args, ENCODERS)
+    model = build_model(args)
     torch.manual_seed(1)
     return model, torch.randn(2, 3, *args.input_size), torch.rand(2, model.noise_length)
 
@@ -197,7 +202,7 @@ def test_two_ranks_are_one_with_the_doubled_batch(host, on_two_ranks, trained):
 def test_two_ranks_fine_tune_every_parameter_of_ConvMAE_as_one_does(on_two_ranks, trained, photos, tmp_path):
     tune(tmp_path, photos, trained("convvit") / "last.pth", *PLAIN)
     assert_close_runs(tmp_path, on_two_ranks / "tuned", 1e-5)
-    before, after = convert.to_timm(weights(trained("convvit"))["model"]), weights(on_two_ranks / "tuned")["model"]
+    before, after = to_timm(weights(trained("convvit"))["model"]), weights(on_two_ranks / "tuned")["model"]
     assert after.keys() ^ before.keys() == {f"{x}.{y}" for x in ("norm", "fc_norm", "head") for y in ("weight", "bias")}
     assert not [name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])]
 
@@ -231,13 +236,13 @@ def pooled(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
 
 def seen_by_neighbours(monkeypatch, checkpoint, photos, *words) -> Tensor:
     """Features of train/ and val/, of length 1, among which main_knn looks for neighbours."""
-    seen, real = [], classify.knn_votes
+    seen, real = [], knn_votes
 
     def votes(train, labels, queries, *rest):
         seen.append(torch.cat([train, queries]))
         return real(train, labels, queries, *rest)
 
-    monkeypatch.setattr(classify, "knn_votes", votes)
+    monkeypatch.setattr("util.evaluate.knn.knn_votes", votes)
     knn(checkpoint, photos, *words)
     (features,) = seen
     return features
@@ -282,7 +287,7 @@ def probe(folder, photos, checkpoint, *words) -> dict:
 @pytest.mark.parametrize("pool", [None, "mean"])
 def test_a_probe_leaves_the_encoder_as_it_was_and_scores_the_same_again(host, pool, trained, photos, tmp_path):
     best = probe(tmp_path, photos, trained(host) / "last.pth", *["--pool", pool] * bool(pool))
-    after, before = weights(tmp_path)["model"], convert.to_timm(weights(trained(host))["model"])
+    after, before = weights(tmp_path)["model"], to_timm(weights(trained(host))["model"])
     assert_same({name: value for name, value in after.items() if name.split(".")[0] not in ("bn", "heads")}, before)
     assert after["heads.0.bias"].norm() > 0
     flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE]
@@ -334,7 +339,7 @@ def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
     with torch.device("meta"):
         encoder = ENCODERS[name]()
     left = {key for key in encoder.state_dict() if key.split(".")[0] in encoder.pretraining_only}
-    assert left == {key for key in encoder.state_dict() if names.FUSION.fullmatch(key)}
+    assert left == {key for key in encoder.state_dict() if FUSION.fullmatch(key)}
 
 
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe"])
@@ -375,11 +380,11 @@ def test_a_fine_tuned_classifier_gives_the_same_logits_in_timm(host, tuned):
     size = (24, 32) if host == "lsmae" else (32, 32)
     options = {"img_size": size, "patch_size": 8, "num_classes": 3, "global_pool": "avg"}
     theirs = timm.create_model("vit_tiny_patch16_224", **options, checkpoint_path=str(path)).eval()
-    file = convert.load(path)
+    file = read_weights(path)
     assert file.state.keys() == theirs.state_dict().keys()
     args = main_finetune.get_parser().parse_args(["--checkpoint", str(path), "--data_path", "x"])
-    args = Namespace(**vars(args) | {name: file.args.get(name) for name in classify.MODEL_FLAGS})
-    ours = load_encoder(args, ENCODERS, file, num_classes=3, **pooling(file)).eval()
+    args = Namespace(**vars(args) | {name: file.args.get(name) for name in MODEL_FLAGS})
+    ours = load_encoder(args, build_encoder, file, num_classes=3, **pooling(file)).eval()
     images = torch.randn(5, 3, *size)
     logits = theirs(images)
     assert_close(ours(images), logits, rtol=1e-5, atol=1e-7)
@@ -419,8 +424,8 @@ def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndar
 )
 def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, flags, trained, photos, tmp_path):
     args = parsed(host, flags)
-    model = build_model(args, ENCODERS)
-    model.load_state_dict(convert.pixmim_names(weights(trained(host, flags))["model"]))
+    model = build_model(args)
+    model.load_state_dict(pixmim_names(weights(trained(host, flags))["model"]))
     samples = Samples(
         find_images([str(photos / "val")], 3), eval_transform(args.input_size), args, noise_length=model.noise_length
     )
@@ -458,7 +463,7 @@ def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos,
 
 def test_the_decoder_reads_the_layers_that_are_named(trained):
     """The same weights, other layers: another loss. The number of layers is that of the weights of the sum."""
-    state = convert.pixmim_names(weights(trained("mff", "--fuse_layers 3 7 11"))["model"])
+    state = pixmim_names(weights(trained("mff", "--fuse_layers 3 7 11"))["model"])
     found = []
     for layers in ("3 7 11", "3 8 11", "2 7 11"):
         model, images, noise = built(parsed("mff", f"--fuse_layers {layers}"))
@@ -527,7 +532,7 @@ def test_a_host_of_somebody_else_needs_no_rule(photos, tmp_path, monkeypatch):
     assert_same(state, weights(broken)["model"])
     assert [x["epoch"] for x in records(broken)] == [1.5, 2]  # the second epoch alone
     assert not torch.equal(state["scale"], torch.ones(192))
-    assert convert.rename("scale", "mae", "mae") is None
+    assert rename("scale", "mae", "mae") is None
 
     checkpoint = whole / "last.pth"
     found = seen_by_neighbours(monkeypatch, checkpoint, photos, "--input_size", 24, 16)

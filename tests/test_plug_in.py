@@ -10,8 +10,8 @@ from test_models import perturb
 from torch import nn
 from torch.testing import assert_close
 
-from engine_pretrain import build_target
 from main_pretrain import get_parser
+from models import build_target
 from models_pixmim import PixMIM, mask_from_noise
 
 ROOT = Path(__file__).parent.parent

@@ -24,12 +24,13 @@ from conftest import (
 from torch import nn
 from torch.testing import assert_close
 
-import engine_pretrain
 import main_pretrain
-from engine_pretrain import build_model, lowpass_radius, panel, reconstruct, to_uint8
-from models_pixmim import ENCODERS, LowPass, mask_from_noise, patch_statistics, patchify, take
+from models import build_model, build_target
+from models_pixmim import LowPass, mask_from_noise, patch_statistics, patchify, take
 from util import run
-from util.data import Normalize
+from util.args import resolve_defaults
+from util.data.transforms import Normalize
+from util.plots.reconstruction import panel, reconstruct, to_uint8
 from util.run import versions
 
 SIZES = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
@@ -222,13 +223,13 @@ class Oracle(nn.Module):
 
 
 def parsed(*flags: str):
-    return main_pretrain.get_parser().parse_args([*MODEL, *PRETRAIN, "--data_path", "x", *flags])
+    return resolve_defaults(main_pretrain.get_parser().parse_args([*MODEL, *PRETRAIN, "--data_path", "x", *flags]))
 
 
 def columns(monkeypatch, flags: str, perfect: bool = True):
     """(the panel's columns, images, target, removed) of a model that predicts its target exactly, or not at all."""
     args = parsed(*flags.split())
-    model = build_model(args, ENCODERS)
+    model = build_model(args)
     pixels = torch.randint(0, 256, (3, 4, 4, args.in_chans), dtype=torch.uint8).repeat_interleave(6, 1)
     batch = {
         "images": pixels.repeat_interleave(4, 2).repeat_interleave(args.input_size[1] // 16, 2)[:, : args.input_size[0]]
@@ -243,7 +244,7 @@ def columns(monkeypatch, flags: str, perfect: bool = True):
             answer = (answer - mean) / std
         model.decoder = Oracle(answer)
     drawn = {}
-    monkeypatch.setattr(engine_pretrain, "draw_columns", drawn.update)
+    monkeypatch.setattr("util.plots.reconstruction.draw_columns", drawn.update)
     panel(reconstruct(model, images, noise, args))
     mean, std = (
         torch.tensor(x).view(-1, 1, 1) for x in (args.mean or (0.485, 0.456, 0.406), args.std or (0.229, 0.224, 0.225))
@@ -270,7 +271,7 @@ def test_a_perfect_prediction_shows_the_target_where_patches_were_removed(flags,
 
 def test_the_error_is_that_of_removed_patches_alone():
     args = parsed()
-    model = build_model(args, ENCODERS)
+    model = build_model(args)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 4)
     loss, _, mask = model(images, noise)
     error = patchify(reconstruct(model, images, noise, args).error, 8)
@@ -287,7 +288,7 @@ def test_labels_say_how_the_prediction_is_unnormalised(monkeypatch):
 
 def test_the_filtered_and_the_removed_add_up_to_the_input():
     args = parsed("--lowpass", "centered")
-    target, images = engine_pretrain.build_target(args), torch.randn(1, 3, 16, 16)
+    target, images = build_target(args), torch.randn(1, 3, 16, 16)
     assert isinstance(target, LowPass)
     rest = images - target(images)
     low = torch.fft.fft2(rest * target.std)  # nothing that the filter keeps is left
@@ -296,7 +297,7 @@ def test_the_filtered_and_the_removed_add_up_to_the_input():
 
 def test_the_picture_is_a_labelled_row_for_each_image():
     args = parsed()
-    model = build_model(args, ENCODERS)
+    model = build_model(args)
     picture = panel(reconstruct(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args))
     assert picture.dtype == np.uint8
     zoomed = 16 * 14  # 224 px of each column
@@ -307,9 +308,9 @@ def test_the_picture_is_a_labelled_row_for_each_image():
 
 
 def test_the_cut_off_scales_with_the_shorter_side_unless_it_is_given():
-    assert lowpass_radius(parsed("--input_size", "224")) == 40
-    assert lowpass_radius(parsed("--input_size", "448", "560")) == 80
-    assert lowpass_radius(parsed("--lowpass_radius", "7")) == 7
+    assert parsed("--input_size", "224").lowpass_radius == 40
+    assert parsed("--input_size", "448", "560").lowpass_radius == 80
+    assert parsed("--lowpass_radius", "7").lowpass_radius == 7
 
 
 def test_bf16_on_a_processor_without_it_is_warned_of(photos, tmp_path, monkeypatch):

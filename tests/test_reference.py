@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from models_convmae import ConvViT
 from models_mff import MFFViT
 from models_pixmim import Decoder, LowPass, MaskedViT, PixMIM, patch_statistics, patchify, take
-from util import convert
+from util.formats.keys import State, Weights, architecture, mae_names, pixmim_names, rename
+from util.formats.read import read_weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "reference"
 EXTRACTS = ["mae", "pixmim", *SEEDS]
@@ -43,9 +44,9 @@ def noise_of(answers: dict) -> Tensor:
     return -nn.functional.max_pool2d(-ranks, unit).flatten(1)
 
 
-def encoder_of(cfg: dict, state: convert.State) -> MaskedViT | ConvViT:
+def encoder_of(cfg: dict, state: State) -> MaskedViT | ConvViT:
     """The host whose weights these are."""
-    facts = convert.architecture(state)
+    facts = architecture(state)
     sizes = {key: facts[key] for key in ("patch_size", "embed_dim", "depth")}
     sizes |= {"img_size": (cfg["img_size"],) * 2, "num_heads": cfg["num_heads"]}
     if facts["family"] == "convvit":
@@ -53,11 +54,11 @@ def encoder_of(cfg: dict, state: convert.State) -> MaskedViT | ConvViT:
     return MFFViT(cfg["out_indices"], **sizes) if facts["family"] == "mff_vit" else MaskedViT(**sizes)
 
 
-def model_of(answers: dict, folder: Path) -> tuple[PixMIM, convert.Weights]:
+def model_of(answers: dict, folder: Path) -> tuple[PixMIM, Weights]:
     """PixMIM with the reference's weights, which went through a file and util.convert; and what was read."""
     cfg = answers["cfg"]
     torch.save(answers["checkpoint"], folder / "reference.pth")
-    weights = convert.load(folder / "reference.pth")
+    weights = read_weights(folder / "reference.pth")
     radius = answers.get("radius", cfg.get("radius"))
     model = PixMIM(
         encoder_of(cfg, weights.state),
@@ -69,7 +70,7 @@ def model_of(answers: dict, folder: Path) -> tuple[PixMIM, convert.Weights]:
         mask_unit=cfg.get("mask_downsampling", 1),
         norm_pix_loss=cfg["norm_pix"],
     )
-    model.load_state_dict(convert.pixmim_names(weights.state))
+    model.load_state_dict(pixmim_names(weights.state))
     return model, weights
 
 
@@ -104,8 +105,8 @@ def test_answers_equal_those_of_the_reference(case, tmp_path):
         torch.testing.assert_close(sample(raster)["values"], answers["pred"]["values"], rtol=1e-4, atol=1e-4)
 
     column = "mm" if weights.source == "mm" else "mae"
-    theirs = {convert.rename(key, column, "mae"): value for key, value in answers["grads"].items()}
-    ours = convert.mae_names({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    theirs = {rename(key, column, "mae"): value for key, value in answers["grads"].items()}
+    ours = mae_names({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert ours.keys() == theirs.keys()
     far = {name: d for name in ours if not (d := distance(ours[name], theirs[name])) < 1e-3}
     assert not far

@@ -8,7 +8,18 @@ import torch
 from conftest import smooth
 from torchvision import transforms as T
 
-from util.rng import CROP, MASK, ORDER, STEP, Draws, Seeded, generator, permutation, seed_everything, step_seed
+from util.rng import (
+    CROP,
+    MASK,
+    ORDER,
+    STEP,
+    SampleRng,
+    SeededTransform,
+    generator,
+    permutation,
+    seed_everything,
+    step_seed,
+)
 
 
 def test_draws_depend_on_their_four_numbers_alone():
@@ -25,7 +36,7 @@ def test_draws_differ_wherever_one_of_the_numbers_does():
 
 
 def test_draws_one_after_the_other_are_those_of_a_generator_of_its_own():
-    draws = Draws(2**63, MASK)
+    draws = SampleRng(2**63, MASK)
     for epoch, i in ((0, 0), (3, 10**7), (3, 5), (3, 10**7)):
         ours, own = draws.at(epoch, i), generator(2**63, MASK, epoch, i)
         for rng in (ours, own):
@@ -59,7 +70,7 @@ def test_step_seeds_differ_by_seed_step_and_rank():
 
 def test_seeded_transform_gives_the_same_whatever_the_global_state():
     image = smooth(np.random.default_rng(0), 40, 30)
-    augment = Seeded(T.Compose([T.RandomResizedCrop(16), T.ColorJitter(0.5, 0.5, 0.5)]))
+    augment = SeededTransform(T.Compose([T.RandomResizedCrop(16), T.ColorJitter(0.5, 0.5, 0.5)]))
     seen = []
     for state in (0, 1, 2):
         random.seed(state)
@@ -73,7 +84,7 @@ def test_seeded_transform_gives_the_same_whatever_the_global_state():
 
 def test_seeded_transform_draws_once_for_all_bands():
     image = smooth(np.random.default_rng(0), 40, 30)
-    crop = Seeded(T.RandomResizedCrop(16))
+    crop = SeededTransform(T.RandomResizedCrop(16))
     one, bands = crop([image], generator(0, CROP)), crop(image.split(), generator(0, CROP))
     assert np.array_equal(one, bands)
     memory = np.zeros((16, 16, 3), np.uint8)

@@ -8,12 +8,13 @@ import torch
 from conftest import CPU, PRETRAIN, call, one_rank, pretrain
 
 import main_pretrain
-from engine_pretrain import build_model, pretrain_loss
-from models import ENCODERS
-from util.checkpoint import Progress
-from util.classify import Probe
-from util.data import Normalize, Samples, TrainOrder
-from util.train import Feed, Meter, peak_tflops, step_flops
+from engine_pretrain import pretrain_loss
+from models import ENCODERS, build_model
+from util.checkpoint.resume import Progress
+from util.data.batches import DevicePrefetcher, Samples, TrainSampler
+from util.data.transforms import Normalize
+from util.evaluate.probes import Probe
+from util.meters import Meter, peak_tflops, step_flops
 
 
 def products(tokens: int, dim: int, depth: int) -> int:
@@ -25,7 +26,7 @@ def products(tokens: int, dim: int, depth: int) -> int:
 def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     words = [*PRETRAIN, "--input_size", "64", *flags.split(), "--data_path", "x"]
     args = main_pretrain.get_parser().parse_args(words)
-    model = build_model(args, ENCODERS)
+    model = build_model(args)
     batch = {"images": torch.zeros(3, 64, 64, 3, dtype=torch.uint8), "noise": torch.rand(3, 64)}
     forward = products(17, 192, 12) + 2 * 16 * 192 * 192  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
     forward += products(65, 32, 1) + 2 * 17 * 192 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
@@ -63,7 +64,7 @@ def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monk
 
 def test_the_log_says_which_share_of_the_peak_is_used(tmp_path):
     run = one_rank(tmp_path, size=2)
-    meter = Meter(run, Progress(0, 0), TrainOrder(16, run), Feed([], CPU), str)
+    meter = Meter(run, Progress(0, 0), TrainSampler(16, run), DevicePrefetcher([], CPU), str)
     run.log.flops, meter.peak = 2e9, 100
     assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
 
@@ -90,8 +91,8 @@ def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):
     run = one_rank(tmp_path)
     run.log.active = True
     for waited, warnings in ((0.05, 0), (0.2, 1)):
-        feed = Feed([], CPU)
-        meter = Meter(run, Progress(0, 0), TrainOrder(16, run), feed, str)
+        feed = DevicePrefetcher([], CPU)
+        meter = Meter(run, Progress(0, 0), TrainSampler(16, run), feed, str)
         meter.start -= 100
         feed.waited = 100 * waited
         meter.close(2)

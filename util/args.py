@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 METHOD = {
-    "lowpass_radius": None, "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
+    "lowpass_radius": "auto", "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
     "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "fuse_layers": None,
 }  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,6 +65,16 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
     return convert
 
 
+def auto_or(convert: Callable) -> Callable:
+    """Converter for argparse: the word auto, which `resolve_defaults` replaces, or what `convert` accepts."""
+
+    def convert_or_auto(text: str):
+        return text if text == "auto" else convert(text)
+
+    convert_or_auto.__name__ = convert.__name__
+    return convert_or_auto
+
+
 def picture(text: str) -> str:
     """Converter for argparse: the name of a picture to write."""
     if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -98,17 +108,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | 
     return group
 
 
-def encoder_options(args: argparse.Namespace) -> dict:
-    """What the model flags ask of an encoder's constructor."""
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    return {"img_size": args.input_size, "in_chans": args.in_chans, **patch}
-
-
 def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     """What PixMIM does with an encoder; `defaults` replace those of ViT-B."""
     group = parser.add_argument_group("method")
-    group.add_argument("--lowpass_radius", type=number(float, 0),
-                       help="cut-off of the target in frequency bins; 0 = raw pixels (MAE); unless given, 40 for 224 px")
+    group.add_argument("--lowpass_radius", type=auto_or(number(float, 0)),
+                       help="cut-off of the target in frequency bins; 0 = raw pixels (MAE); auto = 40 at 224 px, "
+                            "in proportion to the shorter side")
     group.add_argument("--lowpass", choices=["reference", "centered"],
                        help="the release's filter, half a bin off centre, or the zero-phase one")
     group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
@@ -227,6 +232,21 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
     return tuple(mean), tuple(std)
 
 
+def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Copy of the arguments in which no flag is "auto" or None for want of a value: radius, crop interpolation, mean, std.
+
+    Flags that the arguments lack stay absent. Runs that were begun before these were resolved hold None.
+    """
+    found = dict(vars(args))
+    if found.get("lowpass_radius", 0) in ("auto", None):
+        found["lowpass_radius"] = 40 * min(found["input_size"]) / 224
+    if found.get("crop_interpolation", "") in ("auto", None):
+        found["crop_interpolation"] = "bilinear" if found["crop"] == "src" else "bicubic"
+    if "mean" in found:
+        found["mean"], found["std"] = channel_statistics(found["in_chans"], found["mean"], found["std"])
+    return argparse.Namespace(**found)
+
+
 LOADER = re.compile(r"DataLoader (worker|timed out)")
 MEMORY = re.compile("out of memory|can't allocate memory")
 LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
@@ -248,7 +268,7 @@ def explained(error: RuntimeError | MemoryError) -> str | None:
 WRITER = "checkpoint"  # name of the thread that writes it
 
 
-def end_at_once() -> None:
+def exit_after_save() -> None:
     """Exit status 1 as soon as a checkpoint that is being written is whole: what binds lost ranks is not taken down."""
     for thread in threading.enumerate():
         if thread.name == WRITER:
@@ -258,7 +278,7 @@ def end_at_once() -> None:
     os._exit(1)
 
 
-def report_mistakes(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a main; what the user can mend ends it with one line and exit status 1, PIXMIM_DEBUG=1 shows where."""
     try:
         main()
@@ -273,4 +293,4 @@ def report_mistakes(main: Callable[[], None]) -> None:
         if not isinstance(error, RuntimeError | MemoryError):
             sys.exit(line)
         print(line, file=sys.stderr, flush=True)
-        end_at_once()
+        exit_after_save()

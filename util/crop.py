@@ -24,7 +24,7 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 
-def mirrored(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
+def reflected(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
     """(where, whence): how `side` lines from `start` on are filled from n lines that are mirrored at their edges."""
     before, after = max(-start, 0), max(start + side - n, 0)
     yield slice(before, side - after), slice(start + before, start + side - after)
@@ -43,8 +43,8 @@ def window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, padding: in
         int(draw * (n + 2 * padding - side + 1)) - padding for n, side, draw in zip(pixels.shape, size, u, strict=False)
     ]
     result = np.empty((*size, pixels.shape[2]), pixels.dtype) if out is None else out
-    columns = [*mirrored(starts[1], size[1], pixels.shape[1])]
-    for where, whence in mirrored(starts[0], size[0], pixels.shape[0]):
+    columns = [*reflected(starts[1], size[1], pixels.shape[1])]
+    for where, whence in reflected(starts[0], size[0], pixels.shape[0]):
         for across, from_across in columns:
             result[where, across] = pixels[whence, from_across]
     return result

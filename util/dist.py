@@ -23,7 +23,7 @@ class World(NamedTuple):
     control: Any = None  # group in which the ranks agree without their devices; None = the default one
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """True on the one rank that writes."""
         return self.rank == 0
 
@@ -42,13 +42,13 @@ class World(NamedTuple):
         torch_dist.all_gather_object(values, value)
         return values
 
-    def leave(self) -> None:
+    def close(self) -> None:
         if self.size > 1:
             with suppress(Exception):  # a peer that died first is no reason for a second message
                 torch_dist.destroy_process_group()
 
 
-class Agreement:
+class DelayedMax:
     """The largest of the numbers that the ranks name after a step; known after the next, so that nobody waits for it."""
 
     def __init__(self, world: World):
@@ -68,7 +68,7 @@ class Agreement:
         return int(before[1])
 
 
-def placement(environ=os.environ) -> tuple[int, int, int]:
+def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
     """(rank, size, local rank) from the variables of torchrun or of srun; (0, 1, 0) without either."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
@@ -99,7 +99,7 @@ def check_precision(amp: str, device: torch.device) -> None:
         raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp fp16 or off")
 
 
-def meeting_place(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
+def rendezvous_store(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
     """The store in which the ranks find each other.
 
     torchrun keeps one store over all restarts (pytorch issue 135712), where ranks that died have left their addresses: so
@@ -124,12 +124,12 @@ def meeting_place(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
     return torch_dist.PrefixStore(name, store)
 
 
-def join(device: str, amp: str, timeout_minutes: float = 30) -> World:
+def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     """Join the group that torchrun or Slurm describes, with NCCL on GPUs and gloo on CPUs.
 
     A rank that waits longer than `timeout_minutes` for another ends with an error.
     """
-    rank, size, local_rank = placement()
+    rank, size, local_rank = rank_from_env()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -152,7 +152,7 @@ def join(device: str, amp: str, timeout_minutes: float = 30) -> World:
         timeout = timedelta(minutes=timeout_minutes)
         torch_dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
-            store=meeting_place(rank, size, timeout),
+            store=rendezvous_store(rank, size, timeout),
             rank=rank,
             world_size=size,
             timeout=timeout,

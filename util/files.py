@@ -21,7 +21,7 @@ def sync_folder(folder: Path) -> None:
     os.close(opened)
 
 
-def write_whole(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
+def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
     """Put bytes, or what `fill(file)` writes, at `path`; the file before it stays until the new one is on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -42,7 +42,7 @@ def write_whole(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
     return path
 
 
-def link_whole(source: Path, path: Path) -> None:
+def link_atomic(source: Path, path: Path) -> None:
     """Give the bytes of a file that is never rewritten a second name; a copy where the file system has no links."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -51,10 +51,10 @@ def link_whole(source: Path, path: Path) -> None:
         os.replace(temporary, path)
     except OSError:
         with source.open("rb") as file:
-            write_whole(path, lambda copy: shutil.copyfileobj(file, copy))
+            write_atomic(path, lambda copy: shutil.copyfileobj(file, copy))
 
 
-def fingerprint(content: Any) -> str:
+def content_hash(content: Any) -> str:
     """SHA-256 of nested dicts, lists, tensors and plain values."""
     digest = hashlib.sha256()
 
@@ -73,9 +73,9 @@ def fingerprint(content: Any) -> str:
     return digest.hexdigest()
 
 
-def is_what_was_written(content: dict) -> bool:
+def checksum_matches(content: dict) -> bool:
     """Take the sha256 out of a checkpoint of ours; False if the rest is not what it was made of."""
-    return content.pop("sha256", None) == fingerprint(content)
+    return content.pop("sha256", None) == content_hash(content)
 
 
 def check_zip(path: Path) -> None:

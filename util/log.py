@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from util.files import write_whole
+from util.files import write_atomic
 
 
 class Log:
@@ -27,7 +27,7 @@ class Log:
         self.board: Any = None  # SummaryWriter
         self.flops: float | None = None  # of an image, as soon as there is one
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for a person."""
         if self.active:
             with suppress(OSError):  # stdout may lie on a full disk
@@ -47,7 +47,7 @@ class Log:
         kept = [record for record in map(parsed, lines) if record and record["epoch"] <= epoch]
         self.evaluated = [record for record in kept if record["epoch"] == epoch and "step" not in record]
         if lines:
-            write_whole(self.path, "".join(map(line, kept)).encode())
+            write_atomic(self.path, "".join(map(line, kept)).encode())
         step = round(epoch * 1000)
         self.open_board(step)
         for record in kept:
@@ -74,7 +74,7 @@ class Log:
                 file.write(self.waiting)
             self.waiting = ""
         except OSError as error:
-            self.say(f"warning: {self.path}: {error.strerror}; what is logged waits for room")
+            self.info(f"warning: {self.path}: {error.strerror}; what is logged waits for room")
             with suppress(OSError):
                 os.truncate(self.path, before)
 
@@ -121,7 +121,7 @@ class Log:
         )
         if not sys.stdout.isatty():
             left = timedelta(seconds=round(seconds_left))
-            self.say(f"epoch {record['epoch']:.2f}  step {step}/{total}  {facts}  {left} left")
+            self.info(f"epoch {record['epoch']:.2f}  step {step}/{total}  {facts}  {left} left")
             return
         if self.bar is None:
             self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)

@@ -14,7 +14,7 @@ def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.rand
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, epoch, index]))
 
 
-class Draws:
+class SampleRng:
     """Generators of a stream, one after the other: to set a Philox anew takes an eighth of the time of making one."""
 
     def __init__(self, seed: int, stream: int):
@@ -46,7 +46,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class Seeded:
+class SeededTransform:
     """torchvision and timm transforms as a function of (bands, generator): PIL images -> uint8 (H, W, C).
 
     Every band is transformed with the same draws. `out` is memory for the result.

@@ -15,7 +15,7 @@ import timm
 import torch
 import torchvision
 
-from util.dist import World, cpu_has_bf16, join
+from util.dist import World, cpu_has_bf16, init_world
 from util.log import Log
 from util.lr_sched import warmup_cosine
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     def close(self) -> None:
         """End of a run that went well."""
         self.log.close()
-        self.world.leave()
+        self.world.close()
 
 
 def peak_lr(blr: float, batch: int) -> float:
@@ -45,7 +45,7 @@ def peak_lr(blr: float, batch: int) -> float:
     return blr * batch / 256
 
 
-def plain(args: Namespace) -> dict:
+def args_to_dict(args: Namespace) -> dict:
     """Arguments as JSON and a safe checkpoint know them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
@@ -74,7 +74,7 @@ def digest(path: str | None) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def split_batch(args: Namespace, ranks: int) -> None:
+def split_effective_batch(args: Namespace, ranks: int) -> None:
     """Set --batch_size and --accum_iter so that a step has --effective_batch images on this number of ranks."""
     each, rest = divmod(args.effective_batch, ranks)
     if rest:
@@ -95,7 +95,7 @@ def jobs() -> dict[str, str]:
     return found
 
 
-def goes_on(folder: Path) -> bool:
+def is_restart(folder: Path) -> bool:
     """True where this command was started again and has begun the run in the folder before."""
     try:
         written = json.loads((folder / "config.json").read_text())["jobs"]
@@ -109,33 +109,33 @@ def goes_on(folder: Path) -> bool:
 
 def start(args: Namespace) -> Run:
     """Join the ranks, see that OUTPUT_DIR can be written, seed the initial values."""
-    world = join(args.device, args.amp, args.timeout_minutes)
+    world = init_world(args.device, args.amp, args.timeout_minutes)
     if args.effective_batch:
-        split_batch(args, world.size)
+        split_effective_batch(args, world.size)
     folder = Path(args.output_dir)
-    if world.gather(world.leads and goes_on(folder))[0]:
+    if world.gather(world.is_main and is_restart(folder))[0]:
         args.resume = "auto"  # whatever the command says: it began this run
     batch = args.batch_size * args.accum_iter * world.size
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
     origin = digest(getattr(args, "checkpoint", None))
-    run = Run(args, world, Log(folder, world.leads), folder, batch, peak_lr(blr, batch), origin)
+    run = Run(args, world, Log(folder, world.is_main), folder, batch, peak_lr(blr, batch), origin)
     if args.min_lr > run.lr:
         raise ValueError(
             f"--min_lr {args.min_lr:g} is above the peak learning rate, {run.lr:.3g} (--blr x batch / 256)"
         )
-    if world.leads:
+    if world.is_main:
         prepare(run)
     world.gather(None)  # nobody looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
-        run.log.say(
+        run.log.info(
             "warning: this processor is not known to have bfloat16 instructions; without them --amp off is faster"
         )
     if args.warmup_epochs >= args.epochs:
-        run.log.say(
+        run.log.info(
             f"warning: --warmup_epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate never falls"
         )
-    run.log.say(
+    run.log.info(
         f"{world.size} x {world.device}, {batch} samples a step, peak learning rate {run.lr:.3g}, output in {folder}"
     )
     return run
@@ -158,7 +158,7 @@ def configuration(run: Run) -> dict:
     """What config.json tells."""
     args = run.args
     return {
-        "args": plain(args),
+        "args": args_to_dict(args),
         "command": [Path(sys.executable).name, *sys.argv],
         "world_size": run.world.size,
         "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else "cpu",

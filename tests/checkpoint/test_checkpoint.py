@@ -1,0 +1,176 @@
+"""Checkpoints: whole or not at all, readable by others, and never resumed as something else."""
+
+import os
+import re
+import resource
+import shutil
+
+import pytest
+import torch
+from conftest import assert_same, ended, one_rank, pretrain, records, spawn, weights
+from reference.make import read as reference
+
+from util.checkpoint.resume import candidates
+from util.checkpoint.state import read_checkpoint, store_checkpoint, write_checkpoint
+
+KILLED = """
+import io, os, signal, sys
+from pathlib import Path
+import torch
+
+real = torch.save
+def half(content, file):
+    buffer = io.BytesIO()
+    real(content, buffer)
+    file.write(buffer.getvalue()[: buffer.tell() // 2])
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def killed(*names):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[1] == "torch.save":
+    torch.save = half
+else:
+    at, replace, calls = int(sys.argv[2]), os.replace, []
+    os.replace = lambda *names: killed() if len(calls) == at else calls.append(replace(*names))
+store_checkpoint(Path(sys.argv[-1]), {"model": torch.ones(100_000)}, "epoch-0009.pth")
+"""
+
+
+@pytest.fixture
+def run(pretrained, tmp_path):
+    """A copy of the finished run; epoch-NNNN.pth are linked, for they are replaced, never rewritten."""
+
+    def copy(source: str, target: str) -> None:
+        (os.link if "epoch-" in source else shutil.copy)(source, target)
+
+    yield shutil.copytree(pretrained, tmp_path / "run", copy_function=copy)
+    shutil.rmtree(tmp_path / "run")
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("where", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
+def test_a_save_that_is_killed_anywhere_leaves_a_whole_file_to_go_on_from(where, run):
+    before = read_checkpoint(run / "last.pth")
+    status, _, err = ended(spawn("-c", KILLED, *where.split(), run))
+    if (
+        where == "os.replace 4"
+    ):  # there are four: into place, the kept name, the old to previous.pth, the new to last.pth
+        assert status == 0, err
+    else:
+        assert status == -9, err
+    first = candidates(one_rank(run, resume="auto"))[0]
+    if where != "os.replace 4":
+        assert_same(read_checkpoint(first), before)
+    store_checkpoint(run, {"batch": 3}, None)  # what the dead process left is in nobody's way
+    assert read_checkpoint(run / "last.pth")["batch"] == 3
+    assert {path.name for path in run.glob(".*")} <= {".lock", ".new.pth", ".epoch-0009.pth.tmp"}
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(run):
+    before, limits = read_checkpoint(run / "last.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last\.pth cannot be written .* the file before it is untouched"):
+            write_checkpoint(run / "last.pth", {"model": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same(read_checkpoint(run / "last.pth"), before)
+    assert not list(run.glob(".*.tmp"))
+
+
+def numbered(names) -> set[str]:
+    """Names of tensors with N for the number of a block."""
+    return {re.sub(r"(?<=blocks\.)\d+", "N", name) for name in names}
+
+
+def test_last_pth_holds_tensors_under_the_names_of_mae_and_everything_needed_to_go_on(pretrained):
+    content = weights(pretrained)  # read with weights_only
+    assert numbered(content["model"]) == numbered(reference("mae")["checkpoint"]["model"])
+    assert len(content["model"]) == 4 + 5 * 2 + 13 * 12  # tokens and positions; embeddings, norms, head; blocks
+    assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # but for its evaluation
+    assert content["batch"] == 8
+    assert content["args"]["input_size"] == [16, 16]
+    assert {"optimizer", "scaler", "format"} <= content.keys()
+
+
+def test_an_epoch_is_kept_every_save_every_and_at_the_end(pretrained, photos, tmp_path):
+    assert sorted(path.name for path in pretrained.glob("epoch-*")) == ["epoch-0001.pth", "epoch-0002.pth"]
+    assert torch.load(pretrained / "epoch-0001.pth", weights_only=True)["progress"]["epoch"] == 0
+    assert_same(torch.load(pretrained / "epoch-0002.pth", weights_only=True), weights(pretrained))
+    other = pretrain(photos, tmp_path / "run", "--epochs", 3, "--save_every", 2)
+    assert sorted(path.name for path in other.glob("epoch-*")) == ["epoch-0002.pth", "epoch-0003.pth"]
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--mask_ratio", 0.5, "was trained with --mask_ratio 0.75, not 0.5"),
+        ("--seed", 1, "was trained with --seed 0, not 1"),
+        ("--epochs", 3, "was trained with --epochs 2, not 3"),
+        ("--crop", "rrc", "was trained with --crop src, not rrc"),
+        ("--input_size", 24, r"was trained with --input_size \[16, 16\], not \[24, 24\]"),
+        ("--batch_size", 4, r"was trained with 8 samples a step, not 4 \(--batch_size x --accum_iter x ranks\)"),
+    ],
+)
+def test_another_run_is_refused_by_the_name_of_its_flag(flag, value, message, run, photos):
+    with pytest.raises(ValueError, match=message):
+        pretrain(photos, run, flag, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("more", "16 images, --data_path .* has 17 now"), ("other", "other names")]
+)
+def test_other_images_are_refused(change, message, run, photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "data")
+    pretrain(data, run)  # a folder may move
+    image = data / "train" / "ant" / "1.png"
+    (shutil.copy if change == "more" else shutil.move)(image, image.with_name("7.png"))
+    with pytest.raises(ValueError, match=f"last.pth was trained on .*{message}"):
+        pretrain(data, run)
+
+
+def test_the_same_batch_in_smaller_parts_is_the_same_run(run, photos):
+    pretrain(photos, run, "--batch_size", 4, "--accum_iter", 2, "--log_every", 5)
+
+
+def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tmp_path):
+    whole = (run / "last.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "foreign.pth")
+    for name in ("half", "foreign"):
+        with pytest.raises(
+            ValueError, match=rf"--resume .*: damaged or foreign in {tmp_path}: {name}\.pth; there is nothing else"
+        ):
+            pretrain(photos, run, "--resume", tmp_path / f"{name}.pth")
+    with pytest.raises(FileNotFoundError, match=r"--resume .*nowhere\.pth: there is no such file"):
+        pretrain(photos, run, "--resume", tmp_path / "nowhere.pth")
+
+
+def test_a_run_goes_on_from_the_file_that_is_named(run, photos, pretrained):
+    (run / "last.pth").unlink()
+    pretrain(photos, run, "--resume", run / "epoch-0001.pth", "--image_every", 0)
+    assert_same(weights(run)["model"], weights(pretrained)["model"])
+    assert [x["step"] for x in records(run)] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_started_again_trains_nothing(run, photos):
+    before = [(run / name).read_bytes() for name in ("last.pth", "log.jsonl")]
+    pretrain(photos, run, "--save_every", 1, "--image_every", 1)
+    assert before == [(run / name).read_bytes() for name in ("last.pth", "log.jsonl")]
+
+
+def test_resume_none_asks_for_overwrite_and_then_begins_anew(run, photos):
+    with pytest.raises(ValueError, match=f"--resume none: {run} holds a run; .* or add --overwrite"):
+        pretrain(photos, run, "--resume", "none", "--seed", 1)
+    assert weights(run)["args"]["seed"] == 0
+    pretrain(photos, run, "--resume", "none", "--overwrite", "--seed", 1, "--epochs", 1)
+    assert weights(run)["args"]["seed"] == 1
+    assert [x["step"] for x in records(run)] == [1, 2]
+    assert sorted(path.name for path in run.glob("epoch-*")) == ["epoch-0001.pth"]

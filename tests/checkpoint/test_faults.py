@@ -1,0 +1,195 @@
+"""What disks, files and processes do to a run: one line that names them, or another image in their place."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PRETRAIN, assert_same_run, ended, pretrain, smooth, spawn, weights
+from PIL import Image
+
+from util.args import explained
+from util.cache import build
+from util.cache import get_parser as cache_parser
+from util.crop import resize_to_cover
+from util.data.batches import init_worker
+from util.data.cache import Cache
+from util.data.decode import read_image
+
+ONE_EPOCH = ["--epochs", "1", "--batch_size", "4", "--warmup_epochs", "0", "--image_every", "0"]
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """12 good images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        smooth(rng, 30 + i, 25).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def header(width: int, height: int) -> bytes:
+    """A bitmap that says it has this size."""
+    start = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+    size = (
+        width.to_bytes(4, "little")
+        + height.to_bytes(4, "little")
+        + (1).to_bytes(2, "little")
+        + (24).to_bytes(2, "little")
+    )
+    return start + size + bytes(24)
+
+
+WICKED = {
+    "truncated": lambda path: path.write_bytes((path.parent / "00.png").read_bytes()[:200]),
+    "empty": lambda path: path.write_bytes(b""),
+    "of another kind": lambda path: path.write_text("no image"),
+    "a bomb": lambda path: path.write_bytes(header(50_000, 50_000)),
+    "without pixels": lambda path: path.write_bytes(header(0, 10)),
+    "a line": lambda path: Image.new("RGB", (200_000, 1)).save(path, "PNG"),
+    "a link to nowhere": lambda path: path.symlink_to("/nowhere/x.jpg"),
+    "a loop of links": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", WICKED)
+def test_a_wicked_file_stops_the_run_by_its_name_or_is_replaced(kind, images, tmp_path):
+    WICKED[kind](images / "x.jpg")
+    words = ONE_EPOCH + {
+        "a pipe": ["--timeout_minutes", 0.005],
+        "a line": ["--input_size", 64, "--patch_size", 16],  # it would be resized to 800 megapixels
+    }.get(kind, [])
+    with pytest.raises(
+        ValueError, match=r"x\.jpg cannot be read: .+; mend or remove it; training can --on_bad_image skip"
+    ):
+        pretrain(images, tmp_path / "run", *words)
+    if kind == "a pipe":  # as a disk that does not answer: the images behind it would not come either
+        with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer"):
+            pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
+        return
+    pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
+    assert "x.jpg" in (tmp_path / "run" / "bad_images.txt").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_disk_that_does_not_answer_is_named_from_a_loader_process_too(images, tmp_path):
+    os.mkfifo(images / "x.jpg")
+    with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer \(--timeout_minutes\)"):
+        pretrain(images, tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
+
+
+def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch):
+    build(
+        cache_parser().parse_args(
+            ["build", "--data_path", str(images), "--out", str(tmp_path / "c"), "--input_size", "16"]
+        )
+    )
+    asleep = threading.Event()
+    read = Cache.read
+
+    def slow(self, i, in_chans):
+        if threading.current_thread() is not threading.main_thread():
+            asleep.wait(40)
+        return read(self, i, in_chans)
+
+    monkeypatch.setattr(Cache, "read", slow)
+    try:
+        began = time.monotonic()
+        with pytest.raises(RuntimeError) as error:
+            pretrain(tmp_path / "c", tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
+        assert time.monotonic() - began < 20
+        assert "a loader process ended or did not answer: DataLoader timed out after 1 s" in explained(error.value)
+    finally:
+        asleep.set()
+
+
+def test_large_photographs_are_read_without_a_warning(tmp_path):
+    Image.new("L", (12_000, 9_000)).save(tmp_path / "large.png")  # 108 megapixels
+    (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # here warnings are errors
+    assert image.size == (12_000, 9_000)
+
+
+def test_a_line_of_pixels_does_not_become_gigabytes():
+    assert resize_to_cover(Image.new("L", (30_000, 3)), (8, 8)).size == (80_000, 8)
+    with pytest.raises(ValueError, match=r"is 100000 x 1 and would be 22400000 x 224 to cover \(224, 224\): too long"):
+        resize_to_cover(Image.new("L", (100_000, 1)), (224, 224))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("parent", ["alive", "killed"])
+def test_a_loader_process_does_not_outlive_who_was_killed_while_it_was_made(parent):
+    loader = multiprocessing.get_context("fork").Process(
+        target=init_worker, args=(os.getpid() if parent == "alive" else 1, 0)
+    )
+    loader.start()
+    loader.join(60)
+    assert loader.exitcode == (parent == "killed")
+
+
+KILLER = """
+import os, signal, sys
+import main_pretrain
+from util.args import run_main
+from util.data.batches import Samples
+from torch.utils.data import get_worker_info
+
+real = Samples.__getitems__
+def killed(self, keys):
+    if get_worker_info() and keys[0][0] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, keys)
+Samples.__getitems__ = killed
+run_main(main_pretrain.main)
+"""
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_a_line_and_it_goes_on(photos, tmp_path):
+    words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--num_workers", 1, "--image_every", 0]
+    flags = [*words, "--data_path", photos, "--output_dir", tmp_path / "a"]
+    status, _, err = ended(spawn("-c", KILLER, *flags))
+    assert status == 1
+    assert "Traceback" not in err
+    assert "error: a loader process ended or did not answer: DataLoader worker (pid" in err
+    assert "fewer --num_workers need less memory, the same command goes on" in err
+    assert weights(tmp_path / "a")["progress"]["epoch"] == 0
+    for folder in ("a", "b"):
+        status, _, err = ended(
+            spawn("main_pretrain.py", *words, "--data_path", photos, "--output_dir", tmp_path / folder)
+        )
+        assert status == 0, err
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_signal_to_the_process_group_lets_the_step_finish(photos, tmp_path):
+    words = [
+        *PRETRAIN,
+        "--epochs",
+        500,
+        "--batch_size",
+        4,
+        "--num_workers",
+        2,
+        "--image_every",
+        0,
+        "--warmup_epochs",
+        1,
+    ]
+    script = "import os, runpy; os.setsid(); runpy.run_path('main_pretrain.py', run_name='__main__')"
+    process = spawn("-u", "-c", script, *words, "--data_path", photos, "--output_dir", tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch 2.0"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    status, out, err = ended(process)
+    assert status == 130, err
+    assert time.monotonic() - began < 30
+    assert "saved; the same command goes on" in out
+    assert "Traceback" not in err

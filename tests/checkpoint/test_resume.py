@@ -1,0 +1,711 @@
+"""Nothing is lost: runs that are killed, stopped, short of room or of ranks go on as if nothing had been."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import (
+    DEVICE,
+    PRETRAIN,
+    ROOT,
+    assert_same_run,
+    call,
+    ended,
+    interrupted,
+    next_second,
+    pretrain,
+    ranks,
+    records,
+    spawn,
+    weights,
+)
+from torch.testing import assert_close
+
+import main_linprobe
+import main_pretrain
+from util.checkpoint.resume import Progress
+from util.checkpoint.saver import Saver
+from util.checkpoint.state import read_checkpoint, store_checkpoint
+from util.checkpoint.writer import Writer
+from util.dist import World
+from util.files import write_atomic
+from util.log import Log
+from util.run import split_effective_batch
+
+# 8 steps an epoch, of 2 images; log lines and saves do not fall together; evaluations and pictures
+STEPS = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", "--warmup_epochs", "1", "--blr", "0.1"]
+ALL = [*STEPS, "--image_every", "1", "--knn_every", "1"]
+CLASSIFIER = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", *DEVICE]
+
+
+def classifier(name: str, photos, folder, pretrained, *words) -> None:
+    flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--output_dir", folder]
+    call(name, *CLASSIFIER, *flags, *words)
+
+
+@pytest.fixture(scope="module")
+def unbroken(photos, tmp_path_factory):
+    torch.set_num_threads(1)
+    return pretrain(photos, tmp_path_factory.mktemp("unbroken") / "run", *ALL)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "status"),  # of 14 steps that do not end an epoch
+    [*((step, signal.SIGTERM, 75) for step in (1, 5, 9, 14)), (5, signal.SIGUSR1, 75), (5, signal.SIGINT, 130)],
+)
+def test_a_signal_lets_the_step_finish_and_saves_it(
+    step, number, status, unbroken, photos, tmp_path, monkeypatch, capfd
+):
+    assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *ALL), number) == status
+    assert f"{number.name}: finishing the step, then saving; a second signal ends at once" in capfd.readouterr().err
+    progress = weights(tmp_path)["progress"]
+    assert progress["epoch"] * 7 + progress["step"] == step  # seven in an epoch ask whether to stop
+    assert len(progress["losses"]) == progress["step"] % 3
+    pretrain(photos, tmp_path, *ALL)
+    assert_same_run(unbroken, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("words", ["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc"])
+def test_every_kind_of_pre_training_goes_on_within_an_epoch(words, photos, tmp_path, monkeypatch):
+    def train(folder):
+        return pretrain(photos, tmp_path / folder, *STEPS, *words.split())
+
+    train("unbroken")
+    assert interrupted(monkeypatch, 5, lambda: train("broken")) == 75
+    train("broken")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("main_linprobe", "--warmup_epochs 0 --blr 0.1 3 --pool mean"),
+        ("main_finetune", "--warmup_epochs 1 --blr 0.003 --drop_path 0.3"),  # mixup, erasing, drop path, RandAugment
+    ],
+)
+def test_probing_and_fine_tuning_go_on_within_an_epoch(name, words, pretrained, photos, tmp_path, monkeypatch):
+    def train(folder):
+        classifier(name, photos, tmp_path / folder, pretrained, *words.split())
+
+    train("unbroken")
+    for step in (3, 5):  # of what is left
+        assert interrupted(monkeypatch, step, lambda: train("broken")) == 75
+    train("broken")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    one, other = (torch.load(tmp_path / f / "classifier.pth", weights_only=True) for f in ("unbroken", "broken"))
+    assert one["sha256"] != other["sha256"]  # the folder is another
+    assert all(torch.equal(value, other["model"][k]) for k, value in one["model"].items())
+
+
+def test_a_second_signal_ends_at_once(photos, tmp_path):
+    script = """
+import hashlib, os, signal, threading, main_pretrain
+from util.checkpoint.saver import Saver
+def after_step(self, progress):
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as in a collective, Python calls no handler for minutes
+Saver.after_step = after_step
+main_pretrain.main()
+"""
+    began = time.monotonic()
+    status, _, _ = ended(spawn("-c", script, *PRETRAIN, *STEPS, "--data_path", photos, "--output_dir", tmp_path))
+    assert status == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 50
+
+
+def test_a_run_of_one_step_an_epoch_stops_too(photos, tmp_path, monkeypatch):
+    words = ["--epochs", 4, "--batch_size", 16, "--warmup_epochs", 1]
+    reference, saves, real = pretrain(photos, tmp_path / "unbroken", *words), [], Saver.save
+
+    def save(self, *given):
+        saves.append(1)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, *given)
+
+    monkeypatch.setattr(Saver, "save", save)
+    with pytest.raises(SystemExit) as ending:
+        pretrain(photos, tmp_path / "broken", *words)
+    next_second()
+    assert ending.value.code == 75
+    assert weights(tmp_path / "broken")["progress"]["epoch"] == 1
+    pretrain(photos, tmp_path / "broken", *words)
+    assert_same_run(reference, tmp_path / "broken")
+
+
+def test_ranks_leave_together_when_all_is_written(photos, tmp_path, monkeypatch):
+    events, store, gather = [], store_checkpoint, World.gather
+
+    def slow(*given):
+        time.sleep(0.5)
+        store(*given)
+        events.append("stored")
+
+    monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", slow)
+    monkeypatch.setattr(World, "gather", lambda self, value: [events.append("met"), *gather(self, value)][1:])
+    assert interrupted(monkeypatch, 3, lambda: pretrain(photos, tmp_path, *STEPS)) == 75
+    assert events[-2:] == ["stored", "met"]
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+KILLED = """
+import os, signal, sys, time
+import main_pretrain
+from util.checkpoint.saver import Saver
+
+where, calls, real = sys.argv.pop(1), [], Saver.after_step
+def after_step(self, progress):
+    real(self, progress)
+    calls.append(1)
+    if where == str(len(calls)):
+        while not os.path.exists(self.run.folder / "last.pth"):  # the first save may take longer than the steps
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+def knn(*args, real=main_pretrain.knn):
+    calls.append("knn")
+    if where == "knn" and calls.count("knn") == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+Saver.after_step, main_pretrain.knn = after_step, knn
+main_pretrain.main()
+"""
+
+
+@pytest.mark.parametrize("where", ["6", "11", "knn"])
+def test_a_run_that_is_killed_is_the_unbroken_one_bit_for_bit(where, unbroken, photos, tmp_path):
+    flags = [*PRETRAIN, *ALL, "--image_every", 1, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path]
+    status, _, err = ended(spawn("-c", KILLED, where, *flags))
+    assert status == -9, err
+    next_second()
+    with (tmp_path / "log.jsonl").open("a") as log:  # as if it had been killed while it logged
+        log.write('{"epoch": 1.9, "loss": 9, "step": 15}\n{"epoch": 2.0, "lo')
+    said = call("main_pretrain", *flags)
+    assert any(re.match(rf"resumed from {tmp_path}/(last|previous)\.pth: epoch ", line) for line in said)
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_checkpoints_come_by_the_clock_and_steps_do_not_wait_for_the_disk(photos, tmp_path, monkeypatch):
+    stored, steps, real = [], [], store_checkpoint
+
+    def slow(folder, content, kept):
+        time.sleep(0.5)
+        real(folder, content, kept)
+        stored.append((content["progress"]["epoch"], content["progress"]["step"]))
+
+    after_step = Saver.after_step
+
+    def timed(self, progress):
+        began = time.perf_counter()
+        after_step(self, progress)
+        steps.append(time.perf_counter() - began)
+
+    monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", slow)
+    monkeypatch.setattr(Saver, "after_step", timed)
+    pretrain(photos, tmp_path, *STEPS, "--save_minutes", 0)
+    assert stored[0] == (0, 1)
+    assert stored[-1] == (1, 8)
+    assert 2 <= len(stored) < 16  # what came while the disk was busy waited for its turn
+    assert max(steps) < 0.4
+    stored.clear()
+    pretrain(photos, tmp_path / "hourly", *STEPS, "--save_minutes", 60)
+    assert {progress[1] for progress in stored} == {8}
+
+
+def test_epochs_that_are_kept_wait_for_a_slow_disk(tmp_path, monkeypatch):
+    store = store_checkpoint
+    monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *given: [time.sleep(0.2), store(*given)])
+    writer = Writer(tmp_path, print, 1)
+    for epoch in range(4):
+        writer.give({"epoch": epoch}, f"epoch-{epoch}.pth")
+        writer.give({"epoch": epoch, "step": 1}, None)
+    assert writer.stored(patient=lambda: True)
+    assert [read_checkpoint(tmp_path / f"epoch-{epoch}.pth")["epoch"] for epoch in range(4)] == [0, 1, 2, 3]
+    assert read_checkpoint(tmp_path / "last.pth")["step"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("damage", ["half", "zeros", "flip", "empty", "gone"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    damage, unbroken, photos, tmp_path, monkeypatch
+):
+    interrupted(monkeypatch, 5, lambda: pretrain(photos, tmp_path, *ALL, "--save_minutes", 0))
+    last = tmp_path / "last.pth"
+    content = bytearray(last.read_bytes())
+    if damage == "zeros":
+        content[-len(content) // 3 :] = bytes(len(content) // 3)
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    last.write_bytes({"half": content[: len(content) // 2], "empty": b""}.get(damage, content))
+    if damage == "gone":
+        last.unlink()  # killed between the two renames
+    said = call("main_pretrain", *PRETRAIN, *ALL, "--data_path", photos, "--output_dir", tmp_path)
+    named = any(line.startswith(f"warning: {last} is damaged or no checkpoint (") for line in said)
+    assert named == (damage != "gone")
+    assert any(line.startswith(f"resumed from {tmp_path}/previous.pth: epoch 1 of 2, ") for line in said)
+    assert (tmp_path / "last.pth.damaged").exists() == (damage != "gone")
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_run_of_the_older_format_goes_on(photos, tmp_path):
+    pretrain(photos, tmp_path / "a", *STEPS)
+    content = read_checkpoint(tmp_path / "a" / "epoch-0002.pth")
+    older = {key: content[key] for key in ("optimizer", "scaler", "batch", "origin", "args", "model")}
+    pretrain(photos, tmp_path / "b", *STEPS, "--epochs", 3, "--save_every", 1)
+    first = read_checkpoint(tmp_path / "b" / "epoch-0001.pth")
+    for name in ("last.pth", "previous.pth", "epoch-0002.pth", "epoch-0003.pth"):
+        (tmp_path / "b" / name).unlink()
+    older = {key: first[key] for key in older} | {"format": "pixmim-1", "progress": {"epoch": 1, "step": 0}}
+    reference = weights(pretrain(photos, tmp_path / "c", *STEPS, "--epochs", 3))["model"]
+    for name in ("save_minutes", "max_skipped", "timeout_minutes", "on_full_disk", "replay", "effective_batch"):
+        del older["args"][name]  # flags that there were not
+    torch.save(older, tmp_path / "b" / "last.pth")
+    pretrain(photos, tmp_path / "b", *STEPS, "--epochs", 3)
+    assert all(torch.equal(value, reference[name]) for name, value in weights(tmp_path / "b")["model"].items())
+
+
+# ------------------------------------------------------------------------------------------------------------ full disk
+
+
+@pytest.fixture
+def full_at(monkeypatch):
+    """Let stores from the n-th on fail until so many have."""
+
+    def fail(first: int, failures: int) -> list:
+        calls, real = [], write_atomic
+
+        def failing(path, fill):
+            calls.append(path)
+            if first <= len(calls) < first + failures:
+                raise OSError(f"{path} cannot be written (No space left on device); the file before it is untouched")
+            return real(path, fill)
+
+        monkeypatch.setattr("util.checkpoint.state.write_atomic", failing)
+        return calls
+
+    return fail
+
+
+def test_a_full_disk_is_warned_of_and_the_run_goes_on_until_there_is_room(
+    unbroken, photos, tmp_path, full_at, monkeypatch
+):
+    calls = full_at(first=3, failures=3)  # the first writes config.json
+    monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
+    said = call("main_pretrain", *PRETRAIN, *ALL, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path)
+    warnings = [line for line in said if "No space left" in line]
+    assert len(warnings) == 3
+    assert warnings[0].startswith(f"warning: {tmp_path}/.new.pth cannot be written (No space left on device)")
+    assert any(line.endswith("last.pth is written again") for line in said)
+    assert len(calls) > 6
+    assert_same_run(unbroken, tmp_path)
+
+
+def quick(real):
+    """Writer.__init__ with a short time between two tries."""
+    return lambda self, folder, say, retry: real(self, folder, say, 0.05)
+
+
+def test_lines_without_room_come_back_with_the_checkpoint_that_is_newer(tmp_path, monkeypatch):
+    log, real = Log(tmp_path, True), Log.write_waiting
+    log.scalars({"epoch": 0.5, "loss": 1.0})
+    monkeypatch.setattr(Log, "write_waiting", lambda self: None)
+    log.scalars({"epoch": 1.0, "loss": 2.0})
+    waiting = log.sync()
+    monkeypatch.setattr(Log, "write_waiting", real)
+    again = Log(tmp_path, True)
+    again.rewind(1.0, waiting)
+    again.rewind(1.0, waiting)  # they are there now, and come no second time
+    again.close()
+    assert records(tmp_path) == [{"epoch": 0.5, "loss": 1.0}, {"epoch": 1.0, "loss": 2.0}]
+
+
+def test_a_full_disk_ends_the_run_if_that_is_chosen(photos, tmp_path, full_at):
+    full_at(first=3, failures=1000)
+    message = r"new\.pth cannot be written \(No space left on device\).*the same command goes on \(--on_full_disk\)"
+    with pytest.raises(OSError, match=message):
+        pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0, "--on_full_disk", "stop")
+    assert read_checkpoint(tmp_path / "last.pth")["progress"]["step"] == 1
+
+
+def test_the_last_save_waits_for_room_until_it_is_told_not_to(photos, tmp_path, full_at, monkeypatch):
+    full_at(first=2, failures=1000)
+    monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
+    threading.Timer(8, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"No space left on device.*make room, the same command goes on"):
+        pretrain(photos, tmp_path, *STEPS, "--epochs", 1)
+    assert 7 < time.monotonic() - began < 30
+
+
+def test_a_run_on_a_disk_that_is_really_full_is_the_unbroken_one(unbroken, photos, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=280m", "none", disk], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        (disk / "big").write_bytes(bytes(200 * 2**20))  # a checkpoint has 65 MB
+        flags = [*PRETRAIN, *ALL, "--save_minutes", 0, "--data_path", photos, "--output_dir", disk / "run"]
+        process = spawn("-u", "main_pretrain.py", *flags)
+        said = []
+        for text in process.stdout:
+            said.append(text)
+            if "No space left on device" in text or "cannot be written" in text:
+                (disk / "big").unlink(missing_ok=True)
+        assert process.wait(120) == 0
+        assert any("cannot be written" in text for text in said)
+        assert_same_run(unbroken, disk / "run")
+    finally:
+        process.kill()
+        process.communicate()
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- numbers
+
+
+def poisoned(monkeypatch, steps, value=float("nan")) -> None:
+    """The loss of these steps (from 1, of training steps in this process) is not finite."""
+    made, calls = main_pretrain.pretrain_loss, []
+
+    def broken(normalize):
+        loss = made(normalize)
+
+        def bad(model, batch):
+            result = loss(model, batch)
+            if torch.is_grad_enabled():  # not while operations are counted
+                calls.append(1)
+                return result * value if len(calls) in steps else result
+            return result
+
+        return bad
+
+    monkeypatch.setattr(main_pretrain, "pretrain_loss", broken)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_and_its_samples_are_logged(value, photos, tmp_path, monkeypatch):
+    states, after_step = [], Saver.after_step
+
+    def watched(self, progress):
+        states.append(
+            [p.detach().clone() for p in self.model.parameters()]
+            + [self.optimizer.state_dict()["state"][0]["step"].clone()]
+        )
+        after_step(self, progress)
+
+    monkeypatch.setattr(Saver, "after_step", watched)
+    poisoned(monkeypatch, {3, 5}, value)
+    said = call("main_pretrain", *PRETRAIN, *STEPS, "--image_every", 0, "--data_path", photos, "--output_dir", tmp_path)
+    for before, after, same in ((1, 2, True), (3, 4, True), (0, 1, False), (2, 3, False)):  # counted from 0
+        assert all(torch.equal(x, y) for x, y in zip(states[before], states[after], strict=True)) == same
+    skipped = records(tmp_path, "skipped_step")
+    assert [x["skipped_step"] for x in skipped] == [3, 5]
+    source = main_pretrain.pretrain_source(main_pretrain.get_parser().parse_args(["--data_path", str(photos)]))
+    order = checkpoint_order(photos, tmp_path, len(source))
+    assert skipped[1]["samples"] == order.samples(0, 4).tolist()
+    (line,) = [line for line in said if line.startswith("warning: step 5: ")]
+    assert line.endswith("--replay 5 looks into it")
+    logged = records(tmp_path)
+    assert all(x["loss"] is not None and 0 < x["loss"] < 3 for x in logged)
+
+
+def checkpoint_order(photos, folder, count: int):
+    """The order of a run of STEPS."""
+    from conftest import one_rank
+
+    from util.data.batches import TrainSampler
+
+    return TrainSampler(count, one_rank(folder, batch_size=2))
+
+
+def test_too_many_in_a_row_end_the_run_with_the_last_good_state(photos, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {2, 4, 5, 6, 7})
+    message = (
+        rf"not finite up to step 6, more than --max_skipped 2 in a row; {tmp_path}/last\.pth holds the last good state; "
+        "--replay 4 looks into the first"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        pretrain(photos, tmp_path, *STEPS, "--max_skipped", 2, "--save_minutes", 0)
+    assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
+
+
+def test_skipped_steps_are_counted_across_log_lines_epochs_and_kills(photos, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {7, 8, 9})
+    assert interrupted(monkeypatch, 8, lambda: pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)) == 75
+    monkeypatch.undo()
+    progress = weights(tmp_path)["progress"]
+    assert (progress["epoch"], progress["step"], progress["skipped"]) == (1, 1, 2)
+    poisoned(monkeypatch, {1, 2})
+    with pytest.raises(FloatingPointError, match="not finite up to step 11, more than --max_skipped 4 in a row"):
+        pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)
+
+
+def test_a_gradient_alone_that_is_not_finite_is_skipped_too(photos, tmp_path, monkeypatch):
+    made = main_pretrain.pretrain_loss
+
+    def steep(normalize):
+        loss = made(normalize)
+        return lambda model, batch: loss(model, batch) + (0 * model.decoder.mask_token.sum()).sqrt()  # d sqrt(0) = inf
+
+    monkeypatch.setattr(main_pretrain, "pretrain_loss", steep)
+    with pytest.raises(
+        FloatingPointError, match="not finite up to step 2, more than --max_skipped 1 in a row; nothing is"
+    ):
+        pretrain(photos, tmp_path, *STEPS, "--max_skipped", 1)
+
+
+def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkeypatch):
+    pretrain(photos, tmp_path, *STEPS, "--save_every", 1)
+    before = (tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes()
+    words = [*PRETRAIN, *STEPS, "--image_every", 0, "--data_path", photos, "--output_dir", tmp_path]
+    with pytest.raises(SystemExit) as ending:
+        call("main_pretrain", *words, "--replay", 12)
+    assert ending.value.code == 0
+    replayed = torch.load(tmp_path / "replay-12.pth", weights_only=True)
+    assert replayed["batches"][0]["index"].tolist() == checkpoint_order(photos, tmp_path, 16).samples(1, 3).tolist()
+    assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
+    interrupted(monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS))  # 11 steps: one ended an epoch
+    assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
+    with pytest.raises(ValueError, match="--replay 17: the run has 16 steps"):
+        pretrain(photos, tmp_path, *STEPS, "--replay", 17)
+    with pytest.raises(ValueError, match=r"--replay 3: no checkpoint in .* is from before this step"):
+        pretrain(photos, tmp_path, *STEPS, "--replay", 3)
+
+
+def test_a_probe_keeps_its_weights_and_statistics_through_a_bad_step(pretrained, photos, tmp_path, monkeypatch):
+    states, after_step, made, calls = [], Saver.after_step, main_linprobe.probe_loss, []
+
+    def watched(self, progress):
+        states.append([value.clone() for name, value in self.model.state_dict().items() if "num_batches" not in name])
+        after_step(self, progress)
+
+    def broken(normalize):
+        loss = made(normalize)
+
+        def bad(model, batch):
+            calls.extend([1] * torch.is_grad_enabled())
+            return loss(model, batch | {"images": batch["images"] + 50}) * (math.nan if len(calls) == 2 else 1)
+
+        return bad
+
+    monkeypatch.setattr(Saver, "after_step", watched)
+    monkeypatch.setattr(main_linprobe, "probe_loss", broken)
+    words = ["--warmup_epochs", 0, "--blr", 1, "--pool", "mean"]
+    classifier("main_linprobe", photos, tmp_path, pretrained, *words)
+    first, second, third = ([torch.equal(x, y) for x, y in zip(a, b, strict=True)] for a, b in pairwise(states[:4]))
+    assert all(first)
+    assert not all(second)
+    assert not all(third)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ranks
+
+DIES = """
+import os, signal, sys
+import main_pretrain
+from util.args import run_main
+from util.checkpoint.saver import Saver
+
+calls, real = [], Saver.after_step
+def after_step(self, progress):
+    real(self, progress)
+    calls.append(1)
+    if len(calls) == 10 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.{})
+Saver.after_step = after_step
+run_main(main_pretrain.main)
+"""
+TWO = [
+    *PRETRAIN,
+    *STEPS,
+    "--effective_batch",
+    "2",
+    "--save_minutes",
+    "0",
+    "--timeout_minutes",
+    "0.1",
+    "--knn_every",
+    "1",
+]
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_line_and_both_go_on(photos, tmp_path):
+    flags = [*TWO, "--data_path", photos, "--output_dir"]
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "unbroken"):
+        assert status == 0, err
+    (zero, _, err), (one, _, _) = ranks(2, "-c", DIES.format("SIGKILL"), *flags, tmp_path / "broken")
+    assert (zero, one) == (1, -9), err
+    assert "Traceback" not in err
+    assert "another rank ended or did not answer" in err
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "broken"):
+        assert status == 0, err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    # and alone, with the same global batch
+    status, _, err = ended(spawn("main_pretrain.py", *flags, tmp_path / "alone"))
+    assert status == 0, err
+    losses = [[x["loss"] for x in records(tmp_path / f)] for f in ("unbroken", "alone")]
+    assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
+
+
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(photos, tmp_path):
+    flags = [*TWO, "--timeout_minutes", 0.2, "--data_path", photos, "--output_dir", tmp_path]
+    began = time.monotonic()
+    processes = [
+        spawn(
+            "-c",
+            DIES.format("SIGSTOP"),
+            *flags,
+            RANK=rank,
+            WORLD_SIZE=2,
+            LOCAL_RANK=rank,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=29671,
+        )
+        for rank in range(2)
+    ]
+    status, _, err = ended(processes[0])
+    os.kill(processes[1].pid, signal.SIGKILL)
+    processes[1].communicate()
+    assert status == 1
+    assert "Traceback" not in err
+    assert "another rank ended or did not answer within --timeout_minutes" in err
+    assert time.monotonic() - began < 90
+
+
+def test_torchrun_restarts_after_a_rank_was_killed_and_the_run_is_the_unbroken_one(photos, tmp_path):
+    flags = [*TWO, "--data_path", photos, "--output_dir"]
+    script = tmp_path / "dies.py"
+    once = 'if len(calls) == 10 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":'
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        + DIES.format("SIGKILL").replace('if len(calls) == 10 and os.environ["RANK"] == "1":', once)
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    # the command says --resume none: a restart must not take that for a new run
+    status, out, err = ended(spawn(*torchrun, script, *flags, tmp_path / "run", "--resume", "none", "--overwrite"))
+    assert status == 0, err
+    assert "resumed from" in out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "unbroken"):
+        assert status == 0, err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
+    flags = [*TWO, "--data_path", photos, "--output_dir", tmp_path]
+    ends = ranks(2, "-c", DIES.format("SIGUSR1"), *flags)
+    assert [status for status, _, _ in ends] == [75, 75], ends
+    progress = weights(tmp_path)["progress"]
+    assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # 10 of 7 an epoch, known a step later
+    assert f"stopped at step {progress['step']} of 8 of epoch 2, saved; the same command goes on" in ends[0][1]
+    (zero, said, err), (one, _, _) = ranks(2, "main_pretrain.py", *flags, "--replay", 14)
+    assert (zero, one) == (0, 0), err
+    for rank, name in enumerate(("replay-14.pth", "replay-14-rank1.pth")):
+        assert f"step 14, batch 1 of 1 on rank {rank}: 1 images, loss " in said
+        assert len(torch.load(tmp_path / name, weights_only=True)["batches"][0]["index"]) == 1
+
+
+def test_two_ranks_probe_on_with_the_statistics_of_each(pretrained, photos, tmp_path):
+    flags = [*CLASSIFIER, "--warmup_epochs", 0, "--blr", 1, "--pool", "mean", "--data_path", photos]
+    flags = ["main_linprobe", *flags, "--checkpoint", pretrained / "last.pth", "--output_dir"]
+    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "unbroken"):
+        assert status == 0, err
+    script = DIES.replace("main_pretrain", "main_linprobe").replace("== 10", "== 4").format("SIGTERM")
+    assert [status for status, _, _ in ranks(2, "-c", script, *flags[1:], tmp_path / "broken")] == [75, 75]
+    each = weights(tmp_path / "broken")["statistics"]
+    assert not torch.equal(each[0][0], each[1][0])
+    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "broken"):
+        assert status == 0, err
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_ranks_that_find_different_checkpoints_say_so(photos, tmp_path, monkeypatch):
+    pretrain(photos, tmp_path, *STEPS)
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, Progress(0, 3)])
+    with pytest.raises(
+        ValueError, match=f"--output_dir {tmp_path}: the ranks find different checkpoints; it must be a disk"
+    ):
+        pretrain(photos, tmp_path, *STEPS)
+
+
+@pytest.mark.parametrize(
+    ("effective", "ranks", "batch", "accum"),
+    [(4096, 8, 512, 1), (4096, 4, 512, 2), (4096, 1, 512, 8), (96, 1, 40, 3), (6, 2, 512, 1), (14, 2, 4, 7)],
+)
+def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, accum):
+    args = Namespace(
+        effective_batch=effective, batch_size={(96, 1): 40, (14, 2): 4}.get((effective, ranks), 512), accum_iter=1
+    )
+    split_effective_batch(args, ranks)
+    assert args.accum_iter == accum
+    assert args.batch_size * args.accum_iter * ranks == effective
+    assert args.batch_size <= batch
+
+
+def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="--effective_batch 4096 cannot be divided among 3 ranks"):
+        split_effective_batch(Namespace(effective_batch=4096, batch_size=512, accum_iter=1), 3)
+
+
+@pytest.mark.parametrize(
+    ("environ", "own"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_RUN_ID": "a"}, True),
+        ({"TORCHELASTIC_RUN_ID": "b"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "7"}, False),  # another command of the same allocation
+        ({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+    ],
+)
+def test_only_who_began_a_run_goes_on_with_it_whatever_resume_says(environ, own, photos, tmp_path, monkeypatch):
+    first, again = ["--epochs", 1, "--warmup_epochs", 0], ["--resume", "none", "--overwrite"]
+    with monkeypatch.context() as began:
+        began.setenv("TORCHELASTIC_RUN_ID", "a")
+        began.setenv("SLURM_JOB_ID", "7")
+        pretrain(photos, tmp_path, *first)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    words = [*PRETRAIN, *first, "--batch_size", 8, "--blr", 0.03, "--image_every", 0, "--data_path", photos, *again]
+    said = call("main_pretrain", *words, "--output_dir", tmp_path)
+    assert any(line.startswith("resumed from") for line in said) == own
+
+
+def test_a_start_from_a_named_file_is_what_a_restart_goes_on_from(photos, tmp_path, monkeypatch):
+    pretrain(photos, tmp_path, "--save_every", 1)
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain(photos, tmp_path, "--save_every", 1, "--resume", tmp_path / "epoch-0001.pth")
+    assert weights(tmp_path)["progress"]["epoch"] == 0
+
+
+def test_two_runs_do_not_write_into_one_folder(photos, tmp_path):
+    holder = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run is writing there"):
+            pretrain(photos, tmp_path, *STEPS)
+    finally:
+        process.kill()
+        process.communicate()
+    pretrain(photos, tmp_path, *STEPS)  # the lock ended with its holder

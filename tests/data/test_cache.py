@@ -1,0 +1,392 @@
+"""The packed cache: the same training inputs bit for bit, whatever kills its build; and what it refuses."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, PRETRAIN, assert_same, call, class_folders, ended, one_rank, pretrain, smooth, spawn, weights
+
+from util import cache
+from util.data.batches import DevicePrefetcher, train_loader
+from util.data.cache import Cache
+from util.data.folders import image_folder
+from util.data.sources import pretrain_source
+from util.data.transforms import pretrain_transform
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of workers
+BUILD = ["--workers", 1, "--shard_mib", 0.004]  # two images of 16 x 24 pixels in a shard
+
+
+def build(images: Path, out: Path, *words) -> list[str]:
+    return call("util.cache", "build", "--data_path", images, "--out", out, "--input_size", 16, 24, *BUILD, *words)
+
+
+@pytest.fixture(scope="module")
+def packed(photos, tmp_path_factory) -> Path:
+    """Cache of the photos. Copy it before you change it."""
+    out = tmp_path_factory.mktemp("packed") / "cache"
+    build(photos, out)
+    return out
+
+
+def epoch(source, tmp_path, epoch: int = 0, **flags) -> list[dict]:
+    """Every batch of an epoch."""
+    run = one_rank(tmp_path, batch_size=4, **flags)
+    crop = pretrain_transform("src", (16, 24), None)
+    loader = train_loader(run, source, crop, flip=True, noise_length=6)
+    loader.batch_sampler.start(epoch)
+    return list(DevicePrefetcher(loader, CPU, loader.batch_sampler.parts))
+
+
+# ------------------------------------------------------------------------------------------------------- equal batches
+
+
+@pytest.mark.parametrize("payload", ["raw", "zstd"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whole_epochs_are_those_of_the_images_bit_for_bit(payload, workers, photos, tmp_path):
+    build(photos, tmp_path / "cache", "--payload", payload)
+    for number in range(3):
+        online, packed = (
+            epoch(source, tmp_path, number, num_workers=workers)
+            for source in (image_folder(str(photos)), Cache(tmp_path / "cache"))
+        )
+        assert len(online) == 4
+        for a, b in zip(online, packed, strict=True):
+            b["label"].zero_()  # a folder that is read without classes has none
+            assert_same(a, b)
+
+
+def test_a_run_from_a_cache_is_the_run_from_the_images(pretrained, photos, tmp_path):
+    call("util.cache", "build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 16, *BUILD)
+    pretrain(tmp_path / "cache", tmp_path / "run", "--knn_every", 2, "--knn_path", photos)
+    assert_same(weights(pretrained)["model"], weights(tmp_path / "run")["model"])
+
+
+def test_labels_and_classes_are_those_of_the_folders(packed):
+    packed = Cache(packed)
+    assert packed.classes == ["ant", "bee", "cat"]
+    assert packed.labels.tolist() == [0] * 6 + [1] * 5 + [2] * 5
+
+
+def test_a_jpeg_cache_is_near_and_not_exact_and_smaller_payloads_are_smaller(photos, tmp_path):
+    sizes = {}
+    for payload in ("raw", "zstd", "jpeg"):
+        call("util.cache", "build", "--data_path", photos, "--out", tmp_path / payload, "--input_size", 96, "--workers", 1,
+             "--payload", payload)  # fmt: skip
+        sizes[payload] = sum(path.stat().st_size for path in (tmp_path / payload).glob("*.bin"))
+    assert sizes["raw"] > sizes["zstd"] > sizes["jpeg"]
+    for i in range(16):
+        exact, near = (Cache(tmp_path / payload).read(i, 3).astype(int) for payload in ("zstd", "jpeg"))
+        assert 0 < np.abs(exact - near).mean() < 2  # grey levels
+        assert np.array_equal(exact, Cache(tmp_path / "raw").read(i, 3))
+
+
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_grey_images_and_arrays_of_five_channels_are_kept(in_chans, tmp_path):
+    if in_chans == 1:
+        class_folders(tmp_path / "images", {"a": 4}, seed=0)
+    else:
+        (tmp_path / "images").mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(4):
+            np.save(tmp_path / "images" / f"{i}.npy", rng.integers(0, 256, (20 + i, 30, 5), np.uint8))
+    build(tmp_path / "images", tmp_path / "cache", "--in_chans", in_chans)
+    flags = {"in_chans": in_chans}
+    for a, b in zip(
+        *(epoch(s, tmp_path, **flags) for s in (image_folder(str(tmp_path / "images")), Cache(tmp_path / "cache"))),
+        strict=True,
+    ):
+        assert a["images"].shape == (4, 16, 24, in_chans)
+        assert torch.equal(a["images"], b["images"])
+
+
+def test_a_process_opens_it_for_itself_and_each_shard_once(packed):
+    first, second = Cache(packed), pickle.loads(pickle.dumps(Cache(packed)))
+    assert len(first.digests) == 8  # shards
+    for i in [*range(16), 0]:
+        assert np.array_equal(first.read(i, 3), second.read(i, 3))
+    assert len(first.files) == len(second.files) == 8
+
+
+def test_threads_share_its_files_and_not_its_buffer(packed):
+    alone, shared = Cache(packed), Cache(packed)
+    expected = [alone.read(i, 3).copy() for i in range(16)]
+
+    def read(turn: int) -> bool:
+        i = turn % 16
+        return np.array_equal(shared.read(i, 3), expected[i])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(2000)))
+
+
+def test_more_shards_than_files_may_be_opened_is_said(packed, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 100))
+    with pytest.raises(ValueError, match=r"8 shards are more than 100, the files .* \(ulimit -n\)"):
+        Cache(packed)
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 1000))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    assert len(Cache(packed)) == 16
+    assert limits == [(264, 1000)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the build
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_build_that_is_killed_goes_on_and_is_the_unbroken_one(packed, photos, tmp_path):
+    """SIGKILL whenever three more shards are there, somewhere in the next one."""
+    words = ["-m", "util.cache", "build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 16, 24]
+    slow = {"PYTHONPATH": tmp_path}  # so that the kill comes in time
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nreal = os.replace\n"
+        "def replace(a, b):\n    real(a, b)\n    time.sleep(0.4)\nos.replace = replace\n"
+    )
+    kills = 0
+    while not (tmp_path / "cache" / "manifest.json").exists():
+        before = {name: os.stat(tmp_path / "cache" / name).st_mtime_ns for name in done(tmp_path / "cache")}
+        process = spawn(*words, *BUILD, **slow)
+        deadline = time.monotonic() + 60
+        while len(done(tmp_path / "cache")) < len(before) + 3 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        assert before == {name: os.stat(tmp_path / "cache" / name).st_mtime_ns for name in before}
+    assert kills >= 2  # eight shards, three of them before each kill
+    for name, content in files(packed).items():
+        if not name.endswith(".npz"):  # zip files hold the time
+            assert files(tmp_path / "cache")[name] == content, name
+
+
+def done(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("shard-*.npz")]
+
+
+def test_building_again_writes_nothing_and_mends_a_damaged_shard(packed, tmp_path, photos):
+    out = shutil.copytree(packed, tmp_path / "cache")
+    whole = files(out)
+    build(photos, out)
+    assert files(out) == whole
+    (out / "shard-00002.bin").write_bytes(b"x")
+    build(photos, out)
+    assert files(out)["shard-00002.bin"] == whole["shard-00002.bin"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [(["--crop_interpolation", "bicubic"], "crop_interpolation"), (["--payload", "zstd"], "payload")],
+)
+def test_a_build_with_other_flags_is_refused(flags, key, packed, photos):
+    with pytest.raises(ValueError, match=rf"--out {packed} holds a cache with {key} .*, not .*; choose another"):
+        build(photos, packed, *flags)
+
+
+def test_a_build_over_other_images_or_other_files_is_refused(packed, tmp_path):
+    class_folders(tmp_path / "images", {"a": 3}, seed=0)
+    with pytest.raises(ValueError, match="holds a cache with images 16, not 3"):
+        build(tmp_path / "images", packed)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="taken is not empty; choose another folder"):
+        build(tmp_path / "images", tmp_path / "taken")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_a_shard_is_written(photos, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"--out .*: 0\.00 GiB are missing, 0\.00 GiB are free; choose another disk"):
+        build(photos, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_disk_that_fills_is_one_line_and_whole_shards_are_kept(packed, photos, tmp_path):
+    limit = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
+        "from util import args, cache; args.run_main(cache.main)"
+    )
+    words = ["build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 16, 24, *BUILD]
+    grown = ["--shard_mib", 0.007]  # five images of 1,152 to 1,500 bytes: one file size is too much for the limit
+    status, _, err = ended(spawn("-c", limit, *words, *grown))
+    assert status == 1, err
+    assert "cannot be written ([Errno 27]" in err
+    assert "run the same command again" in err
+    assert err.count("\n") == 1
+    build(photos, tmp_path / "cache", *grown)
+    assert len(Cache(tmp_path / "cache")) == 16
+
+
+def test_a_bad_image_ends_the_build_or_the_next_one_takes_its_place_as_in_training(tmp_path):
+    class_folders(tmp_path / "images", {"a": 5, "b": 4}, seed=0)
+    for name in ("a/0.JPG", "a/1.png", "b/3.JPG"):  # the first two, and the last
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a/0\.JPG cannot be read: .*--on_bad_image skip"):
+        build(tmp_path / "images", tmp_path / "cache")
+    lines = build(tmp_path / "images", tmp_path / "cache", "--on_bad_image", "skip")
+    assert [line.split(": ")[1].rpartition("/")[2] for line in lines if line.startswith("left out")] == [
+        "0.JPG",
+        "1.png",
+        "3.JPG",
+    ]
+    online, packed = (
+        epoch(source, tmp_path, on_bad_image="skip")
+        for source in (image_folder(str(tmp_path / "images")), Cache(tmp_path / "cache"))
+    )
+    for a, b in zip(online, packed, strict=True):
+        assert torch.equal(a["images"], b["images"])
+
+
+def test_a_folder_of_bad_images_is_refused(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of 1 images can be packed: cannot identify"):
+        build(tmp_path, tmp_path / "cache", "--on_bad_image", "skip")
+
+
+# --------------------------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--crop", "rrc"], "--crop rrc on the cache .*RandomResizedCrop resizes another part"),
+        (["--input_size", "32"], r"--input_size \[32, 32\]: the cache .* resized for \[16, 24\]"),
+        (["--crop_interpolation", "bicubic"], "--crop_interpolation bicubic: the cache .* resized for bilinear"),
+        (["--in_chans", "1", "--mean", "0", "--std", "1"], "--in_chans 1: the cache .* for 3"),
+        (["--knn_every", "1"], "is a cache, for pre-training alone"),
+    ],
+)
+def test_flags_that_ask_for_other_pixels_are_refused(flags, message, packed, tmp_path):
+    words = [*PRETRAIN, "--input_size", "16", "24", *flags, "--data_path", packed, "--output_dir", tmp_path]
+    with pytest.raises(ValueError, match=message):
+        call("main_pretrain", *words)
+
+
+def test_a_probe_of_a_cache_is_refused(packed, pretrained):
+    with pytest.raises(ValueError, match=r"kNN \(--knn_path\) and classifiers need images"):
+        call("main_knn", "--checkpoint", pretrained / "last.pth", "--data_path", packed, "--device", "cpu")
+
+
+def spoil(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+
+
+def manifest(folder: Path, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def far_index(folder: Path) -> None:
+    index = np.load(folder / "index.npy")
+    index["offset"][3] = 2**40
+    np.save(folder / "index.npy", index)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: spoil(f, "shard-00001.bin", b"x"), r"shard-00001\.bin has 1 bytes of \d+"),
+        (lambda f: (f / "shard-00004.bin").unlink(), r"shard-00004\.bin has no bytes of"),
+        (lambda f: spoil(f, "index.npy", b""), "damaged cache"),
+        (lambda f: spoil(f, "index.npy", (f / "index.npy").read_bytes()[:-30]), "damaged cache"),
+        (lambda f: np.save(f / "index.npy", np.array([Bomb()], object)), "damaged cache: .*Python objects"),
+        (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[:5]), "has .5,. entries"),
+        (far_index, r"index\.npy points beyond the shards"),
+        (lambda f: spoil(f, "manifest.json", b"{"), "damaged cache"),
+        (lambda f: manifest(f, format="pixmim-cache-9"), "its format is 'pixmim-cache-9', not 'pixmim-cache-1'"),
+        (lambda f: manifest(f, shards=[{"bytes": 0, "sha256": "", "name": "/etc/passwd"}]), r"shard-00000\.bin has"),
+    ],
+)
+def test_a_damaged_cache_is_named_and_nothing_in_it_is_executed(damage, message, packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(packed, tmp_path / "cache")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        Cache(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_verify_names_the_shard_in_which_a_bit_has_flipped(packed, tmp_path):
+    assert "16 images in 8 shards, all as they were written" in call("util.cache", "verify", packed)[-1]
+    folder = shutil.copytree(packed, tmp_path / "cache")
+    content = bytearray((folder / "shard-00003.bin").read_bytes())
+    content[100] ^= 1
+    spoil(folder, "shard-00003.bin", content)
+    with pytest.raises(ValueError, match=r"damaged: shard-00003\.bin; delete them and build again"):
+        call("util.cache", "verify", folder)
+
+
+def test_verify_names_an_index_that_points_elsewhere_within_the_shards(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "cache")
+    index = np.load(folder / "index.npy")
+    index["offset"][1] -= 1
+    np.save(folder / "index.npy", index)
+    with pytest.raises(ValueError, match=r"damaged: index\.npy; delete them"):
+        call("util.cache", "verify", folder)
+
+
+def test_an_image_far_wider_than_high_is_packed(tmp_path):
+    save = smooth(np.random.default_rng(0), 30, 20)
+    (tmp_path / "images").mkdir()
+    save.save(tmp_path / "images" / "a.png")
+    save.resize((9000, 2)).save(tmp_path / "images" / "b.png")  # 72,000 pixels wide at 16 px
+    build(tmp_path / "images", tmp_path / "cache")
+    assert Cache(tmp_path / "cache").read(1, 3).shape == (16, 72000, 3)
+
+
+def test_images_of_other_sizes_and_the_same_names_are_refused(tmp_path):
+    class_folders(tmp_path / "images", {"a": 4}, seed=0)
+    build(tmp_path / "images", tmp_path / "cache")
+    class_folders(tmp_path / "others", {"a": 4}, seed=1)
+    with pytest.raises(ValueError, match=r"holds a cache with files .*, not .*; choose another folder"):
+        build(tmp_path / "others", tmp_path / "cache")
+
+
+def test_what_an_image_cannot_be_packed_for_is_said(tmp_path, monkeypatch):
+    class_folders(tmp_path / "images", {"a": 2}, seed=0)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    words = ["--data_path", tmp_path / "images", "--out", tmp_path / "cache", "--payload", "zstd", "--workers", 1]
+    with pytest.raises(ValueError, match="can be packed: --payload zstd: `pip install zstandard` first"):
+        call("util.cache", "build", *words)
+
+
+def test_a_shard_that_vanishes_while_it_is_used_is_one_line(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "cache")
+    source = Cache(folder)
+    (folder / "shard-00002.bin").unlink()
+    with pytest.raises(ValueError, match=r"No such file or directory: .*shard-00002\.bin"):
+        epoch(source, tmp_path, num_workers=2)
+
+
+def test_a_folder_of_images_may_have_a_manifest_of_its_own(tmp_path):
+    class_folders(tmp_path, {"a": 2}, seed=0)
+    (tmp_path / "manifest.json").write_text('{"name": "my data"}')
+    assert not cache.is_cache(tmp_path)
+
+
+def test_data_path_recognises_a_cache_by_itself(packed, photos):
+    words = ["--data_path", str(packed), "--input_size", "16", "24"]
+    import main_pretrain
+
+    args = main_pretrain.get_parser().parse_args(words)
+    assert isinstance(pretrain_source(args), Cache)
+    assert not cache.is_cache(photos)

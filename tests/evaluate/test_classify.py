@@ -1,0 +1,447 @@
+"""What an encoder is worth: accuracies counted by hand, kNN, probes, fine-tuning, and every format of checkpoint."""
+
+import json
+import math
+import shutil
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import CPU, DEVICE, MODEL, assert_same, call, interrupted, one_rank, ranks, records, result, weights
+from timm.layers import resample_abs_pos_embed
+from torch.testing import assert_close
+
+import main_finetune
+from models_pixmim import ENCODERS, MaskedViT
+from util import convert
+from util.args import IMAGENET_MEAN, IMAGENET_STD
+from util.checkpoint.state import write_checkpoint
+from util.data.batches import DevicePrefetcher, Samples, eval_loader
+from util.data.sources import labelled_sources
+from util.data.transforms import Normalize, eval_transform
+from util.dist import World
+from util.evaluate.classifier import save_classifier
+from util.evaluate.encoder import features, pooling
+from util.evaluate.knn import extract_features, knn_votes
+from util.evaluate.probes import Probe
+from util.evaluate.scores import Score
+from util.formats.keys import rename, to_timm
+from util.formats.resize import resample_pos_embed
+from util.rng import seed_everything
+
+ALONE = World(0, 1, CPU)
+TIMM = {"img_size": 16, "patch_size": 8, "num_classes": 3}
+PROBE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "0", "--pool", "mean"]
+TUNE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.003"]
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+def counted(scores: np.ndarray, labels: list[int]) -> dict:
+    """Accuracies in percent, one sample after the other."""
+    top1, top5, losses = [], [], []
+    for row, label in zip(scores, labels, strict=True):
+        order = sorted(range(len(row)), key=lambda c, row=row: -row[c])
+        top1.append(order[0] == label)
+        top5.append(label in order[:5])
+        losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
+    by_class = [np.mean([hit for hit, x in zip(top1, labels, strict=True) if x == c]) for c in sorted(set(labels))]
+    means = {"acc1": top1, "acc5": top5, "mean_class_acc": by_class}
+    return {k: 100 * np.mean(v) for k, v in means.items()} | {"loss": np.mean(losses), "n": len(labels)}
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [(9, [0] * 20 + [1] * 3 + [8] * 2), (3, [0, 1, 2, 2, 2]), (2, [1, 1, 1])],
+    ids=["imbalanced, most classes absent", "fewer than five classes", "one class of two present"],
+)
+def test_scores_are_those_counted_by_hand(classes, labels):
+    scores = np.random.default_rng(0).normal(size=(len(labels), classes))
+    score = Score(classes, CPU)
+    for part in np.array_split(np.arange(len(labels)), 2):
+        score.add(torch.tensor(scores[part], dtype=torch.float32), torch.tensor(labels)[part])
+    assert score.result(ALONE) == pytest.approx(counted(scores, labels), abs=1e-3)  # rounded to 3 places
+    assert list(score.result(ALONE)) == ["acc1", "acc5", "mean_class_acc", "loss", "n"]
+
+
+def slow_knn(train, labels, query, classes: int, k: int, temperature: float) -> list[float]:
+    """Votes for one query, over NumPy."""
+    cosines = [float(np.dot(x, query) / np.linalg.norm(x) / np.linalg.norm(query)) for x in train]
+    votes = [0.0] * classes
+    for i in sorted(range(len(train)), key=lambda i: -cosines[i])[:k]:
+        votes[labels[i]] += math.exp(cosines[i] / temperature)
+    return votes
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_votes_are_those_of_a_loop_over_all_neighbours(k):
+    train, labels, queries = torch.randn(30, 8), torch.randint(0, 4, (30,)), torch.randn(6, 8)
+    votes = knn_votes(F.normalize(train), labels, F.normalize(queries), 4, k, 0.07)
+    for query, mine in zip(queries.numpy(), votes, strict=True):
+        slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
+        assert_close(mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6)  # ours are relative to the nearest
+
+
+# ------------------------------------------------------------------------------------------------------------------ kNN
+
+
+def knn(checkpoint, photos, *words) -> dict:
+    return result("main_knn", "--checkpoint", checkpoint, "--data_path", photos, *DEVICE, *words)
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_knn_of_a_checkpoint_is_that_of_its_features_one_by_one(pool, pretrained, photos):
+    encoder = MaskedViT(**TIMM | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3).eval()
+    encoder.load_state_dict(to_timm(weights(pretrained)["model"]))
+    args = Namespace(in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, timeout_minutes=1)
+    sets = []
+    for source in labelled_sources(str(photos)):
+        samples = Samples(source, eval_transform((16, 16)), args)
+        batch = next(iter(DevicePrefetcher([samples.__getitems__([(0, i) for i in range(len(samples))])], CPU)))
+        tokens = encoder.forward_features(Normalize(args, CPU)(batch)).detach().numpy()
+        sets.append((tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1), source.labels.tolist()))
+    (train, labels), (queries, truth) = sets
+    votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
+    expected = counted(votes, truth)
+    expected.pop("loss")  # votes are no logits
+    found = knn(pretrained / "last.pth", photos, "--pool", pool, "--k", 3, "--temperature", 0.5)
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert list(found) == list(expected)
+
+
+def test_a_rank_without_images_has_no_features_of_the_right_shape(photos):
+    args = one_rank(photos).args
+    encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8)
+    source = labelled_sources(str(photos))[1]
+    loader = eval_loader(args, World(9, 10, CPU), source, eval_transform((16, 16)))
+    features, labels = extract_features(args, ALONE, encoder, loader)
+    assert (features.shape, labels.shape) == ((0, 192), (0,))
+
+
+def test_an_untrained_encoder_is_the_control_and_needs_a_model(photos):
+    assert knn("none", photos, *MODEL)["n"] == 9
+    with pytest.raises(ValueError, match="--checkpoint none is an untrained encoder; say which with --model"):
+        knn("none", photos)
+
+
+FORMATS = {
+    "mae": lambda s: {"model": s, "args": Namespace(model="mae_vit_tiny_patch16", input_size=224), "epoch": 3},
+    "mm": lambda s: {"state_dict": {rename(k, "mae", "mm"): v for k, v in s.items()}, "meta": {"epoch": 3}},
+    "timm": to_timm,
+}
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_foreign_checkpoints_are_taken_as_they_are(source, pretrained, photos, tmp_path):
+    torch.save(FORMATS[source](weights(pretrained)["model"]), tmp_path / "foreign.pth")
+    assert knn(tmp_path / "foreign.pth", photos) == knn(pretrained / "last.pth", photos)
+
+
+@pytest.mark.parametrize("options", [{"target": "hf"}, {"target": "timm", "folder": True}])
+def test_folders_of_transformers_and_timm_are_taken_as_they_are(options, pretrained, photos, tmp_path):
+    convert.convert(pretrained / "last.pth", tmp_path / "x", **options)
+    ours = knn(pretrained / "last.pth", photos)
+    assert knn(tmp_path / "x", photos) == ours
+    assert knn(tmp_path / "x", photos, "--input_size", 32, 24) == knn(
+        pretrained / "last.pth", photos, "--input_size", 32, 24
+    )
+    said = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
+    assert result("main_linprobe", *said)["n"] == 9
+    assert weights(tmp_path / "probe")["args"]["checkpoint"] == str(tmp_path / "x" / "model.safetensors")
+
+
+def test_a_folder_that_is_not_square_or_has_other_heads_is_read_by_its_config(photos, tmp_path):
+    encoder = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=192, depth=12, num_heads=3)
+    torch.save(encoder.state_dict(), tmp_path / "x.pth")
+    convert.convert(tmp_path / "x.pth", tmp_path / "x", "timm", folder=True, input_size=(16, 24))
+    assert knn(tmp_path / "x", photos) == knn(tmp_path / "x.pth", photos, "--input_size", 16, 24)
+    assert knn(tmp_path / "x", photos, "--input_size", 24)["n"] == 9
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    config["model_args"]["num_heads"] = 6
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"--checkpoint .*/x has 6 attention heads, --model vit_tiny 3"):
+        knn(tmp_path / "x", photos)
+
+
+def test_another_input_size_resamples_the_position_embedding(pretrained, photos, tmp_path):
+    assert knn(pretrained / "last.pth", photos, "--input_size", 32, 24)["n"] == 9
+    same, other = (
+        result(
+            "main_linprobe", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE, *PROBE,
+            "--input_size", size, "--output_dir", tmp_path / str(size),
+        )
+        for size in (16, 32)
+    )  # fmt: skip
+    assert same["n"] == other["n"] == 9
+    embeds = [
+        torch.load(tmp_path / f"{size}" / "classifier.pth", weights_only=True)["model"]["pos_embed"]
+        for size in (16, 32)
+    ]
+    small, large = (x[0, 1:].unflatten(0, (n, n)).permute(2, 0, 1)[None] for x, n in zip(embeds, (2, 4), strict=True))
+    assert_close(large, F.interpolate(small, (4, 4), mode="bicubic", align_corners=False), rtol=1e-5, atol=1e-5)
+    assert torch.equal(embeds[0][:, 0], embeds[1][:, 0])  # the class token has no place
+
+
+@pytest.mark.parametrize("grids", [((4, 4), (6, 6)), ((2, 6), (5, 3)), ((3, 5), (4, 4))])
+def test_resampling_is_that_of_timm(grids):
+    old, new = grids
+    embed = torch.randn(1, 1 + old[0] * old[1], 8)
+    theirs = resample_abs_pos_embed(embed, [*new], [*old], num_prefix_tokens=1, antialias=False)
+    assert_close(resample_pos_embed(embed, old, new, 1), theirs, rtol=0, atol=1e-6)
+
+
+def test_resampling_to_a_square_of_as_many_patches_is_done():
+    embed = torch.arange(16.0).view(1, 16, 1)
+    assert not torch.equal(resample_pos_embed(embed, (2, 8), (4, 4), 0), embed)
+
+
+def test_a_foreign_checkpoint_that_is_no_square_asks_for_its_size(photos, tmp_path):
+    state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=192, depth=12, num_heads=3).state_dict()
+    torch.save({"model": state}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches are no square; give --input_size H W"):
+        knn(tmp_path / "foreign.pth", photos)
+    assert knn(tmp_path / "foreign.pth", photos, "--input_size", 16, 24)["n"] == 9
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_list(pretrained, photos):
+    with pytest.raises(
+        ValueError, match=r"last\.pth, a vit, does not fit --model vit_small: of another shape: blocks\.0"
+    ):
+        knn(pretrained / "last.pth", photos, "--model", "vit_small")
+
+
+def test_eval_of_a_pre_trained_checkpoint_says_that_there_is_no_classifier(pretrained, photos, tmp_path):
+    for main in ("main_linprobe", "main_finetune"):
+        with pytest.raises(ValueError, match=r"last\.pth has no classifier; train one, or use main_knn\.py"):
+            result(main, "--eval", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------------------------- probes
+
+
+def probe(folder, photos, checkpoint, *words) -> dict:
+    flags = [*DEVICE, *PROBE, "--checkpoint", checkpoint, "--data_path", photos, "--output_dir", folder]
+    return result("main_linprobe", *flags, *words)
+
+
+@pytest.fixture(scope="module")
+def probed(pretrained, photos, tmp_path_factory):
+    """(folder, result) of a probe with three learning rates."""
+    folder = tmp_path_factory.mktemp("probe")
+    return folder, probe(folder, photos, pretrained / "last.pth", "--blr", 0.1, 3, 30)
+
+
+def test_a_probe_changes_its_heads_and_statistics_alone(probed, pretrained):
+    after, before = weights(probed[0])["model"], weights(pretrained)["model"]
+    fresh = {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
+    fresh |= {f"heads.{i}.{x}" for i in range(3) for x in ("weight", "bias")}
+    assert after.keys() - fresh == to_timm(before).keys()
+    for name in after.keys() - fresh:
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["heads.0.weight"], after["heads.2.weight"])  # they began equal
+    assert after["bn.num_batches_tracked"] == 2 * 2
+    assert after["heads.1.bias"].norm() > 0
+
+
+def test_each_of_several_learning_rates_learns_as_if_it_were_alone(probed, pretrained, photos, tmp_path):
+    together = weights(probed[0])["model"]
+    for i, blr in enumerate((0.1, 3, 30)):
+        probe(tmp_path / str(i), photos, pretrained / "last.pth", "--blr", blr)
+        alone = weights(tmp_path / str(i))["model"]
+        for part in ("weight", "bias"):
+            assert_close(together[f"heads.{i}.{part}"], alone[f"heads.0.{part}"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_learning_rate_is_reported_and_its_classifier_kept(probed, photos):
+    folder, best = probed
+    assert list(best) == ["acc1", "acc5", "mean_class_acc", "loss", "n", "blr", "selected_on"]
+    assert best["n"] == 9
+    assert best["blr"] in (0.1, 3, 30)
+    assert [x["epoch"] for x in records(folder, "val_acc1")] == [1, 2]
+    assert records(folder, "val_acc1")[-1]["val_acc1"] == best["acc1"]
+    again = result("main_linprobe", "--eval", "--checkpoint", folder / "classifier.pth", "--data_path", photos, *DEVICE)
+    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
+    assert again["acc1"] == best["acc1"]
+
+
+def test_ranks_probe_together_even_where_one_has_nothing_to_evaluate(pretrained, photos, tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "train").symlink_to(photos / "train")
+    (tmp_path / "val" / "bee").mkdir()
+    shutil.copy(photos / "val" / "bee" / "1.png", tmp_path / "val" / "bee")  # one image for two ranks
+    words = ["main_linprobe.py", *DEVICE, *PROBE, "--epochs", 1, "--checkpoint", pretrained / "last.pth", "--blr", 1, 3]
+    (status, out, err), (other, silence, _) = ranks(
+        2, *words, "--data_path", tmp_path, "--output_dir", tmp_path / "out"
+    )
+    assert (status, other, silence) == (0, 0, ""), err
+    best = json.loads(out.splitlines()[-1])
+    assert best["n"] == 1
+    flags = ["--eval", "--checkpoint", tmp_path / "out" / "classifier.pth", "--data_path", tmp_path, *DEVICE]
+    again = result("main_linprobe", *flags)
+    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
+    one = ["--batch_size", 16, "--epochs", 1, "--blr", 1, 3]  # the same step on one rank: the same images in the mean
+    probe(tmp_path / "one", tmp_path, pretrained / "last.pth", *one)
+    means = [weights(tmp_path / name)["model"]["bn.running_mean"] for name in ("out", "one")]
+    assert_close(*means, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_the_folded_classifier_is_the_probe_inside_timm(pool, pretrained, photos, tmp_path):
+    probe(tmp_path, photos, pretrained / "last.pth", "--pool", pool, "--blr", 3)
+    options = TIMM | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
+    encoder = MaskedViT(**options | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3)
+    ours = Probe(encoder, 3, 1).eval()
+    state = weights(tmp_path)["model"]
+    ours.load_state_dict({k if k.split(".")[0] in ("bn", "heads") else f"encoder.{k}": v for k, v in state.items()})
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", **options, checkpoint_path=str(tmp_path / "classifier.pth")
+    ).eval()
+    images = torch.randn(5, 3, 16, 16)
+    assert_close(theirs(images), ours(images)[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_release_s_probe_evaluates_bilinearly(pretrained, photos, tmp_path):
+    best = probe(tmp_path, photos, pretrained / "last.pth", "--probe_as", "mmselfsup")
+    flags = ["--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE, "--eval"]
+    again = result("main_linprobe", *flags, "--probe_as", "mmselfsup")
+    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
+    assert result("main_linprobe", *flags)["loss"] != again["loss"]
+
+
+def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
+    images = torch.randn(2, 3, 16, 16)
+    for pool in ("token", "mean"):
+        encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8, **pooling(None, pool)).eval()
+        tokens = encoder.forward_features(images)
+        assert_close(features(encoder, images), tokens[:, 0] if pool == "token" else tokens[:, 1:].sum(1) / 4)
+
+
+def test_a_finished_probe_started_again_gives_its_result(probed, pretrained, photos, tmp_path):
+    folder = shutil.copytree(probed[0], tmp_path / "probe")
+    assert probe(folder, photos, pretrained / "last.pth", "--blr", 0.1, 3, 30) == probed[1]
+    assert (folder / "log.jsonl").read_text() == (probed[0] / "log.jsonl").read_text()
+
+
+def test_a_probe_of_other_weights_in_the_same_folder_is_refused(probed, pretrained, photos, tmp_path):
+    folder = shutil.copytree(probed[0], tmp_path / "probe")
+    other = torch.load(pretrained / "last.pth", weights_only=True)
+    other["model"]["norm.bias"] += 1
+    del other["sha256"]
+    torch.save(other, tmp_path / "other.pth")
+    content = torch.load(folder / "last.pth", weights_only=True)
+    content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights in it
+    del content["sha256"]
+    write_checkpoint(folder / "last.pth", content)
+    with pytest.raises(ValueError, match="began with other weights than --checkpoint has now"):
+        probe(folder, photos, tmp_path / "other.pth", "--blr", 0.1, 3, 30)
+
+
+def test_a_classifier_is_written_from_the_hosts_memory(tmp_path, monkeypatch):
+    written, state = [], ENCODERS["vit_tiny"](img_size=16, patch_size=8, num_classes=3).state_dict()
+    monkeypatch.setattr(
+        "util.evaluate.classifier.write_checkpoint", lambda path, content: written.append(content) or path
+    )
+    run = one_rank(tmp_path)
+    save_classifier(run, state, ["a", "b", "c"])  # on a GPU its bytes could not be summed up
+    assert_same(written[0]["model"], state)
+    assert all(written[0]["model"][name].data_ptr() != value.data_ptr() for name, value in state.items())
+
+
+def test_similarities_of_any_size_do_not_overflow():
+    train = F.normalize(torch.randn(30, 8), dim=1)
+    labels = torch.arange(30) % 3
+    votes = knn_votes(train, labels, train, 3, k=5, temperature=1e-3)
+    assert votes.isfinite().all()
+    assert torch.equal(votes.argmax(1), labels)  # at this temperature the nearest, itself, decides
+
+
+# ----------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def tune(folder, photos, checkpoint, *words) -> dict:
+    flags = [*DEVICE, *TUNE, "--checkpoint", checkpoint, "--data_path", photos, "--output_dir", folder]
+    return result("main_finetune", *flags, *words)
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    return folder, tune(folder, photos, pretrained / "last.pth")
+
+
+def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(tuned, photos):
+    folder, last = tuned
+    assert list(last) == ["acc1", "acc5", "mean_class_acc", "loss", "n"]
+    assert last["n"] == 9
+    flags = ["--eval", "--checkpoint", folder / "classifier.pth", "--data_path", photos, *DEVICE]
+    assert result("main_finetune", *flags) == last
+
+
+def test_a_fine_tuned_classifier_loads_into_timm_and_scores_the_same_there(tuned, photos):
+    folder, last = tuned
+    options = TIMM | {"global_pool": "avg", "checkpoint_path": str(folder / "classifier.pth")}
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    source, args = labelled_sources(str(photos))[1], one_rank(folder).args
+    score = Score(3, CPU)
+    for batch in DevicePrefetcher(eval_loader(args, ALONE, source, eval_transform((16, 16))), CPU):
+        score.add(model(Normalize(args, CPU)(batch)).detach(), batch["label"])
+    assert score.result(ALONE) == pytest.approx(last, abs=1e-4)
+
+
+def test_every_parameter_is_tuned_from_the_pre_trained_ones(tuned, pretrained):
+    before, after = (to_timm(weights(folder)["model"]) for folder in (pretrained, tuned[0]))
+    assert after.keys() - before.keys() == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    for name in before.keys() & after.keys():
+        assert not torch.equal(before[name], after[name]), name  # position embeddings too
+        assert_close(before[name], after[name], rtol=0, atol=1e-3)  # peak 9.4e-5, a few steps
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
+def test_fine_tuning_resumed_is_fine_tuning_unbroken(tuned, pretrained, photos, tmp_path, monkeypatch):
+    interrupted(monkeypatch, 2, lambda: tune(tmp_path, photos, pretrained / "last.pth"))
+    # a worker, so that no sample leaves its seed in this process by chance
+    assert tune(tmp_path, photos, pretrained / "last.pth", "--num_workers", 1) == tuned[1]
+    assert_same(weights(tmp_path)["model"], weights(tuned[0])["model"])
+
+
+@pytest.mark.parametrize(
+    "words", ["--aa none --mixup 0 --cutmix 0 --reprob 0", "--mixup 0.8 --cutmix 0 --layer_decay 1"]
+)
+def test_fine_tuning_goes_without_its_augmentations_and_from_scratch(words, photos, tmp_path):
+    assert tune(tmp_path, photos, "none", *MODEL, *words.split(), "--epochs", 1)["n"] == 9
+
+
+def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):
+    with pytest.raises(ValueError, match="--batch_size 7: mixup and cutmix mix pairs"):
+        tune(tmp_path, photos, "none", *MODEL, "--batch_size", 7)
+
+
+def test_the_class_token_of_a_fine_tuned_mean_is_not_measured(tuned, photos):
+    with pytest.raises(ValueError, match="use --pool mean"):
+        knn(tuned[0] / "classifier.pth", photos, "--pool", "token")
+
+
+def test_fine_tuning_draws_labels_as_it_mixes_images():
+    args = Namespace(reprob=0.0, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    loss = main_finetune.finetune_loss(args, lambda batch: batch["images"], 3, CPU)
+    images, seen = torch.randn(4, 3, 16, 16), []
+    seed_everything(0)
+
+    def model(images):
+        seen.append(images)  # mixed in place
+        return torch.zeros(4, 3)
+
+    batch = {"images": images.clone(), "label": torch.tensor([0, 1, 2, 0])}
+    assert loss(model, batch).item() == pytest.approx(math.log(3))  # labels sum to 1, mixed or not
+    assert not torch.equal(seen[0], images)
+
+
+def test_classes_that_the_classifier_does_not_know_are_named(tuned, photos, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "val")
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "yak")
+    with pytest.raises(ValueError, match=r"val has classes that train has not: \['yak'\]"):
+        call("main_finetune", "--eval", "--checkpoint", tuned[0] / "classifier.pth", "--data_path", tmp_path, *DEVICE)

@@ -1,0 +1,162 @@
+"""main_features.py: the features of every image under its name, whatever holds them."""
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, MODEL, call, result
+from PIL import Image
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from models_convmae import ConvViT
+from models_pixmim import MaskedViT
+from util.data.decode import read_image
+from util.data.transforms import eval_transform
+from util.formats.read import read_weights
+from util.formats.resize import resize_weights
+
+MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+ON_CPU = ["--num_workers", "0", "--device", "cpu"]
+
+
+def extract(folder: Path, checkpoint: Path, output: Path, *words) -> np.ndarray:
+    said = result(
+        "main_features", "--data_path", folder, "--checkpoint", checkpoint, "--output", output, *ON_CPU, *words
+    )
+    array = np.load(output)
+    assert said == {"output": str(output), "shape": [*array.shape]}
+    return array
+
+
+def names_of(output: Path) -> list[str]:
+    return json.loads(output.with_suffix(".json").read_text())["files"]
+
+
+def one_by_one(folder: Path, names: list[str], run: Path, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
+    """Tokens of each image alone, (N, 1 + L, D)."""
+    encoder = MaskedViT(img_size=size, patch_size=8, embed_dim=192, depth=12, num_heads=3).eval()
+    encoder.load_state_dict(resize_weights(read_weights(run / "last.pth"), size).state, strict=False)
+    tokens = []
+    for name in names:
+        pixels = eval_transform(size)(read_image(os.fsencode(folder / name), 3), np.random.default_rng(0))
+        images = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - MEAN) / STD
+        with torch.no_grad():
+            tokens.append(encoder.forward_features(images[None]))
+    return torch.cat(tokens)
+
+
+@pytest.mark.parametrize("words", ["", "--pool token", "--pool mean", "--maps", "--maps --input_size 24 32"])
+def test_each_row_is_what_the_encoder_says_of_the_file_that_is_named(words, photos, pretrained, tmp_path):
+    array = extract(photos, pretrained / "last.pth", tmp_path / "x.npy", "--batch_size", 4, *words.split())
+    names = names_of(tmp_path / "x.npy")
+    assert len(names) == len(array) == 25  # of train and val, in the last batch one
+    assert names == sorted(names, key=lambda name: name.split("/"))
+    assert names[0] == "train/ant/0.JPG"
+    size = (24, 32) if "24" in words else (16, 16)
+    tokens = one_by_one(photos, names, pretrained, size)
+    patches = tokens[:, 1:]
+    maps = patches.mT.unflatten(2, (size[0] // 8, size[1] // 8))
+    wanted = maps if "maps" in words else patches.mean(1) if "mean" in words else tokens[:, 0]
+    assert array.dtype == np.float32
+    assert_close(torch.from_numpy(array), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_command_writes_the_same_bytes_whatever_reads_the_images(photos, pretrained, tmp_path):
+    one, two = tmp_path / "1.npy", tmp_path / "2.npy"
+    for path, workers in ((one, 0), (two, 1)):
+        call("main_features", "--data_path", photos, "--checkpoint", pretrained / "last.pth", "--output", path, "--device", "cpu",
+             "--num_workers", workers)  # fmt: skip
+    assert one.read_bytes() == two.read_bytes()
+    assert names_of(one) == names_of(two)
+
+
+def test_a_safetensors_holds_its_names(photos, pretrained, tmp_path):
+    array = extract(photos / "val", pretrained / "last.pth", tmp_path / "x.npy")
+    output = tmp_path / "new" / "x.safetensors"
+    result(
+        "main_features",
+        "--data_path",
+        photos / "val",
+        "--checkpoint",
+        pretrained / "last.pth",
+        "--output",
+        output,
+        *ON_CPU,
+    )
+    with safe_open(output, "numpy") as file:
+        about = file.metadata()
+        assert np.array_equal(file.get_tensor("features"), array)
+    assert json.loads(about["files"]) == names_of(tmp_path / "x.npy")
+    assert (about["feature"], about["checkpoint"]) == ("token", str(pretrained / "last.pth"))
+    assert sorted(path.name for path in output.parent.iterdir()) == ["x.safetensors"]
+
+
+def test_tar_shards_give_the_features_of_the_files_in_them(photos, pretrained, tmp_path):
+    folder, shards = photos / "val", tmp_path / "shards"
+    shards.mkdir()
+    files = sorted(path for path in folder.rglob("*.*"))
+    for n in range(2):
+        with tarfile.open(shards / f"{n}.tar", "w") as tar:
+            for path in files[4 * n : 4 * n + (4 if n == 0 else 99)]:
+                tar.add(path, str(path.relative_to(folder)))
+    packed = extract(shards, pretrained / "last.pth", tmp_path / "x.npy")
+    names = [name.split(": ") for name in names_of(tmp_path / "x.npy")]
+    assert [shard for shard, _ in names] == ["0.tar"] * 4 + ["1.tar"] * (len(files) - 4)
+    loose = extract(folder, pretrained / "last.pth", tmp_path / "y.npy")
+    order = [names_of(tmp_path / "y.npy").index(name) for _, name in names]
+    assert np.array_equal(packed, loose[order])
+
+
+@pytest.mark.parametrize(("words", "shape"), [([], (9, 192)), (["--maps"], (9, 192, 2, 2))])
+def test_ConvMAE_gives_means_and_maps_of_its_last_stage(words, shape, photos, tmp_path):
+    model = ConvViT((16, 16), 8, embed_dim=(64, 96, 192), depth=(2, 2, 11), num_heads=3)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(model.pretraining_only)}
+    torch.save({"model": state}, tmp_path / "conv.pth")
+    assert extract(photos / "val", tmp_path / "conv.pth", tmp_path / "x.npy", *words).shape == shape
+    assert json.loads((tmp_path / "x.json").read_text())["feature"] == ("maps" if words else "mean")
+
+
+def test_grey_images_and_an_untrained_encoder_will_do(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("L", (20, 30), 7).save(tmp_path / "in" / "one.png")
+    words = [*MODEL, *DEVICE, "--in_chans", "1", "--mean", "0.5", "--std", "0.2"]
+    said = result(
+        "main_features", "--data_path", tmp_path / "in", "--checkpoint", "none", "--output", tmp_path / "x.npy", *words
+    )
+    assert said["shape"] == [1, 192]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"--output": "x.csv"}, "--output .*x.csv: its name must end in .npy or .safetensors"),
+        ({"--pool": "mean", "--maps": None}, "--pool mean makes one vector of an image, --maps keeps its patches"),
+        ({"--data_path": "https://example.org/x.tar"}, "--data_path https.*: features are of images that lie here"),
+        ({"--data_path": "nowhere"}, "--data_path nowhere: there is no image and no tar shard"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, photos, pretrained, tmp_path):
+    given = {"--data_path": photos, "--checkpoint": pretrained / "last.pth", "--output": tmp_path / "x.npy"} | words
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        call("main_features", *ON_CPU, *[w for pair in given.items() for w in pair if w is not None])
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_image_is_named_and_nothing_is_left(photos, pretrained, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "in")
+    (tmp_path / "in" / "cat" / "0.JPG").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cat/0\.JPG cannot be read"):
+        extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "x.npy", "--batch_size", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_several_ranks_are_refused(photos, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("main_features.init_world", lambda *_: type("World", (), {"size": 2}))
+    with pytest.raises(ValueError, match="runs alone, not on 2 ranks: start it with python"):
+        extract(photos, pretrained / "last.pth", tmp_path / "x.npy")

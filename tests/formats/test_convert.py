@@ -1,0 +1,726 @@
+"""Checkpoints of every format that util.convert reads, honest and hostile, and the command line."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import assert_same
+from reference.make import read
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from models_convmae import ConvViT
+from models_mff import MFFViT
+from models_pixmim import MaskedEncoder, MaskedViT, PixMIM
+from util import convert
+from util.formats.commands import load_command
+from util.formats.keys import (
+    HOMES,
+    Weights,
+    architecture,
+    default_format,
+    family,
+    mae_names,
+    pixmim_names,
+    rename,
+    to_timm,
+)
+from util.formats.read import _map, read_weights
+from util.formats.unpickle import _Inert, _read
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
+HOSTS = {
+    "vit": lambda **kwargs: MaskedViT(**SIZES, **kwargs),
+    "convvit": lambda **kwargs: ConvViT((32, 32), 8, embed_dim=(8, 16, 192), depth=(1, 2, 2), num_heads=3, **kwargs),
+    "mff_vit": lambda **kwargs: MFFViT(**SIZES | {"depth": 3}, **kwargs),  # fuses all three layers
+}
+TIMM = "vit_tiny_patch16_224"
+TIMM_OPTIONS = {"img_size": 32, "patch_size": 8, "depth": 2}
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+def perturbed(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    return model.eval()
+
+
+def method(encoder: MaskedEncoder) -> PixMIM:
+    return perturbed(PixMIM(encoder, nn.Identity(), decoder_dim=64, decoder_depth=1, decoder_heads=2))
+
+
+def state_of(host: str) -> dict[str, Tensor]:
+    return mae_names(method(HOSTS[host]()).state_dict())
+
+
+@pytest.fixture
+def model() -> PixMIM:
+    return method(HOSTS["vit"]())
+
+
+@pytest.fixture
+def mae(model) -> dict[str, Tensor]:
+    return mae_names(model.state_dict())
+
+
+def mm_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {rename(key, "mae", "mm"): value for key, value in state.items()}
+
+
+def classifier(state: dict[str, Tensor], pooled: bool = True) -> dict[str, Tensor]:
+    """A fine-tuned encoder: fc_norm in place of norm, and a head for 5 classes."""
+    state = to_timm(state)
+    if pooled:
+        state |= {f"fc_norm.{x}": state.pop(f"norm.{x}") for x in ("weight", "bias")}
+    return state | {"head.weight": torch.randn(5, 192), "head.bias": torch.randn(5)}
+
+
+def saved(folder: Path, content) -> Path:
+    torch.save(content, folder / "in.pth")
+    return folder / "in.pth"
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# -------------------------------------------------------------------------------------------------------------- formats
+
+WRAPPERS = {
+    "pixmim": lambda s: {"format": "pixmim-1", "model": s, "optimizer": {}, "args": {"model": "vit_tiny", "epochs": 3}},
+    "mae": lambda s: {"model": s, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(blr=1e-3)},
+    "mm": lambda s: {"state_dict": mm_of(s), "meta": {"epoch": 3}, "optimizer": {"state": {}}},
+    "timm": lambda s: to_timm(s),
+}
+
+
+@pytest.mark.parametrize("source", WRAPPERS)
+def test_every_format_gives_the_same_weights(source, mae, tmp_path):
+    weights = read_weights(saved(tmp_path, WRAPPERS[source](mae)))
+    assert weights.source == source
+    assert same(weights.state, to_timm(mae) if source == "timm" else mae)
+    assert weights.dropped == []
+    assert weights.args == {"pixmim": {"model": "vit_tiny", "epochs": 3}, "mae": {"blr": 1e-3}}.get(source, {})
+
+
+def test_names_go_there_and_back(model, mae):
+    state = model.state_dict()
+    assert same(pixmim_names(mae), state)
+    assert same({rename(key, "mm", "mae"): value for key, value in mm_of(mae).items()}, mae)
+    assert {key.split(".")[0] for key in mm_of(mae)} == {"backbone", "neck"}
+
+
+def test_names_are_those_of_the_table_in_the_reference():
+    for ours, theirs in {
+        "patch_embed.proj.bias": "backbone.patch_embed.projection.bias",
+        "blocks.11.norm2.weight": "backbone.layers.11.ln2.weight",
+        "blocks.0.mlp.fc1.bias": "backbone.layers.0.ffn.layers.0.0.bias",
+        "blocks.10.mlp.fc2.weight": "backbone.layers.10.ffn.layers.1.weight",
+        "norm.weight": "backbone.ln1.weight",
+        "fc_norm.bias": "backbone.ln2.bias",
+        "decoder_blocks.7.attn.qkv.weight": "neck.decoder_blocks.7.attn.qkv.weight",
+        "decoder_norm.bias": "neck.ln1.bias",
+        "head.weight": "head.fc.weight",
+    }.items():
+        assert rename(ours, "mae", "mm") == theirs
+        assert rename(theirs, "mm", "mae") == ours
+
+
+@pytest.mark.parametrize(
+    "key", ["xbackbone.ln1.weight", "backbone.ln1.weight_", "backbone.layers.x.ln1.bias", "backbonexln1.bias"]
+)
+def test_rules_are_anchored(key):
+    assert rename(key, "mm", "mae") is None
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_wrappers_of_torch_leave_no_prefix(prefix, mae, tmp_path):
+    state = {prefix + key: value for key, value in mae.items()}
+    assert same(read_weights(saved(tmp_path, {"model": state})).state, mae)
+
+
+def test_files_from_before_torch_1_6_and_safetensors_are_read(mae, tmp_path):
+    path = tmp_path / "legacy.pth"
+    torch.save({"model": mae, "args": argparse.Namespace(blr=1)}, path, _use_new_zipfile_serialization=False)
+    assert same(read_weights(path).state, mae)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(to_timm(mae), tmp_path / "x.safetensors")
+    assert same(read_weights(tmp_path / "x.safetensors").state, to_timm(mae))
+
+
+def test_filter_and_preprocessor_of_the_release_are_dropped_by_rule_and_named(mae, tmp_path):
+    extra = {"target_generator.low_pass_filter": torch.ones(3, 32, 32), "data_preprocessor.mean": torch.ones(3, 1, 1)}
+    weights = read_weights(saved(tmp_path, {"state_dict": mm_of(mae) | extra, "meta": {}}))
+    assert same(weights.state, mae)
+    assert weights.dropped == list(extra)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_fine_tuned_classifier_keeps_norm_and_head(pooled, mae, tmp_path):
+    state = classifier(mae, pooled)
+    weights = read_weights(saved(tmp_path, {"state_dict": mm_of(state), "meta": {}}))
+    assert same(weights.state, state)
+    facts = architecture(weights.state)
+    assert (facts["num_classes"], facts["pooled"]) == (5, pooled)
+
+
+@pytest.mark.parametrize("family", ["mae", "mm"])
+def test_batch_norm_of_a_linear_probe_is_folded_into_the_head(family, mae, tmp_path):
+    state = classifier(mae, pooled=False)
+    norm = nn.BatchNorm1d(192, affine=False, eps=1e-6)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    head = state.pop("head.weight"), state.pop("head.bias")
+    if family == "mae":
+        stats = {f"head.0.{key}": value for key, value in norm.state_dict().items()}
+        content = {"model": state | stats | {"head.1.weight": head[0], "head.1.bias": head[1]}}
+    else:
+        stats = {f"neck.bn.{key}": value for key, value in norm.state_dict().items()}
+        heads = {"head.layers.head.weight": head[0], "head.layers.head.bias": head[1]}
+        content = {"state_dict": mm_of(state) | stats | heads, "meta": {}}
+    weights = read_weights(saved(tmp_path, content))
+    features = torch.randn(4, 192)
+    ours = features @ weights.state["head.weight"].T + weights.state["head.bias"]
+    assert_close(ours, norm.eval()(features) @ head[0].T + head[1], rtol=1e-4, atol=1e-4)
+    assert set(weights.dropped) == set(stats)
+
+
+def test_architecture_of_a_pretrained_model(mae):
+    assert architecture(mae) == {
+        "family": "vit", "embed_dim": 192, "depth": 2, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16, "class_token": True,
+        "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
+    }  # fmt: skip
+    assert "decoder_dim" not in architecture(to_timm(mae))
+
+
+@pytest.mark.parametrize(("host", "sizes"), [
+    ("convvit", {"embed_dim": (8, 16, 192), "depth": (1, 2, 2), "class_token": False}),
+    ("mff_vit", {"embed_dim": 192, "depth": 3, "class_token": True}),
+])  # fmt: skip
+def test_architecture_and_family_of_a_host(host, sizes):
+    state = state_of(host)
+    assert family(state) == host
+    assert architecture(state) == sizes | {
+        "family": host, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16,
+        "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
+    }  # fmt: skip
+
+
+def test_biases_of_query_and_value_are_read_as_one_with_none_for_the_keys(mae, tmp_path):
+    """As long_seq_mae saves them, in encoder and decoder."""
+    state, joined = dict(mae), {}
+    for key in [key for key in mae if key.endswith("qkv.bias")]:
+        q, _, v = state.pop(key).chunk(3)
+        state |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
+        joined[key] = torch.cat([q, torch.zeros(len(q)), v])
+    weights = read_weights(saved(tmp_path, {"model": state}))
+    assert len(joined) == 3
+    assert same(weights.state, mae | joined)
+    assert weights.dropped == []
+
+    block = "decoder_blocks.0.attn"
+    del state[f"{block}.v_bias"]
+    with pytest.raises(ValueError, match=rf"unknown: {block}\.q_bias; missing: {block}\.qkv\.bias$"):
+        read_weights(saved(tmp_path, {"model": state}))
+
+
+# ------------------------------------------------------------------------------------------------------ there and back
+
+
+@pytest.mark.parametrize(("name", "target"), [("lsmae", "mae"), ("convmae", "mae"), ("mff", "mmpretrain")])
+def test_a_file_of_the_reference_comes_back_as_it_was(name, target, tmp_path):
+    theirs = read(name)["checkpoint"]
+    modules = pixmim_names(read_weights(saved(tmp_path, theirs)).state)
+    ours = saved(tmp_path, {"format": "pixmim-1", "model": mae_names(modules)})
+    convert.convert(ours, tmp_path / "out.pth", target)
+    assert_same(torch.load(tmp_path / "out.pth", weights_only=True), theirs)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_is_written_is_read_again_as_it_was(host, tuned, tmp_path):
+    state = classifier(state_of(host)) if tuned else state_of(host)
+    path = saved(tmp_path, {"format": "pixmim-1", "model": state})
+    for target in {"mae", "mmpretrain"} & {*HOMES[family(state)]}:
+        report = convert.convert(path, tmp_path / "out.pth", target)
+        again = read_weights(tmp_path / "out.pth")
+        assert same(again.state, state)
+        assert again.source == {"mae": "mae", "mmpretrain": "mm"}[target]
+        assert "dropped  nothing" in report
+
+
+def test_a_fine_tuned_ConvMAE_comes_back_with_the_keys_of_a_classifier(tmp_path):
+    model = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg"))
+    fusion = {key for key in model.state_dict() if key.startswith(model.pretraining_only)}
+    state = {key: value for key, value in model.state_dict().items() if key not in fusion}
+    assert state.keys() == classifier(state_of("convvit")).keys()
+    report = convert.convert(saved(tmp_path, state), tmp_path / "out.pth", "mae")
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True)["model"], state)
+    assert reported_line(report).startswith("models_convvit.ConvViT(img_size=[32, 16, 8], patch_size=[2, 2, 2],")
+    assert "num_classes=5, global_pool=True, qkv_bias=True" in report
+
+
+def test_a_probe_of_ConvMAE_is_written_with_the_norm_that_its_repository_expects(tmp_path):
+    probe = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg", fc_norm=False))
+    state = to_timm(probe.state_dict())
+    report = convert.convert(saved(tmp_path, state), tmp_path / "out.pth", "mae")
+    tuned = HOSTS["convvit"](num_classes=5, global_pool="avg").eval()
+    unused = {key: value for key, value in tuned.state_dict().items() if key.startswith(tuned.pretraining_only)}
+    tuned.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True)["model"] | unused)
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(tuned(images), probe(images))
+    assert "dropped  norm.weight, norm.bias" in report
+
+
+CONVMAE_LINE = (
+    "models_convmae.MaskedAutoencoderConvViT(img_size={}, patch_size=[4, 2, 2], in_chans=3, embed_dim=[8, 16, 64], "
+    "depth=[1, 1, 1], num_heads=1, mlp_ratio=[4, 4, 4], decoder_embed_dim=64, decoder_depth=1, decoder_num_heads={}, "
+    "norm_layer=partial(nn.LayerNorm, eps=1e-6)).load_state_dict(torch.load('x.pth', weights_only=True)['model'])"
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "args", "given"),
+    [
+        ((224, 224), {}, ("[224, 56, 28]", 2)),  # heads: 32 wide each
+        ((224, 224), {"input_size": 224}, ("[224, 56, 28]", 2)),  # as in a file of Alpha-VL/ConvMAE
+        ((224, 224), {"input_size": [224, 224], "decoder_heads": 4}, ("[224, 56, 28]", 4)),
+        ((64, 64), {"input_size": [64, 64]}, ("[64, 16, 8]", 2)),
+    ],
+)
+def test_the_line_for_ConvMAE_names_the_sizes_of_all_stages(size, args, given):
+    encoder = ConvViT(size, 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
+    weights = Weights(mae_names(method(encoder).state_dict()), args, "mae", [])
+    assert load_command(weights, "mae", "x.pth") == CONVMAE_LINE.format(*given)
+
+
+def test_no_line_loads_a_pre_training_of_ConvMAE_that_is_no_square_but_one_loads_its_encoder():
+    encoder = ConvViT((32, 64), 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
+    state, args = mae_names(method(encoder).state_dict()), {"input_size": [32, 64]}
+    assert "pre-trains squares alone" in load_command(Weights(state, args, "mae", []), "mae", "x.pth")
+    line = load_command(Weights(to_timm(state), args, "mae", []), "mae", "x.pth")
+    assert "models_convvit.ConvViT(img_size=[(32, 64), (8, 16), (4, 8)], patch_size=[4, 2, 2]" in line
+
+
+def test_the_line_for_an_encoder_of_ConvMAE_alone_asks_for_the_norm_that_the_file_has():
+    weights = Weights(to_timm(state_of("convvit")), {}, "mae", [])
+    assert "models_convvit.ConvViT(" in (line := load_command(weights, "mae", "x.pth"))
+    assert "num_classes=0, global_pool=False" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "target", "remedy"),
+    [("convvit", "timm", "mae"), ("convvit", "mmpretrain", "mae"), ("convvit", "hf", "mae"), ("convvit", "onnx", "mae"),
+     ("mff_vit", "mae", "timm or mmpretrain or hf or mmseg or detectron2 or onnx")],
+)  # fmt: skip
+def test_a_format_without_a_place_for_the_host_is_refused(host, target, remedy, tmp_path):
+    with pytest.raises(ValueError, match=rf"--to {target} has no place for a {host}: .*; use --to {remedy}$"):
+        convert.convert(saved(tmp_path, {"model": state_of(host)}), tmp_path / "out.pth", target)
+    assert not (tmp_path / "out.pth").exists()
+
+
+# -------------------------------------------------------------------------------------------------- what timm makes of it
+
+
+@pytest.mark.parametrize("source", WRAPPERS)
+def test_features_in_timm_are_those_of_the_encoder(source, model, mae, tmp_path):
+    convert.convert(saved(tmp_path, WRAPPERS[source](mae)), tmp_path / "out.pth", "timm")
+    theirs = timm.create_model(TIMM, num_classes=0, checkpoint_path=str(tmp_path / "out.pth"), **TIMM_OPTIONS).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(theirs.forward_features(images), model.encoder.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def features(state: dict[str, Tensor], images: Tensor) -> Tensor:
+    model = timm.create_model(TIMM, num_classes=0, **TIMM_OPTIONS).eval()
+    model.load_state_dict(state)
+    return model.forward_features(images)
+
+
+@pytest.mark.parametrize("slip", ["query and key", "norm1 and norm2"])
+def test_a_slip_in_the_tables_would_be_seen_in_the_features(slip, mae):
+    """Control for the test above."""
+    state, images = to_timm(mae), torch.randn(2, 3, 32, 32)
+    wrong = dict(state)
+    if slip == "query and key":
+        q, k, v = state["blocks.0.attn.qkv.weight"].chunk(3)
+        wrong["blocks.0.attn.qkv.weight"] = torch.cat([k, q, v])
+    else:
+        for x in ("weight", "bias"):
+            wrong[f"blocks.0.norm1.{x}"], wrong[f"blocks.0.norm2.{x}"] = (
+                state[f"blocks.0.norm2.{x}"],
+                state[f"blocks.0.norm1.{x}"],
+            )
+    assert (features(wrong, images) - features(state, images)).abs().max() > 1e-3
+
+
+def reported_line(report: str) -> str:
+    return report.splitlines()[-1].removeprefix("load it").strip()
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "mean of patches", "class token", "probe of the mean", "wide"])
+def test_the_reported_line_loads_the_result_in_timm(kind, mae, tmp_path):
+    state, args = mae, {}
+    if kind in ("mean of patches", "class token"):
+        state = classifier(mae, pooled=kind == "mean of patches")
+    elif kind == "probe of the mean":
+        state, args = classifier(mae, pooled=False), {"pool": "mean"}
+    elif kind == "wide":
+        encoder = MaskedViT(
+            img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2, in_chans=1, mlp_ratio=2
+        )
+        state, args = encoder.state_dict(), {"input_size": [16, 48]}
+    path = saved(tmp_path, {"format": "pixmim-1", "model": state, "args": args})
+    line = reported_line(convert.convert(path, tmp_path / "out.pth", "timm"))
+    assert ("num_classes=0" in line) == (kind in ("pretrained", "wide"))
+    loaded = eval(line, {"timm": timm}).eval()
+    assert same(loaded.state_dict(), to_timm(state))
+    if kind == "probe of the mean":  # the norm comes before the mean
+        images = torch.randn(2, 3, 32, 32)
+        tokens = loaded.forward_features(images)[:, 1:].mean(1)
+        assert_close(loaded(images), tokens @ state["head.weight"].T + state["head.bias"], rtol=1e-4, atol=1e-4)
+
+
+def test_MFF_without_its_fusion_is_the_vit_of_timm(tmp_path):
+    model = method(HOSTS["mff_vit"]())
+    path = saved(tmp_path, {"state_dict": mm_of(mae_names(model.state_dict())), "meta": {}})
+    report = convert.convert(path, tmp_path / "out.pth", "timm")
+    fusion = ["proj_weights", *(f"proj_layers.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias"))]
+    assert report.splitlines()[1] == f"dropped  mask_token and decoder_* (20 keys), {', '.join(fusion)}"
+    theirs, images = eval(reported_line(report), {"timm": timm}).eval(), torch.randn(2, 3, 32, 32)
+    assert_close(theirs.forward_features(images), model.encoder.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_defaults_of_timm_are_not_repeated_in_the_line():
+    model = MaskedViT(embed_dim=768, depth=12, num_heads=12)
+    weights = Weights(model.state_dict(), {}, "mae", [])
+    line = "timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path='x.pth')"
+    assert load_command(weights, "timm", "x.pth") == line
+
+
+def test_mae_output_keeps_encoder_and_decoder_and_names_the_model(mae, tmp_path):
+    report = convert.convert(saved(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", "mae")
+    content = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert same(content["model"], mae)
+    assert content.keys() == {"model"}
+    assert reported_line(report).startswith("models_mae.MaskedAutoencoderViT(img_size=32, patch_size=8,")
+    assert "decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2" in report
+
+
+def test_a_probe_that_mae_has_no_model_for_is_refused(mae, tmp_path):
+    content = {"format": "pixmim-1", "model": classifier(mae, pooled=False), "args": {"pool": "mean"}}
+    with pytest.raises(ValueError, match="use --to timm"):
+        convert.convert(saved(tmp_path, content), tmp_path / "out.pth", "mae")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_converted_file_holds_tensors_only_and_no_more_than_it_shows(mae, tmp_path):
+    everything = torch.randn(1000, 192, 192)
+    state = mae | {"blocks.0.attn.proj.weight": everything[0]}  # a view of 147 MB
+    convert.convert(saved(tmp_path, {"model": state, "args": argparse.Namespace(a=1)}), tmp_path / "out.pth", "timm")
+    assert (tmp_path / "out.pth").stat().st_size < 10e6
+    assert all(isinstance(x, Tensor) for x in torch.load(tmp_path / "out.pth", weights_only=True).values())
+
+
+# ------------------------------------------------------------------------------------------------------- what does not fit
+
+
+def test_the_error_lists_every_unknown_missing_and_misshaped_key(mae, tmp_path):
+    state = mm_of(mae)
+    del state["backbone.layers.1.ln2.bias"], state["neck.mask_token"]
+    state |= {"backbone.layers.0.gamma": torch.ones(1), "neck.extra": torch.ones(1)}
+    state["backbone.layers.0.attn.qkv.weight"] = torch.zeros(100, 192)
+    state["neck.decoder_pred.bias"] = torch.zeros(191)
+    with pytest.raises(ValueError, match=r"in\.pth \(read as mm\)") as error:
+        read_weights(saved(tmp_path, {"state_dict": state, "meta": {}}))
+    unknown, missing, misshaped = re.split(r"; (?:missing|mis-shaped): ", str(error.value).split("unknown: ")[1])
+    assert unknown == "backbone.layers.0.gamma, neck.extra"
+    assert missing == "neck.mask_token, backbone.layers.1.ln2.bias"
+    assert "backbone.layers.0.attn.qkv.weight is [100, 192], expected [576, 192]" in misshaped
+    assert "neck.decoder_pred.bias is [191], expected [192]" in misshaped
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("blocks.5.norm1.weight", torch.ones(192)), ("blocks.0.ls1.gamma", torch.ones(192)), ("fc_norm.weight", torch.ones(192)),
+     ("reg_token", torch.ones(1, 4, 192)), ("head.bias", torch.ones(3)), ("module.norm.weight", torch.ones(192))],
+)  # fmt: skip
+def test_one_key_too_many_is_an_error_that_names_it(key, value, mae, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown|missing") as error:
+        read_weights(saved(tmp_path, mae | {key: value}))
+    assert key.split(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_single_key_is_missed(host, tmp_path):
+    state = state_of(host)
+    for key in state:
+        with pytest.raises(ValueError, match=rf"names\.RULES describe: missing: {re.escape(key)}$"):
+            _map(tmp_path, {k: v for k, v in state.items() if k != key}, "mae")
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_single_shape_is_checked(host, tmp_path):
+    state = state_of(host)
+    for key, value in state.items():
+        with pytest.raises(ValueError, match="mis-shaped"):
+            _map(tmp_path, state | {key: torch.cat([value, value], -1)}, "mae")
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "value", "problem"),
+    [
+        ("convvit", "blocks1.0.gamma", torch.ones(8), "unknown: blocks1.0.gamma"),
+        ("convvit", "cls_token", torch.ones(1, 1, 192), "unknown: cls_token"),
+        ("convvit", "blocks1.0.attn.weight", torch.ones(8, 1, 3, 3),
+         "mis-shaped: blocks1.0.attn.weight is [8, 1, 3, 3], expected [8, 1, 5, 5]"),
+        ("convvit", "stage2_output_decode.weight", torch.ones(192, 8, 2, 2),
+         "mis-shaped: stage2_output_decode.weight is [192, 8, 2, 2], expected [192, 16, 2, 2]"),
+        ("mff_vit", "backbone.proj_layers.2.bias", torch.ones(192), "unknown: backbone.proj_layers.2.bias"),
+        ("mff_vit", "backbone.proj_layers.1.weight", torch.ones(192, 64),
+         "mis-shaped: backbone.proj_layers.1.weight is [192, 64], expected [192, 192]"),
+    ],
+)  # fmt: skip
+def test_a_key_that_does_not_fit_its_host_is_named(host, key, value, problem, tmp_path):
+    state = state_of(host)
+    content = {"model": state | {key: value}} if host == "convvit" else {"state_dict": mm_of(state) | {key: value}}
+    with pytest.raises(ValueError, match=rf"in\.pth .* describe: {re.escape(problem)}$"):
+        read_weights(saved(tmp_path, content))
+
+
+@pytest.mark.parametrize(("host", "part"), [("convvit", "stage1_output_decode"), ("mff_vit", "proj_layers.1")])
+def test_a_layer_of_the_fusion_that_is_not_there_is_named(host, part, tmp_path):
+    state = state_of(host)
+    gone = [key for key in state if key.startswith(part)]
+    with pytest.raises(ValueError, match=rf"describe: missing: {re.escape(', '.join(gone))}$"):
+        read_weights(saved(tmp_path, {"model": {key: state[key] for key in state.keys() - gone}}))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [({"conv1.weight": torch.ones(1)}, "not one of its 1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
+     ({"epoch": 3, "loss": 0.1}, "a dict of epoch, loss"), (torch.ones(3), "a Tensor"), ({"model": {}}, "a dict of model")],
+)  # fmt: skip
+def test_a_file_without_a_known_vit_says_what_it_holds(content, found, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(found)) as error:
+        read_weights(saved(tmp_path, content))
+    assert "in.pth" in str(error.value)
+    assert "expected" in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- broken and hostile
+
+BROKEN = {
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
+    "web page": (b"\n<!DOCTYPE html><html></html>", "web page"),
+    "text": (b"hello there, this is no checkpoint at all", "not a readable checkpoint"),
+    "empty": (b"", "not a readable checkpoint"),
+    "bytes": (bytes(range(256)) * 8, "not a readable checkpoint"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_is_no_checkpoint_is_one_line_with_a_remedy(kind, tmp_path):
+    content, words = BROKEN[kind]
+    path = tmp_path / "in.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        read_weights(path)
+    assert str(path) in str(error.value)
+    assert "weights_only" not in str(error.value)  # torch's advice to execute the file is not passed on
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_file_is_named(share, mae, tmp_path):
+    path = saved(tmp_path, {"model": mae})
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"in\.pth is not a readable checkpoint .*copy or download it again"):
+        read_weights(path)
+
+
+def test_a_folder_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        read_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_weights(tmp_path / "nothing.pth")
+
+
+class Evil:
+    """Pickles to a call of os.system."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_executed(new_format, mae, tmp_path):
+    victim = tmp_path / "victim"
+    content = {"model": mae, "args": Evil(f"touch {victim}")}
+    torch.save(content, tmp_path / "in.pth", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(ValueError, match=r"in\.pth holds .*system, .*refused"):
+        read_weights(tmp_path / "in.pth")
+    assert not victim.exists()
+    torch.load(tmp_path / "in.pth", weights_only=False)
+    assert victim.exists()  # control: the file does what it is feared for
+
+
+class EvilGetattr:
+    """Builtins.getattr is on the allow-list, by name; it must not be the real one."""
+
+    def __reduce__(self):
+        return getattr, ({}, "keys")
+
+
+def test_what_is_allowed_by_name_is_never_the_real_thing(mae, tmp_path):
+    path = saved(tmp_path, {"model": mae, "x": EvilGetattr(), "y": np.float64(3), "z": np.arange(3)})
+    content = _read(path)
+    assert {type(content[key]) for key in "xyz"} == {_Inert}
+    assert not any(vars(content[key]) for key in "xyz")
+
+
+@pytest.fixture
+def message_hub():
+    """A history like mmengine's, whose module is there while saving only."""
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.history, self.counts = np.random.default_rng(0).random(5), np.ones(5, dtype=np.int64)
+            self.statistics = {"mean": HistoryBuffer.mean}
+
+        def mean(self):
+            return self.history.mean()
+
+    name = "mmengine.logging.history_buffer"
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = name, "HistoryBuffer"
+    HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = name, "HistoryBuffer.mean"
+    modules = {part: types.ModuleType(part) for part in ("mmengine", "mmengine.logging", name)}
+    modules[name].HistoryBuffer = HistoryBuffer
+    sys.modules.update(modules)
+    yield {"log_scalars": {"train/loss": HistoryBuffer()}, "runtime_info": {"iter": 3, "lr": np.float64(0.1)}}
+    for part in modules:
+        sys.modules.pop(part, None)
+
+
+def test_a_pickled_message_hub_is_passed_over(message_hub, mae, tmp_path):
+    path = saved(tmp_path, {"state_dict": mm_of(mae), "meta": {"epoch": 1}, "message_hub": message_hub})
+    asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    assert {"mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "builtins.getattr"} <= set(asked)
+    for part in [part for part in sys.modules if part.startswith("mmengine")]:
+        del sys.modules[part]
+    weights = read_weights(path)
+    assert (weights.source, same(weights.state, mae)) == ("mm", True)
+    assert not any(part.startswith("mmengine") for part in sys.modules)
+
+
+def test_nothing_stays_allowed_after_a_file_was_read(mae, tmp_path):
+    before = set(torch.serialization.get_safe_globals())
+    read_weights(saved(tmp_path, {"model": mae, "args": argparse.Namespace(a=np.float64(1))}))
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def run(*arguments, module: bool = False) -> subprocess.CompletedProcess:
+    start = ["-m", "util.convert"] if module else ["util/convert.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_both_spellings_of_the_command_convert(module, mae, tmp_path):
+    result = run(saved(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", module=module)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "mm, 50 keys mapped" in result.stdout
+    assert "mask_token and decoder_* (20 keys)" in result.stdout
+    assert same(torch.load(tmp_path / "out.pth", weights_only=True), to_timm(mae))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_failed_command_is_one_line_status_1_and_leaves_out_alone(mae, tmp_path):
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"precious")
+    result = run(saved(tmp_path, {"model": mae | {"extra": torch.ones(1)}}), out, "--to", "mae")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert out.read_bytes() == b"precious"
+
+
+def test_a_run_of_a_host_without_rules_is_loaded_as_it_is_and_not_converted(mae, tmp_path):
+    state = mae | {"gate.weight": torch.ones(3)}
+    path = saved(tmp_path, {"format": "pixmim-1", "model": state, "args": {"model": "gated"}})
+    weights = read_weights(path)
+    assert same(weights.state, state)
+    assert family(state) is default_format(state) is None
+    result = run(path, tmp_path / "out.pth", module=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: no rule knows gate\.weight: .*\n", result.stderr)
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_wrong_flag_is_status_2():
+    assert run("a", "b", "--to", "tensorflow").returncode == 2
+
+
+@pytest.mark.parametrize("spelling", ["in.pth", "./x/../in.pth"])
+def test_in_is_never_overwritten(spelling, mae, tmp_path):
+    path = saved(tmp_path, {"model": mae})
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ValueError, match="OUT is IN"):
+        convert.convert(path, Path(os.path.join(tmp_path, spelling)), "timm")
+
+
+@pytest.mark.parametrize("out", ["", "nowhere/out.pth"])
+def test_an_out_that_cannot_be_written_is_an_error_before_anything_is_read(out, tmp_path):
+    with pytest.raises(ValueError, match="cannot write"):
+        convert.convert(tmp_path / "missing.pth", tmp_path / out, "timm")
+
+
+def test_a_full_disk_leaves_out_and_no_temporary_file(mae, tmp_path, monkeypatch):
+    path, out = saved(tmp_path, {"model": mae}), tmp_path / "out.pth"
+    out.write_bytes(b"precious")
+
+    def half_written(content, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="No space"):
+        convert.convert(path, out, "timm")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["in.pth", "out.pth"]
+    assert out.read_bytes() == b"precious"
+
+
+def test_reading_needs_nothing_but_torch_and_the_standard_library():
+    imports = {
+        name
+        for path in [ROOT / "util" / "convert.py", *(ROOT / "util" / "formats").glob("*.py")]
+        for name in re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert {name for name in imports if name not in sys.stdlib_module_names} == {"torch", "util"}

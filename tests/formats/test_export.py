@@ -1,0 +1,791 @@
+"""Every format that util.convert writes: read again as it was, and used by the library that it is for."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from reference.make import read
+from safetensors.torch import save_file
+from test_convert import HOSTS, SIZES, Evil, classifier, method, reported_line, same, saved
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from models_pixmim import MaskedViT, PixMIM
+from util import convert
+from util.data.decode import read_image
+from util.data.transforms import eval_transform
+from util.formats.commands import load_command
+from util.formats.keys import Weights, mae_names, to_hf, to_timm
+from util.formats.read import read_weights
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model() -> PixMIM:
+    return method(HOSTS["vit"]())
+
+
+@pytest.fixture
+def mae(model) -> dict[str, Tensor]:
+    return mae_names(model.state_dict())
+
+
+def written(state: dict[str, Tensor], place: Path, target: str, args: dict | None = None, **options) -> Path:
+    """What `--to target` writes of a run's checkpoint, in the folder `place`."""
+    path = saved(place, {"format": "pixmim-1", "model": state, "args": args or {}})
+    out = place / f"{target}-{len(list(place.iterdir()))}"
+    convert.convert(path, out, target, **options)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- there and back
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "mae": {"target": "mae"},
+    "timm": {"target": "timm"},
+    "timm folder": {"target": "timm", "folder": True},
+    "hf": {"target": "hf"},
+    "hf encoder": {"target": "hf", "encoder_only": True},
+    "mmpretrain": {"target": "mmpretrain"},
+    "mmseg MAE": {"target": "mmseg"},
+    "mmseg VisionTransformer": {"target": "mmseg", "backbone": "VisionTransformer"},
+    "detectron2": {"target": "detectron2"},
+}
+WHOLE = {"mae", "hf", "mmpretrain"}  # the others hold the encoder alone
+SOURCES = {"mae": "mae", "timm": "timm", "hf": "hf", "mmpretrain": "mm", "mmseg": "mmseg", "detectron2": "mae"}
+
+
+PAIRS = [(one, two) for one, two in product(FORMATS, FORMATS) if one in WHOLE or two != "hf"]  # hf needs the decoder
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_from_any_format_to_any_other_no_number_changes(first, second, mae, tmp_path):
+    one = written(mae, tmp_path, **FORMATS[first])
+    report = convert.convert(one, tmp_path / "two", **FORMATS[second])
+    whole = first in WHOLE and second in WHOLE
+    weights = read_weights(tmp_path / "two")
+    assert same(weights.state, mae if whole else to_timm(mae))
+    assert weights.source == SOURCES[FORMATS[second]["target"]]
+    lost = first in WHOLE and second not in WHOLE
+    assert report.splitlines()[1] == f"dropped  {'mask_token and decoder_* (20 keys)' if lost else 'nothing'}"
+
+
+@pytest.mark.parametrize("kind", [k for k in FORMATS if k not in WHOLE])
+def test_of_MFF_every_format_gets_the_plain_encoder(kind, tmp_path):
+    state = mae_names(method(HOSTS["mff_vit"]()).state_dict())
+    assert same(read_weights(written(state, tmp_path, **FORMATS[kind])).state, to_timm(state))
+
+
+def five(name: str) -> str:
+    """What transformers 5.x calls a tensor in memory, from what 4.x calls it."""
+    for old, new in {
+        "vit.encoder.layer.": "vit.layers.", "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1",
+        ".output.dense": ".mlp.fc2",
+    }.items():  # fmt: skip
+        name = name.replace(old, new)
+    return name
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "4.x": str,
+    "5.x in memory": five,
+    "5.x on disk": lambda name: name.replace("decoder.decoder_layers.", "decoder.decoder_encoder.layer."),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("bare", [False, True])
+def test_every_spelling_of_transformers_is_read(spelling, bare, mae, tmp_path):
+    theirs = to_hf(to_timm(mae) if bare else mae)
+    state = {SPELLINGS[spelling](name): value for name, value in theirs.items()}
+    if bare:
+        state = {name.removeprefix("vit."): value for name, value in state.items()}
+        state |= {"pooler.dense.weight": torch.ones(192, 192), "pooler.dense.bias": torch.ones(192)}
+    weights = read_weights(saved(tmp_path, state))
+    assert weights.source == "hf"
+    assert same(weights.state, to_timm(mae) if bare else mae)
+    assert weights.dropped == (["vit.pooler.dense.weight", "vit.pooler.dense.bias"] if bare else [])
+
+
+def test_two_spellings_of_one_tensor_are_an_error(mae, tmp_path):
+    state = to_hf(mae)
+    state |= {five(name): value for name, value in state.items() if "layer.0.output.dense.bias" in name}
+    with pytest.raises(ValueError, match=r"unknown: vit\.layers\.0\.mlp\.fc2\.bias$"):
+        read_weights(saved(tmp_path, state))
+
+
+def test_a_missing_third_of_qkv_is_an_error(mae, tmp_path):
+    state = to_hf(mae)
+    del state["vit.encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(
+        ValueError, match=r"unknown: .*query\.bias, .*value\.bias; missing: .*\{query,key,value\}\.bias$"
+    ):
+        read_weights(saved(tmp_path, state))
+
+
+# ------------------------------------------------------------------------------------------------------- what is in a file
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
+    return {name: [*value.shape] for name, value in state.items()}
+
+
+@pytest.mark.parametrize("reference", ["pixmim", "mff"])
+def test_mmpretrain_gets_the_keys_and_shapes_of_a_released_file(reference, tmp_path):
+    theirs = read(reference)["checkpoint"]["state_dict"]
+    path = saved(tmp_path, {"state_dict": theirs, "meta": {}})
+    convert.convert(path, tmp_path / "out.pth", "mmpretrain")
+    ours = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    assert shapes(ours) == {k: v for k, v in shapes(theirs).items() if not k.startswith("target_generator.")}
+
+
+@pytest.mark.parametrize("backbone", ["MAE", "VisionTransformer"])
+def test_mmsegmentation_gets_the_keys_and_shapes_of_its_backbone(backbone, tmp_path):
+    """mmseg/models/backbones/{mae,beit,vit}.py: MAE has a qkv of its own, VisionTransformer torch's MultiheadAttention."""
+    theirs = read("pixmim")["checkpoint"]["state_dict"]
+    path = saved(tmp_path, {"state_dict": theirs, "meta": {}})
+    convert.convert(path, tmp_path / "out.pth", "mmseg", backbone=backbone)
+    ours = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    wanted = {k.removeprefix("backbone."): v for k, v in shapes(theirs).items() if k.startswith("backbone.")}
+    if backbone == "VisionTransformer":
+        torchs = {".attn.qkv.": ".attn.attn.in_proj_", ".attn.proj.": ".attn.attn.out_proj."}
+        for old, new in torchs.items():
+            wanted = {k.replace(old, new): v for k, v in wanted.items()}
+        attention = nn.MultiheadAttention(wanted["cls_token"][-1], 3)
+        prefix = "layers.0.attn.attn."
+        assert {k.removeprefix(prefix): v for k, v in wanted.items() if k.startswith(prefix)} == shapes(
+            attention.state_dict()
+        )
+    assert shapes(ours) == wanted
+
+
+def vitdet(width: int, depth: int, patch: int, positions: int, grid: int) -> dict[str, list[int]]:
+    """Tensors of Detectron2's ViT in a SimpleFeaturePyramid: detectron2/modeling/backbone/vit.py, with relative positions."""
+    layers = {"patch_embed.proj": [width, 3, patch, patch]}
+    for n in range(depth):
+        layers |= {f"blocks.{n}.{name}": shape for name, shape in (
+            ("norm1", [width]), ("attn.qkv", [3 * width, width]), ("attn.proj", [width, width]), ("norm2", [width]),
+            ("mlp.fc1", [4 * width, width]), ("mlp.fc2", [width, 4 * width]))}  # fmt: skip
+    tensors = {
+        f"backbone.net.{k}.{x}": s if x == "weight" else s[:1] for k, s in layers.items() for x in ("weight", "bias")
+    }
+    tensors |= {f"backbone.net.blocks.{n}.attn.rel_pos_{a}": [2 * grid - 1, 64] for n in range(depth) for a in "hw"}
+    pyramid = {
+        f"backbone.simfp_{n}.{i}.norm.{x}": [256] for n in (2, 3, 4, 5) for i in (4, 5) for x in ("weight", "bias")
+    }
+    return tensors | pyramid | {"backbone.net.pos_embed": [1, positions, width]}
+
+
+def matched(model: dict[str, list[int]], checkpoint: dict[str, list[int]]) -> dict[str, str]:
+    """Detectron2's heuristics: a tensor takes the longest name that its own ends with, if the shapes agree."""
+    pairs = {}
+    for name, shape in model.items():
+        ends = [key for key in checkpoint if name == key or name.endswith(f".{key}")]
+        if ends and checkpoint[max(ends, key=len)] == shape:
+            pairs[name] = max(ends, key=len)
+    return pairs
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_detectron2_finds_every_tensor_of_its_vit(size, mae, tmp_path):
+    path = saved(tmp_path, {"model": mae})
+    report = convert.convert(path, tmp_path / "out.pth", "detectron2", input_size=(size, size))
+    state = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    theirs = vitdet(192, 2, 8, (size // 8) ** 2 + 1, 16)
+    found = matched(theirs, shapes(state))
+    assert {name for name in theirs if name not in found} == {n for n in theirs if "rel_pos" in n or "simfp" in n}
+    assert {*state} - {*found.values()} == {"cls_token", "norm.weight", "norm.bias"}  # it has none
+    assert all(name == f"backbone.net.{key}" for name, key in found.items())
+    assert reported_line(report) == (
+        f"'train.init_checkpoint=\"{tmp_path}/out.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size={size} "
+        "model.backbone.net.embed_dim=192 model.backbone.net.depth=2 model.backbone.net.num_heads=3 model.backbone.net.patch_size=8"
+    )
+
+
+def test_another_pretrain_img_size_would_lose_the_positions(mae):
+    """Control, and the silent failure that docs/downstream.md warns of."""
+    assert "backbone.net.pos_embed" not in matched(vitdet(192, 2, 8, 14 * 14 + 1, 16), shapes(to_timm(mae)))
+
+
+def test_the_check_of_the_page_names_what_did_not_arrive(mae):
+    """docs/downstream.md, `lost`, on a model built like ViTDet's."""
+    page = (Path(__file__).parents[2] / "docs" / "downstream.md").read_text()
+    found: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], found)
+    file = to_timm(mae)
+    net = MaskedViT(**SIZES)
+    detector = nn.ModuleDict({"backbone": nn.ModuleDict({"net": net})})
+    assert set(found["lost"](detector, file, "backbone.net.")) >= {"pos_embed", "cls_token", "blocks.0.attn.qkv.weight"}
+    net.load_state_dict(file)
+    net.norm, net.cls_token = nn.Identity(), None
+    assert found["lost"](detector, file, "backbone.net.") == ["cls_token", "norm.weight", "norm.bias"]
+    net.pos_embed = nn.Parameter(torch.zeros(1, 26, 192))
+    assert "pos_embed" in found["lost"](detector, file, "backbone.net.")
+
+
+def test_a_norm_as_wide_as_the_pyramid_is_refused_by_detectron2(tmp_path):
+    state = MaskedViT(img_size=32, patch_size=8, embed_dim=256, depth=1, num_heads=4).state_dict()
+    assert "backbone.simfp_2.4.norm.weight" in matched(vitdet(256, 1, 8, 17, 16), shapes(state))
+    with pytest.raises(ValueError, match="would put a final norm 256 wide into the pyramid"):
+        written(state, tmp_path, "detectron2")
+
+
+def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
+    weights = Weights(MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", [])
+    assert load_command(weights, "detectron2", "/x.pth") == (
+        "'train.init_checkpoint=\"/x.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size=448"
+    )
+    assert (
+        load_command(weights, "mmseg", "/x.pth")
+        == "--cfg-options model.pretrained=/x.pth model.backbone.init_values=1.0"
+    )
+    line = load_command(weights, "mmseg", "/x.pth", backbone="VisionTransformer")
+    assert line == "--cfg-options model.pretrained=/x.pth model.backbone.patch_bias=True"
+
+
+# --------------------------------------------------------------------------------------------------- what libraries make of it
+
+
+def close(theirs: Tensor, ours: Tensor) -> bool:
+    """What counts as equal below: float32, other orders of summation."""
+    return bool(torch.allclose(theirs, ours, rtol=1e-4, atol=2e-5))
+
+
+def slips(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Mistakes that a converter could make; each must be seen by every comparison."""
+    swapped, positionless, normless = dict(state), dict(state), dict(state)
+    for x in ("weight", "bias"):
+        swapped[f"blocks.0.norm1.{x}"], swapped[f"blocks.0.norm2.{x}"] = (
+            state[f"blocks.0.norm2.{x}"],
+            state[f"blocks.0.norm1.{x}"],
+        )
+    positionless["pos_embed"] = torch.cat([torch.zeros(1, 1, 192), state["pos_embed"][:, 1:]], 1)
+    normless |= {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
+    q, k, v = state["blocks.0.attn.qkv.weight"].chunk(3)
+    return {
+        "query and key": state | {"blocks.0.attn.qkv.weight": torch.cat([k, q, v])},
+        "norm1 and norm2": swapped,
+        "final norm": normless,
+        "class position": positionless,
+    }
+
+
+def in_timm(folder: Path, images: Tensor) -> Tensor:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features(images)
+
+
+def in_transformers(folder: Path, images: Tensor) -> Tensor:
+    return transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()(images).last_hidden_state
+
+
+def in_onnxruntime(path: Path, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["tokens"], {"images": images.numpy()})[0])
+
+
+LIBRARIES: dict[str, tuple[Callable, dict]] = {
+    "timm": (in_timm, {"target": "timm", "folder": True}),
+    "transformers": (in_transformers, {"target": "hf", "encoder_only": True}),
+    "onnxruntime": (in_onnxruntime, {"target": "onnx"}),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@torch.no_grad()
+def test_features_are_ours_and_a_slip_would_be_seen(library, model, mae, tmp_path):
+    use, options = LIBRARIES[library]
+    ours = model.encoder.forward_features(IMAGES)
+    theirs = use(written(mae, tmp_path, **options), IMAGES)
+    assert close(theirs, ours)
+    for slip, state in slips(mae).items():
+        if library != "onnxruntime" or slip == "query and key":  # tracing takes a second
+            assert not close(use(written(state, tmp_path, **options), IMAGES), ours), slip
+
+
+@torch.no_grad()
+def test_eps_is_ours_where_it_matters(mae, tmp_path):
+    """Tokens of 1e-3: eps 1e-6 halves what the first norm gives, transformers' 1e-12 does not."""
+    faint = mae | {
+        name: mae[name] * 1e-3
+        for name in ("pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
+    }
+    encoder = MaskedViT(**SIZES).eval()
+    encoder.load_state_dict(to_timm(faint))
+    ours = encoder.forward_features(IMAGES)
+    for use, options in LIBRARIES.values():
+        assert close(use(written(faint, tmp_path, **options), IMAGES), ours)
+    folder = written(faint, tmp_path, **LIBRARIES["transformers"][1])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-12}))
+    assert not close(in_transformers(folder, IMAGES), ours)
+
+
+@torch.no_grad()
+def test_transformers_computes_our_loss_and_prediction(model, mae, tmp_path):
+    folder = written(mae, tmp_path, "hf", args={"decoder_heads": 2})
+    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    noise = torch.rand(3, 16)
+    loss, prediction, mask = model(IMAGES, noise)
+    output = theirs.eval()(IMAGES, noise=noise)
+    assert torch.equal(output.mask.bool(), mask.removed)
+    assert close(output.loss, loss)
+    assert close(output.logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
+    for raw in (False, True):  # control: the loss of raw pixels is another
+        theirs.config.norm_pix_loss = not raw
+        assert close(theirs(IMAGES, noise=noise).loss, loss) != raw
+
+
+@torch.no_grad()
+def test_a_slip_in_the_decoder_would_be_seen_in_the_prediction(model, mae, tmp_path):
+    noise = torch.rand(3, 16)
+    _, prediction, mask = model(IMAGES, noise)
+    for name in ("decoder_norm.bias", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_embed.bias"):
+        theirs = transformers.ViTMAEForPreTraining.from_pretrained(written(mae | {name: mae[name] * 0}, tmp_path, "hf"))
+        logits = theirs.eval()(IMAGES, noise=noise).logits
+        assert not close(logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # transformers leaves a file open
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_what_transformers_saves_again_is_read_as_it_was(encoder_only, mae, tmp_path):
+    kind = transformers.ViTModel if encoder_only else transformers.ViTMAEForPreTraining
+    kind.from_pretrained(written(mae, tmp_path, "hf", encoder_only=encoder_only)).save_pretrained(tmp_path / "theirs")
+    weights = read_weights(tmp_path / "theirs")
+    assert same(weights.state, to_timm(mae) if encoder_only else mae)
+    heads = {"num_heads": 3} | ({} if encoder_only else {"decoder_heads": 2, "norm_pix_loss": True, "mask_ratio": 0.75})
+    assert weights.args == heads | {"input_size": [32, 32]}
+
+
+@torch.no_grad()
+def test_the_preprocessor_of_a_transformers_folder_prepares_images_as_evaluation_does(mae, tmp_path):
+    folder = written(mae, tmp_path, "hf", args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).resize((160, 120)).save(tmp_path / "x.png")
+    ours = eval_transform((32, 32))(read_image(os.fsencode(tmp_path / "x.png"), 3), np.random.default_rng(0))
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    theirs = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
+    levels = ((theirs * std + mean) * 255 - torch.from_numpy(ours).permute(2, 0, 1)).abs()
+    assert levels.mean() < 1  # of 255: torchvision resizes tensors, ours are Pillow's
+    assert levels.max() < 8
+
+
+@torch.no_grad()
+def test_a_timm_folder_says_how_its_images_are_prepared(mae, tmp_path):
+    folder = written(mae, tmp_path, "timm", folder=True, args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert timm.data.resolve_model_data_config(model) == {
+        "input_size": (3, 32, 32), "interpolation": "bicubic", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4],
+        "crop_pct": 0.875, "crop_mode": "center",
+    }  # fmt: skip
+    assert same(model.state_dict(), to_timm(mae))
+    assert (model.global_pool, model.num_classes) == ("token", 0)
+    assert json.loads((folder / "config.json").read_text())["global_pool"] == "token"
+
+
+@torch.no_grad()
+def test_a_timm_folder_loads_from_the_hub_as_well(mae, tmp_path, monkeypatch):
+    """As huggingface_hub keeps it after the download; nothing is asked of the network."""
+    snapshot = tmp_path / "cache" / "models--someone--pixmim" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    os.replace(written(mae, tmp_path, "timm", folder=True), snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("timm.models._builder._CHECK_HASH", False)
+    model = timm.create_model("hf-hub:someone/pixmim", pretrained=True, cache_dir=tmp_path / "cache")
+    assert same(model.state_dict(), to_timm(mae))
+
+
+PROBES = {  # kind of classifier -> whether norm became fc_norm, pool of the run
+    "fine-tuned": (True, None),
+    "probe of the class token": (False, None),
+    "probe of the mean": (False, "mean"),
+}
+
+
+def scores(state: dict[str, Tensor], kind: str) -> Tensor:
+    """What the classifier gives, computed by hand from tokens before the last norm."""
+    pooled, pool = PROBES[kind]
+    encoder = MaskedViT(**SIZES).eval()
+    encoder.load_state_dict(
+        {k: v for k, v in state.items() if k.split(".")[0] not in ("fc_norm", "norm", "head")}, strict=False
+    )
+    encoder.norm = nn.Identity()
+    tokens = encoder.forward_features(IMAGES)
+    norm = "fc_norm" if pooled else "norm"
+
+    def normed(x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (192,), state[f"{norm}.weight"], state[f"{norm}.bias"], 1e-6)
+
+    x = normed(tokens[:, 1:].mean(1)) if pooled else normed(tokens)[:, 1:].mean(1) if pool else normed(tokens)[:, 0]
+    return x @ state["head.weight"].T + state["head.bias"]
+
+
+@pytest.mark.parametrize("kind", PROBES)
+@torch.no_grad()
+def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
+    pooled, pool = PROBES[kind]
+    state, classes = classifier(mae, pooled), ["ant", "bee", "cat", "dog", "eel"]
+    args = {"pool": pool, "classes": classes}
+    ours = scores(state, kind)
+    folder = written(state, tmp_path, "timm", folder=True, args=args)
+    assert close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES), ours)
+    assert json.loads((folder / "config.json").read_text())["label_names"] == classes
+    weights = read_weights(folder)
+    assert (same(weights.state, state), weights.args.get("pool"), weights.args["classes"]) == (True, pool, classes)
+    session = onnxruntime.InferenceSession(
+        written(state, tmp_path, "onnx", args=args), providers=["CPUExecutionProvider"]
+    )
+    features, tokens, logits = session.run(["features", "tokens", "logits"], {"images": IMAGES.numpy()})
+    assert close(torch.from_numpy(logits), ours)
+    assert (features.shape, tokens.shape) == ((3, 192), (3, 17, 192))
+    if kind == "probe of the class token":
+        model = transformers.ViTForImageClassification.from_pretrained(written(state, tmp_path, "hf", args=args)).eval()
+        assert close(model(IMAGES).logits, ours)
+        assert [*model.config.id2label.values()] == classes
+    else:
+        for encoder_only in (False, True):
+            with pytest.raises(ValueError, match="classifies by the class token, this one by the mean: use --to timm"):
+                written(state, tmp_path, "hf", args=args, encoder_only=encoder_only)
+
+
+@torch.no_grad()
+def test_an_onnx_graph_takes_batches_of_any_size(model, mae, tmp_path):
+    path = written(mae, tmp_path, "onnx")
+    for images in (IMAGES[:1], torch.cat([IMAGES] * 3)):
+        assert close(in_onnxruntime(path, images), model.encoder.forward_features(images))
+
+
+# ---------------------------------------------------------------------------------------------------- other sizes of input
+
+
+@pytest.mark.parametrize("kind", ["timm folder", "hf encoder", "mae", "mmseg MAE"])
+@torch.no_grad()
+def test_another_input_size_is_that_of_facebookresearch(kind, mae, tmp_path):
+    """Bicubic without antialiasing, the class position as it was."""
+    state = read_weights(written(mae, tmp_path, input_size=(48, 64), **FORMATS[kind])).state
+    grid = mae["pos_embed"][:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
+    wanted = nn.functional.interpolate(grid, size=(6, 8), mode="bicubic", align_corners=False).flatten(2).mT
+    assert_close(state["pos_embed"], torch.cat([mae["pos_embed"][:, :1], wanted], 1))
+    assert ("decoder_pos_embed" in state) == (kind == "mae")
+    assert all(value.shape[1] == 49 for name, value in state.items() if "pos_embed" in name)
+    assert same(
+        {k: v for k, v in state.items() if "pos_embed" not in k}, {k: mae[k] for k in state if "pos_embed" not in k}
+    )
+
+
+@torch.no_grad()
+def test_resized_models_run_at_their_size(mae, tmp_path):
+    images = torch.randn(2, 3, 48, 64)
+    ours, *others = (
+        use(written(mae, tmp_path, input_size=(48, 64), **options), images) for use, options in LIBRARIES.values()
+    )
+    assert ours.shape == (2, 49, 192)
+    assert all(close(x, ours) for x in others)
+
+
+def test_the_same_input_size_changes_nothing(mae, tmp_path):
+    assert same(read_weights(written(mae, tmp_path, "mae", input_size=(32, 32))).state, mae)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"target": "timm", "input_size": (30, 32)}, "--input_size 30 32 is not a multiple of the patch size 8"),
+        (
+            {"target": "hf", "input_size": (32, 64)},
+            "--input_size 32 is needed: transformers' ViTMAE takes squares, not 32 x 64",
+        ),
+        (
+            {"target": "detectron2", "input_size": (32, 64)},
+            "--input_size 32 is needed: ViTDet takes squares, not 32 x 64",
+        ),
+        ({"target": "mae", "folder": True}, "--folder is for --to timm"),
+        ({"target": "timm", "encoder_only": True}, "--encoder_only is for --to hf, not for --to timm"),
+        ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer is for --to mmseg"),
+    ],
+)
+def test_flags_that_make_no_sense_together_are_one_line(flags, words, mae, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        written(mae, tmp_path, **flags)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
+def test_an_encoder_alone_asks_for_encoder_only(mae, tmp_path):
+    with pytest.raises(ValueError, match="no decoder for a ViTMAEForPreTraining: add --encoder_only"):
+        written(to_timm(mae), tmp_path, "hf")
+    mff = mae_names(method(HOSTS["mff_vit"]()).state_dict())
+    with pytest.raises(ValueError, match=r"no place for the decoder of a mff_vit: .*; add --encoder_only"):
+        written(mff, tmp_path, "hf")
+
+
+@pytest.mark.parametrize(("kind", "needs"), [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)])
+def test_a_shape_that_nobody_tells_is_asked_for(kind, needs, tmp_path):
+    encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
+    options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
+    if needs:
+        with pytest.raises(ValueError, match="--input_size is needed: 12 patches are no square"):
+            written(encoder.state_dict(), tmp_path, **options)
+    assert written(encoder.state_dict(), tmp_path, input_size=(16, 48), **options).exists()
+
+
+def test_other_heads_than_usual_are_kept_where_the_file_tells_them(mae, tmp_path):
+    folder = written(mae, tmp_path, "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_attention_heads": 6, "decoder_num_attention_heads": 4})
+    )
+    again = json.loads((written_from(folder, "hf") / "config.json").read_text())
+    assert (again["num_attention_heads"], again["decoder_num_attention_heads"]) == (6, 4)
+    assert (
+        json.loads((written_from(folder, "timm", folder=True) / "config.json").read_text())["model_args"]["num_heads"]
+        == 6
+    )
+    assert "num_heads=6" in load_command(read_weights(folder), "timm", "x.pth")
+
+
+def written_from(path: Path, target: str, **options) -> Path:
+    out = path.with_name(f"{path.name}-{target}")
+    convert.convert(path, out, target, **options)
+    return out
+
+
+def test_statistics_of_other_channels_must_be_known(tmp_path):
+    state = MaskedViT(**SIZES, in_chans=5).state_dict()
+    with pytest.raises(ValueError, match="does not tell mean and std of its 5 channels"):
+        written(state, tmp_path, "timm", folder=True)
+    five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
+    folder = written(state, tmp_path, "timm", folder=True, args=five_channels)
+    assert read_weights(folder).args["mean"] == [0.5] * 5
+
+
+# ----------------------------------------------------------------------------------------------------- broken and hostile
+
+
+@pytest.fixture
+def folder(mae, tmp_path) -> Path:
+    """A folder that transformers would load, to be damaged."""
+    return written(mae, tmp_path, "hf")
+
+
+LIES = {
+    "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 5, "intermediate_size": 3072, "image_size": 224, "patch_size": 16,
+    "num_channels": 1, "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 0, "hidden_act": "relu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*LIES.items(), ("image_size", "224"), ("image_size", True), ("num_attention_heads", "3"), ("patch_size", "x")],
+)
+def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json says .*{value}.*: it belongs to other weights") as error:
+        read_weights(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["embed_dim", "depth", "patch_size", "in_chans", "img_size", "num_heads"])
+def test_so_is_one_of_timm(key, mae, tmp_path):
+    folder = written(mae, tmp_path, "timm", folder=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"][key] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json says .*7.*: it belongs to other weights"):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", "abc"), ("mean", [0.5]), ("std", [True, 0.1, 0.2]), ("std", {"a": 1})]
+)
+def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
+    folder = written(mae, tmp_path, "timm", folder=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=rf"config\.json says {key} .*\(the weights: 3 channels\): it belongs to other weights"
+    ):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{not json", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[1, 2]", "no config.json that describes the model"),
+        (None, "no config.json that describes the model"),
+    ],
+)
+def test_a_config_that_is_none_is_one_line(content, words, folder):
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        read_weights(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
+    victim = folder.parent / "victim"
+    (folder / "model.safetensors").unlink()
+    torch.save(to_hf(mae) | {"x": Evil(f"touch {victim}")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds .*system, .*refused"):
+        read_weights(folder)
+    assert not victim.exists()
+    torch.save(to_hf(mae), folder / "pytorch_model.bin")
+    assert same(read_weights(folder).state, mae)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
+def test_a_truncated_safetensors_is_named(share, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    for given in (folder, path):
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a readable checkpoint") as error:
+            read_weights(given)
+        assert "\n" not in str(error.value)
+
+
+def test_a_header_that_lies_about_offsets_is_named(folder):
+    header = json.dumps(
+        {"vit.embeddings.cls_token": {"dtype": "F32", "shape": [1, 1, 192], "data_offsets": [0, 10**12]}}
+    ).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable checkpoint"):
+        read_weights(folder)
+
+
+def test_a_foreign_safetensors_says_what_it_holds(folder):
+    save_file({"conv1.weight": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not one of its 1 keys \(conv1\.weight"):
+        read_weights(folder)
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        read_weights(folder)
+
+
+def test_a_length_that_looks_like_a_web_page_is_none(mae, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(to_timm(mae), path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip()
+    padded = header + b" " * (0x3C20 - len(header))  # a length whose bytes are b" <"
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + length :])
+    assert path.read_bytes()[:2] == b" <"
+    assert same(read_weights(path).state, to_timm(mae))
+
+
+def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="name the checkpoint file in it"):
+        read_weights(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="save it in one part"):
+        read_weights(folder)
+    (tmp_path / "x.onnx").write_bytes(b"\x08\x0a")
+    with pytest.raises(ValueError, match="is a graph, in which tensors need no names"):
+        read_weights(tmp_path / "x.onnx")
+
+
+def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
+    state = mae_names(method(HOSTS["convvit"]()).state_dict())
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a ConvMAE, which neither transformers nor timm has"):
+        read_weights(folder)
+    assert same(read_weights(folder / "model.safetensors").state, state)
+
+
+def test_a_host_without_rules_is_refused_at_any_size(mae, tmp_path):
+    with pytest.raises(ValueError, match="no rule knows gate"):
+        written(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
+
+
+def test_an_out_folder_that_holds_something_is_left_alone(mae, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    convert.convert(saved(tmp_path, {"model": mae}), out, "hf")  # an empty one will do
+    assert same(read_weights(out).state, mae)
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        convert.convert(tmp_path / "in.pth", out, "timm", folder=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_full_disk_leaves_no_half_folder(mae, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        written(mae, tmp_path, "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- the hub
+
+
+def command(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
+    convert.main()
+
+
+def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, capsys):
+    calls: list[tuple[str, dict]] = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    command(monkeypatch, saved(tmp_path, {"model": mae}), tmp_path / "out", "--folder", "--push_to_hub", "me/pixmim")
+    assert calls[0] == ("me/pixmim", {"private": True, "exist_ok": True})
+    assert calls[1][1].keys() == {"config.json", "model.safetensors"}
+    assert capsys.readouterr().out.endswith("pushed   me/pixmim\n")
+
+
+def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
+    path = saved(tmp_path, {"model": mae})
+    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x uploads folders: add --folder, or use --to hf"):
+        command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_args, **_kwargs: 1 / 0)
+    with pytest.raises(
+        SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out is written, upload it yourself"
+    ):
+        command(monkeypatch, path, tmp_path / "out", "--to", "hf", "--push_to_hub", "me/x")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SystemExit, match="needs huggingface_hub: pip install huggingface_hub"):
+        command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
+
+
+def test_onnx_says_which_packages_it_needs(mae, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match="--to onnx needs onnxscript: pip install onnx onnxscript"):
+        written(mae, tmp_path, "onnx")

@@ -1,0 +1,253 @@
+"""Files from strangers: nothing in them is executed, nothing outside their folder is read or written, nobody is let in."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, spawn
+
+from util.data.decode import read_image
+from util.data.tars import Tars, local_tars, scan
+
+STRANGE = "refused|is damaged or no checkpoint|not a readable checkpoint"
+
+
+class Trap:
+    """Whoever unpickles this runs a command."""
+
+    def __init__(self, sprung: Path):
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.sprung}",)
+
+
+@pytest.fixture
+def sprung(tmp_path) -> Path:
+    """A file that is there once a trap was sprung."""
+    return tmp_path / "sprung"
+
+
+# ------------------------------------------------------------------------------------------------------------- pickles
+
+
+@pytest.fixture(params=[True, False], ids=["zip", "old"])
+def trapped(request, pretrained, sprung, tmp_path) -> Path:
+    """A checkpoint of ours that is a trap; the control below shows that it works."""
+    content = torch.load(pretrained / "last.pth", weights_only=True) | {"args": Trap(sprung)}
+    torch.save(content, tmp_path / "trap.pth", _use_new_zipfile_serialization=request.param)
+    return tmp_path / "trap.pth"
+
+
+def test_the_trap_works(trapped, sprung):
+    torch.load(trapped, weights_only=False)
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["main_knn", "main_linprobe", "main_finetune", "main_features", "visualize", "util.convert"]
+)
+def test_a_trap_in_a_checkpoint_is_refused_wherever_it_is_given(name, trapped, sprung, photos, tmp_path):
+    words = ["--checkpoint", trapped, "--data_path", photos, *DEVICE]
+    words = {
+        "main_features": [*words, "--output", tmp_path / "x.npy"],
+        "visualize": ["--checkpoint", trapped, "--images", photos, "--output", tmp_path / "x.png"],
+        "util.convert": [trapped, tmp_path / "x.pth"],
+    }.get(name, words)
+    with pytest.raises((ValueError, SystemExit), match=STRANGE):
+        call(name, *words)
+    assert not sprung.exists()
+
+
+def test_a_trap_is_no_classifier_and_nothing_to_go_on_from(trapped, sprung, photos, tmp_path):
+    words = ["--data_path", photos, "--output_dir", tmp_path / "run", "--batch_size", "8"]
+    with pytest.raises(ValueError, match=STRANGE):
+        call("main_finetune", *words, *DEVICE, "--checkpoint", trapped, "--eval")
+    with pytest.raises(ValueError, match=r"trap\.pth: damaged or foreign"):
+        call("main_pretrain", *words, *PRETRAIN, "--resume", trapped)
+    assert not sprung.exists()
+
+
+def test_a_trap_as_last_pth_gives_way_to_the_checkpoint_before_it(trapped, sprung, pretrained, photos, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "run")
+    shutil.copy(trapped, folder / "last.pth")
+    pretrain(photos, folder, "--save_every", 1, "--image_every", 1)
+    assert not sprung.exists()
+    assert (folder / "last.pth.damaged").read_bytes() == trapped.read_bytes()
+    assert [x["epoch"] for x in records(folder)] == [0.5, 1, 1.5, 2]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_trap_in_a_folder_of_weights_is_refused(name, trapped, sprung, tmp_path):
+    (tmp_path / "hub").mkdir()
+    shutil.copy(trapped, tmp_path / "hub" / name)
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "vit", "auto_map": {"AutoModel": "evil.Model"}}')
+    (tmp_path / "hub" / "evil.py").write_text(f"import os; os.system('touch {sprung}')")
+    with pytest.raises(SystemExit, match=STRANGE):
+        call("util.convert", tmp_path / "hub", tmp_path / "x.pth")
+    assert not sprung.exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def array_trap(sprung: Path) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Trap(sprung)], object), allow_pickle=True)
+    return file.getvalue()
+
+
+def test_an_array_of_objects_is_refused_in_a_folder_and_in_a_tar(sprung, tmp_path):
+    (tmp_path / "x.npy").write_bytes(array_trap(sprung))
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x.npy", "x.npy")
+    for read in (lambda: read_image(os.fsencode(tmp_path / "x.npy"), 3), lambda: Tars([tmp_path / "x.tar"]).read(0, 3)):
+        with pytest.raises(ValueError, match="allow_pickle=False"):
+            read()
+    assert not sprung.exists()
+    np.load(tmp_path / "x.npy", allow_pickle=True)
+    assert sprung.exists()  # control
+
+
+def test_postscript_under_the_name_of_a_photograph_is_not_run(sprung, tmp_path, monkeypatch):
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {sprung}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it looks once
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "x.jpg").write_bytes(eps)
+    with pytest.raises(OSError, match="cannot identify"):
+        read_image(os.fsencode(tmp_path / "x.jpg"), 3)
+    assert not sprung.exists()
+    from PIL import Image
+
+    with pytest.raises(OSError, match=r".*"), Image.open(tmp_path / "x.jpg") as image:
+        image.load()
+    assert sprung.exists()  # control: Pillow by itself runs it
+
+
+# ---------------------------------------------------------------------------------------------------------------- tars
+
+
+@pytest.fixture
+def escaping(photos, tmp_path) -> Path:
+    """A folder with a shard whose members would leave it, and links and devices that point outside."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "secret.png").write_bytes(next((photos / "train" / "ant").glob("*.png")).read_bytes())
+    image = (tmp_path / "secret.png").read_bytes()
+    with tarfile.open(tmp_path / "shards" / "x.tar", "w") as tar:
+        for name in ("../escaped.png", f"{tmp_path}/escaped.png", "fine.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+            ("pipe.png", tarfile.FIFOTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, str(tmp_path / "secret.png")
+            tar.addfile(member)
+    return tmp_path / "shards"
+
+
+def test_members_of_a_tar_neither_leave_it_nor_are_links_followed(escaping, tmp_path, pretrained):
+    before = set(files(tmp_path))
+    source = local_tars(str(escaping))
+    assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # no link, no pipe
+    call(
+        "main_features",
+        "--checkpoint",
+        pretrained / "last.pth",
+        "--data_path",
+        escaping,
+        *DEVICE,
+        "--output",
+        escaping / "f.npy",
+    )
+    written = {path.relative_to(tmp_path).parts[0] for path in set(files(tmp_path)) - before}
+    assert written == {"shards"}
+
+
+def test_an_index_of_shards_is_not_unpickled_and_cannot_point_outside(escaping, sprung):
+    status = (escaping / "x.tar").stat()
+    state = [[status.st_size, status.st_mtime_ns]]
+    rows = scan(escaping / "x.tar")
+    np.savez(escaping / "index.npz", shards=np.array([Trap(sprung)], object), states=state, counts=[3], rows=rows)
+    assert len(Tars([escaping / "x.tar"])) == 3
+    assert not sprung.exists()
+    far = [[2**40, 100, -1], [-5, 100, -1], [0, 2**62, -1]]
+    np.savez(escaping / "index.npz", shards=["x.tar"], states=state, counts=[3], rows=np.array(far))
+    for i in range(3):
+        with pytest.raises((OSError, MemoryError, OverflowError, ValueError)):
+            Tars([escaping / "x.tar"]).read(i, 3)
+
+
+# -------------------------------------------------------------------------------------------------------------- sockets
+
+
+def listening(pids: list[int]) -> set[tuple[str, int]]:
+    """(address, port) of every TCP socket on which these processes wait for somebody."""
+    held = {os.readlink(descriptor) for pid in pids for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pids[0]}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            address, port = local.split(":")
+            if state == "0A" and f"socket:[{inode}]" in held:
+                found.add((address, int(port, 16)))
+    return found
+
+
+def while_it_trains(photos, folder: Path, count: int, look: Callable, **group):
+    """`look` at the processes of a run that is at work, which then ends as it should."""
+    words = [
+        "main_pretrain.py",
+        *PRETRAIN,
+        "--data_path",
+        photos,
+        "--output_dir",
+        folder,
+        "--batch_size",
+        "4",
+        "--epochs",
+        "500",
+    ]
+    spawned = [spawn(*words, **(group | ({"RANK": r, "LOCAL_RANK": r} if group else {}))) for r in range(count)]
+    until = time.monotonic() + 100
+    while not ((folder / "log.jsonl").exists() and records(folder)):
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in spawned)
+        time.sleep(0.1)
+    seen = look([process.pid for process in spawned])
+    spawned[0].send_signal(signal.SIGTERM)
+    assert [ended(process)[0] for process in spawned] == [75] * count
+    return seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
+def test_a_run_of_one_process_listens_to_nobody(photos, tmp_path):
+    assert while_it_trains(photos, tmp_path / "run", 1, listening) == set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
+def test_ranks_listen_where_they_are_told_to_meet_and_for_each_other(photos, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    seen = while_it_trains(photos, tmp_path / "run", 2, listening, **group)
+    assert port in {number for _, number in seen}
+    others = {address for address, number in seen if number != port}
+    assert all(re.fullmatch(r"0100007F|0{24}01000000|0{16}FFFF00000100007F", address) for address in others), seen

@@ -1,0 +1,9 @@
+"""What pre-trained encoders are worth.
+
+classifier     classifier.pth: writing a trained classifier, evaluating a saved one.
+encoder        Encoders with the weights of a checkpoint, and their features.
+health         Checks of a pre-training run: example images before the first step, loss against a constant prediction.
+knn            Weighted k-nearest-neighbour accuracy of an encoder.
+probes         Linear probes on a frozen encoder.
+scores         Accuracy of classifiers, exact over all ranks.
+"""

@@ -1,0 +1,46 @@
+"""classifier.pth: writing a trained classifier, evaluating a saved one."""
+
+from argparse import Namespace
+from collections.abc import Callable
+
+from torch import Tensor
+
+from util.checkpoint.state import on_host, write_checkpoint
+from util.data.batches import eval_loader
+from util.data.sources import labelled_source
+from util.data.transforms import eval_transform
+from util.dist import init_world
+from util.evaluate.encoder import load_encoder, own_arguments, pooling
+from util.evaluate.scores import evaluate, print_result
+from util.formats.commands import load_command
+from util.formats.keys import Weights, default_format, to_mae
+from util.run import Run, args_to_dict
+
+
+def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
+    """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
+    if run.world.is_main:
+        args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(on_host(state))
+        path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
+        if target := default_format(state):
+            run.log.info(f"load it: {load_command(Weights(state, args, 'pixmim', []), target, path)}")
+
+
+def evaluate_classifier(
+    args: Namespace, build_encoder: Callable, weights: Weights | None, interpolation: str = "bicubic"
+) -> None:
+    """--eval: print the accuracy of a saved classifier on DIR/val."""
+    classes = own_arguments(weights).get("classes")
+    count = len(weights.state.get("head.weight", ())) if weights else 0
+    if not count:
+        raise ValueError(f"--eval: --checkpoint {args.checkpoint} has no classifier; train one, or use main_knn.py")
+    val = labelled_source(args.data_path, "val", classes)
+    if len(val.classes) != count:
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}"
+        )
+    world = init_world(args.device, args.amp, args.timeout_minutes)
+    model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)
+    loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))
+    print_result(world, evaluate(args, world, model, loader, count)[0])
+    world.close()

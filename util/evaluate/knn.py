@@ -1,0 +1,59 @@
+"""Weighted k-nearest-neighbour accuracy of an encoder."""
+
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from util.data.batches import eval_loader
+from util.data.folders import Source
+from util.data.transforms import eval_transform
+from util.dist import World
+from util.evaluate.encoder import Encoder, encode_batches
+from util.evaluate.scores import Score
+
+
+@torch.inference_mode()
+def extract_features(args: Namespace, world: World, encoder: Encoder, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """(features (N, D) of length 1, labels (N,)) of this rank's share, float32 on the device."""
+    rows, labels = [], []
+    for x, batch in encode_batches(args, world, encoder, loader):
+        rows.append(F.normalize(x, dim=1))
+        labels.append(batch["label"])
+    if not rows:
+        return torch.empty(0, encoder.embed_dim, device=world.device), torch.empty(
+            0, dtype=torch.int64, device=world.device
+        )
+    return torch.cat(rows), torch.cat(labels)
+
+
+@torch.inference_mode()
+def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+    """Votes (N, classes) of the k nearest: each weighs exp(cosine / temperature) (Wu et al., arXiv:1805.01978)."""
+    similarity, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(queries), num_classes, device=queries.device)
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: no overflow, the same ranking
+    return votes.scatter_add_(1, labels[nearest], weight)
+
+
+def knn(
+    args: Namespace, world: World, encoder: Encoder, sources: tuple[Source, Source], k: int = 20, temperature: float = 0.07
+) -> dict:  # fmt: skip
+    """Accuracy of the nearest neighbours in (train, val): acc1, acc5, mean_class_acc, n."""
+    training = encoder.training
+    encoder.eval()
+    loaders = [eval_loader(args, world, source, eval_transform(args.input_size)) for source in sources]
+    (train, labels), (queries, truth) = (extract_features(args, world, encoder, loader) for loader in loaders)
+    encoder.train(training)
+    shares = world.gather((train.cpu(), labels.cpu()))
+    train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
+    num_classes = len(sources[0].classes)
+    score = Score(num_classes, world.device)
+    rows = max(1, 2**26 // len(train))  # 256 MiB of similarities
+    for some, answers in zip(queries.split(rows), truth.split(rows), strict=True):
+        score.add(knn_votes(train, labels, some, num_classes, k, temperature), answers)
+    result = score.result(world)
+    result.pop("loss")  # votes are no logits
+    return result

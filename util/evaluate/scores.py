@@ -1,0 +1,75 @@
+"""Accuracy of classifiers, exact over all ranks."""
+
+import json
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from util.data.batches import DevicePrefetcher
+from util.data.transforms import Normalize
+from util.dist import World, autocast
+from util.run import Run
+
+
+class Score:
+    """Counts of a classifier on this rank, exact over all of them."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self.counts = torch.zeros(4, num_classes, dtype=torch.float64, device=device)  # n, top-1, top-5, loss by class
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """scores (B, classes), of which the softmax is the prediction; labels (B,)."""
+        top = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(scores.float(), labels, reduction="none")
+        rows = torch.stack([torch.ones_like(loss), top[:, 0], top.any(1), loss]).double()
+        self.counts.index_add_(1, labels, rows)
+
+    def result(self, world: World) -> dict[str, float]:
+        """acc1, acc5, mean_class_acc in percent, mean loss, n."""
+        by_class = world.sum(self.counts)
+        n, top1, top5, loss = by_class.sum(1).tolist()
+        present = by_class[0] > 0
+        mean_class = (by_class[1, present] / by_class[0, present]).mean().item()
+        return {
+            "acc1": round(100 * top1 / n, 3),
+            "acc5": round(100 * top5 / n, 3),
+            "mean_class_acc": round(100 * mean_class, 3),
+            "loss": round(loss / n, 5),
+            "n": int(n),
+        }
+
+
+@torch.inference_mode()
+def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader, num_classes: int) -> list[dict]:
+    """One `Score.result` for each head of a classifier: model gives (B, classes) or (B, heads, classes)."""
+    model.eval()
+    normalize = Normalize(args, world.device)
+    scores: list[Score] = []
+    for batch in DevicePrefetcher(loader, world.device):
+        with autocast(args.amp, world.device):
+            logits = model(normalize(batch)).float()
+        logits = logits.unsqueeze(1) if logits.ndim == 2 else logits
+        scores = scores or [Score(num_classes, world.device) for _ in range(logits.shape[1])]
+        for i, score in enumerate(scores):
+            score.add(logits[:, i], batch["label"])
+    heads = max(world.gather(len(scores)))  # a rank without images knows of none, and must take part in every sum
+    scores += [Score(num_classes, world.device) for _ in range(heads - len(scores))]
+    return [score.result(world) for score in scores]
+
+
+def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, epoch: int) -> list[dict]:
+    """`evaluate`, logged; the best of several heads stands for them."""
+    results = evaluate(run.args, run.world, model, loader, num_classes)
+    best = max(results, key=lambda result: result["acc1"])
+    run.log.scalars({"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}})
+    run.log.info(f"epoch {epoch}  val {json.dumps(best)}")
+    return results
+
+
+def print_result(world: World, result: dict) -> None:
+    """The last line of a main: one JSON object."""
+    if world.is_main:
+        print(json.dumps(result), flush=True)

@@ -1,0 +1,20 @@
+"""Upload to the Hugging Face Hub."""
+
+from pathlib import Path
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a folder to a private repository of the Hugging Face Hub, made unless it exists."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ValueError(f"--push_to_hub {name} needs huggingface_hub: pip install huggingface_hub") from error
+    try:
+        api = HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # of the network, of the hub, of the name: each library has its own
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(
+            f"--push_to_hub {name}: {reason or type(error).__name__}; {folder} is written, upload it yourself"
+        ) from error

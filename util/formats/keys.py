@@ -1,0 +1,316 @@
+"""Tensor names of MAE, OpenMMLab and transformers side by side, with their shapes."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Weights(NamedTuple):
+    """What a checkpoint holds for us."""
+
+    state: State  # names of facebookresearch/mae: encoder, and decoder, fc_norm, head where the file has them
+    args: dict[str, Any]  # arguments of the run that wrote the file, {} if it keeps none
+    source: str  # "pixmim", "mae", "mm", "mmseg", "hf" or "timm"
+    dropped: list[str]  # keys that a rule leaves out
+
+
+class Rule(NamedTuple):
+    """One tensor: its names, N for the number of a block, its shape, and which hosts have it.
+
+    D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G are D, F of the decoder. ConvMAE's stages:
+    widths X, Y, hidden widths U, V, strides Q, R, S. M layers fused by MFF.
+    """
+
+    mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, timm
+    mm: str | None  # mmselfsup, mmcls, mmpretrain; mmsegmentation without "backbone."
+    hf: str | None  # transformers 4.x; {query,key,value} are three tensors there
+    shape: str
+    hosts: tuple[str, ...]
+
+
+VIT, MFF, CONV = ("vit", "mff_vit"), ("mff_vit",), ("convvit",)
+
+
+ALL = (*VIT, *CONV)
+
+
+TENSORS = (
+    Rule("cls_token", "backbone.cls_token", "vit.embeddings.cls_token", "1 1 D", VIT),
+    Rule("pos_embed", "backbone.pos_embed", "vit.embeddings.position_embeddings", "1 T D", ALL),
+    Rule("mask_token", "neck.mask_token", "decoder.mask_token", "1 1 E", ALL),
+    Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
+    Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
+)
+
+
+LAYERS = (  # shape of the weight; the bias is as long as its first side
+    Rule(
+        "patch_embed.proj",
+        "backbone.patch_embed.projection",
+        "vit.embeddings.patch_embeddings.projection",
+        "D C P P",
+        VIT,
+    ),
+    Rule("patch_embed1.proj", None, None, "X C Q Q", CONV),
+    Rule("patch_embed1.norm", None, None, "X", CONV),
+    Rule("patch_embed2.proj", None, None, "Y X R R", CONV),
+    Rule("patch_embed2.norm", None, None, "Y", CONV),
+    Rule("patch_embed3.proj", None, None, "D Y S S", CONV),
+    Rule("patch_embed3.norm", None, None, "D", CONV),
+    Rule("patch_embed4", None, None, "D D", CONV),
+    Rule("stage1_output_decode", None, None, "D X 4 4", CONV),
+    Rule("stage2_output_decode", None, None, "D Y 2 2", CONV),
+    Rule("proj_layers.N", "backbone.proj_layers.N", None, "D D", MFF),
+    Rule("norm", "backbone.ln1", "vit.layernorm", "D", ALL),
+    Rule("fc_norm", "backbone.ln2", None, "D", ALL),
+    Rule("head", "head.fc", "classifier", "K D", ALL),
+    Rule("head", "head.layers.head", None, "K D", ALL),  # mmselfsup's linear probe
+    Rule("decoder_embed", "neck.decoder_embed", "decoder.decoder_embed", "E D", ALL),
+    Rule("decoder_norm", "neck.ln1", "decoder.decoder_norm", "E", ALL),
+    Rule("decoder_pred", "neck.decoder_pred", "decoder.decoder_pred", "PPC E", VIT),
+    Rule("decoder_pred", None, None, "QQRRSSC E", CONV),
+)
+
+
+CONV_BLOCK = (  # layers of a block of ConvMAE's first stage
+    ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
+    ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
+)  # fmt: skip
+
+
+BLOCK = (  # layers of a block
+    ("norm1", "ln1", "layernorm_before", "D"),
+    ("attn.qkv", "attn.qkv", "attention.attention.{query,key,value}", "3D D"),
+    ("attn.proj", "attn.proj", "attention.output.dense", "D D"),
+    ("norm2", "ln2", "layernorm_after", "D"),
+    ("mlp.fc1", "ffn.layers.0.0", "intermediate.dense", "F D"),
+    ("mlp.fc2", "ffn.layers.1", "output.dense", "D F"),
+)
+
+
+def _expand() -> Iterator[Rule]:
+    yield from TENSORS
+    decoder, second = str.maketrans("DF", "EG"), str.maketrans("XU", "YV")
+    blocks = [Rule(f"blocks1.N.{layer}", None, None, shape, CONV) for layer, shape in CONV_BLOCK]
+    blocks += [Rule(f"blocks2.N.{layer}", None, None, shape.translate(second), CONV) for layer, shape in CONV_BLOCK]
+    for ours, mm, hf, shape in BLOCK:
+        blocks.append(Rule(f"blocks.N.{ours}", f"backbone.layers.N.{mm}", f"vit.encoder.layer.N.{hf}", shape, VIT))
+        blocks.append(Rule(f"blocks3.N.{ours}", None, None, shape, CONV))
+        neck, theirs = f"neck.decoder_blocks.N.{mm}", f"decoder.decoder_layers.N.{hf}"
+        blocks.append(Rule(f"decoder_blocks.N.{ours}", neck, theirs, shape.translate(decoder), ALL))
+    for layer in (*LAYERS, *blocks):
+        for kind, shape in (("weight", layer.shape), ("bias", layer.shape.split()[0])):
+            mmpretrain, transformers = (f"{name}.{kind}" if name else None for name in (layer.mm, layer.hf))
+            yield Rule(f"{layer.mae}.{kind}", mmpretrain, transformers, shape, layer.hosts)
+
+
+RULES = tuple(_expand())
+
+
+DROPPED = re.compile(
+    r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
+)
+
+
+DECODER = re.compile(r"mask_token|decoder_.*")
+
+
+FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")  # MFF's, ConvMAE's: not for features
+
+
+THIRDS = "{query,key,value}"
+
+
+SPELLINGS = (  # of transformers 5.x and of models without a head -> 4.x
+    (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+IN_PROJ = (  # mmpretrain's and mmsegmentation's MAE's -> torch's attention, as mmsegmentation's VisionTransformer has it
+    (".attn.qkv.", ".attn.attn.in_proj_"),
+    (".attn.proj.", ".attn.attn.out_proj."),
+)
+
+
+HOMES = {  # host -> the formats that have a place for it
+    "vit": ("timm", "mae", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
+    "mff_vit": ("timm", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
+    "convvit": ("mae",),
+}
+
+
+@cache
+def rename(key: str, source: str, target: str) -> str | None:
+    """Name in column `target` of RULES of a tensor that column `source` calls `key`; None if no rule maps it."""
+    for rule in RULES:
+        theirs, name = getattr(rule, source), getattr(rule, target)
+        match = theirs and name and re.fullmatch(re.escape(theirs).replace("N", r"(0|[1-9]\d*)"), key)
+        if match:
+            return name.replace("N", "".join(match.groups()))
+    return None
+
+
+def family(state: State) -> str | None:
+    """The host, as the names in `models.ENCODERS` begin; None for one that RULES do not know."""
+    if any(rename(key, "mae", "mae") is None for key in state):
+        return None
+    marks = {"patch_embed1.": "convvit", "proj_": "mff_vit"}
+    return next((host for mark, host in marks.items() if any(key.startswith(mark) for key in state)), "vit")
+
+
+def default_format(state: State) -> str | None:
+    """The format in which a classifier of this host is read best; None for a host that RULES do not know."""
+    host = family(state)
+    return HOMES[host][0] if host else None
+
+
+def pixmim_names(state: State) -> State:
+    """facebookresearch/mae's names -> the modules of PixMIM: `encoder.*`, `decoder.*`."""
+    decoder = {key: f"decoder.{key.removeprefix('decoder_')}" for key in state if DECODER.fullmatch(key)}
+    return {decoder.get(key, f"encoder.{key}"): value for key, value in state.items()}
+
+
+def mae_names(state: State) -> State:
+    """The modules of PixMIM -> facebookresearch/mae's names; the inverse of `pixmim_names`."""
+    bare = {key: re.sub(r"^(encoder|decoder(?=\.mask_token))\.", "", key) for key in state}
+    return {re.sub(r"^decoder\.", "decoder_", bare[key]): value for key, value in state.items()}
+
+
+def to_timm(state: State) -> State:
+    """Encoder and classifier, as timm's VisionTransformer (of ConvMAE, its repository) names them; no more."""
+    return {key: value for key, value in state.items() if not DECODER.fullmatch(key) and not FUSION.fullmatch(key)}
+
+
+def to_mae(state: State) -> State:
+    """Everything, as facebookresearch/mae or Alpha-VL/ConvMAE names it."""
+    if family(state) != "convvit" or "head.weight" not in state or "fc_norm.weight" in state:
+        return dict(state)
+    width = state["head.weight"].shape[1]  # a probe of ConvMAE: there, the norm after pooling has parameters
+    kept = {key: value for key, value in state.items() if key not in ("norm.weight", "norm.bias")}
+    return kept | {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
+
+
+def to_mm(state: State) -> State:
+    """Everything, as mmpretrain names it."""
+    return {str(rename(key, "mae", "mm")): value for key, value in state.items()}
+
+
+def to_mmseg(state: State, backbone: str = "MAE") -> State:
+    """An encoder, as mmsegmentation's backbone MAE or VisionTransformer names it."""
+    named = {key.removeprefix("backbone."): value for key, value in to_mm(state).items()}
+    return _respelled(named, [(re.escape(old), new) for old, new in IN_PROJ]) if backbone != "MAE" else named
+
+
+def from_mmseg(state: State) -> State:
+    """mmsegmentation's names -> mmpretrain's."""
+    return _respelled(state, [(r"^(?!backbone\.)", "backbone."), *((re.escape(new), old) for old, new in IN_PROJ)])
+
+
+def to_hf(state: State) -> State:
+    """Everything, as transformers 4.x names it; 5.x reads that as well."""
+    named: State = {}
+    for key, value in state.items():
+        name = str(rename(key, "mae", "hf"))
+        parts = value.chunk(3) if THIRDS in name else (value,)
+        named |= {name.replace(THIRDS, part): x for part, x in zip(("query", "key", "value"), parts, strict=False)}
+    return named
+
+
+def from_hf(state: State) -> State:
+    """transformers' names, of 4.x or 5.x, with a head or a decoder or bare -> column `hf` of RULES."""
+    named = _respelled(state, SPELLINGS)
+    for key in [key for key in named if ".attention.attention.query." in key]:
+        three = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if len({tuple(named[name].shape) if name in named else name for name in three}) == 1:  # else they stay, unknown
+            named[key.replace(".query.", f".{THIRDS}.")] = torch.cat([named.pop(name) for name in three])
+    return named
+
+
+def _respelled(state: State, spellings: Iterable[tuple[str, str]]) -> State:
+    """State with patterns replaced in its names, in this order; a name that would be there twice stays as it is."""
+    named: State = {}
+    for key, value in state.items():
+        name = key
+        for pattern, replacement in spellings:
+            name = re.sub(pattern, replacement, name)
+        named[key if name in named or (name != key and name in state) else name] = value
+    return named
+
+
+def _depth(state: State, prefix: str) -> int:
+    return len({m[1] for key in state if (m := re.match(rf"{prefix}\.(\d+)\.", key))})
+
+
+def expected_shapes(state: State) -> dict[str, str]:
+    """Name -> shape of every tensor of the parts that the state has: encoder, decoder, fc_norm in place of norm, head."""
+    host = family(state)
+    parts = {key.split(".")[0] for key in state}
+    decoder, pooled = any(map(DECODER.fullmatch, parts)), "fc_norm" in parts
+    absent = {"norm"} if pooled else {"fc_norm"}
+    absent |= {"head"} - parts
+    expected: dict[str, str] = {}
+    for name, _, _, shape, hosts in RULES:
+        part = name.split(".")[0]
+        pretraining = DECODER.fullmatch(part) or FUSION.fullmatch(name)
+        if host in hosts and part not in absent and (decoder or part in parts or not pretraining):
+            count = max(1, _depth(state, part)) if "N" in name else 1
+            if part == "proj_layers" and "proj_weights" in state:
+                count = state["proj_weights"].numel() - 1
+            expected |= {name.replace("N", str(n)): shape for n in range(count)}
+    return expected
+
+
+def misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Name and complaint; the first tensor that has a letter in its shape decides what it stands for."""
+    sizes = {str(n): n for n in range(1, 6)}
+    for name in (name for name in expected if name in state):
+        shape, factors = list(state[name].shape), expected[name].split()
+        if len(shape) == len(factors):
+            sizes = dict(zip(factors, shape, strict=True)) | sizes
+        wanted = [math.prod(sizes[c] for c in x) if sizes.keys() >= set(x) else x for x in factors]
+        if len(shape) != len(wanted) or any(n != m for n, m in zip(shape, wanted, strict=True) if isinstance(m, int)):
+            yield name, f"is {shape}, expected [{', '.join(map(str, wanted))}]"
+
+
+def architecture(state: State) -> dict[str, Any]:
+    """Sizes that a checked state in facebookresearch/mae's names implies; heads leave no trace in it."""
+    tokens, width = state["pos_embed"].shape[1:]
+    host = family(state)
+    stages = ("1", "2", "3") if host == "convvit" else ("",)
+    kernels = [state[f"patch_embed{stage}.proj.weight"] for stage in stages]
+    widths, depths = tuple(map(len, kernels)), tuple(_depth(state, f"blocks{stage}") for stage in stages)
+    sizes = {
+        "family": host,
+        "embed_dim": widths if host == "convvit" else width,
+        "depth": depths if host == "convvit" else depths[0],
+        "patch_size": math.prod(kernel.shape[-1] for kernel in kernels),
+        "in_chans": kernels[0].shape[1],
+        "mlp_ratio": state[f"blocks{stages[-1]}.0.mlp.fc1.weight"].shape[0] / width,
+        "num_patches": tokens - ("cls_token" in state),
+        "class_token": "cls_token" in state,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "pooled": "fc_norm.weight" in state,
+    }
+    if "mask_token" in state:
+        sizes |= {"decoder_dim": state["mask_token"].shape[-1], "decoder_depth": _depth(state, "decoder_blocks")}
+    return sizes
+
+
+def decoder_heads(weights: Weights) -> int:
+    """As the run that wrote the file says, else 32 wide each, as MAE's and LSMAE's are."""
+    return weights.args.get("decoder_heads") or max(1, weights.state["mask_token"].shape[-1] // 32)

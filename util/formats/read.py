@@ -1,0 +1,230 @@
+"""Weights of a checkpoint of any supported repository."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.formats.keys import (
+    DROPPED,
+    State,
+    Weights,
+    architecture,
+    expected_shapes,
+    family,
+    from_hf,
+    from_mmseg,
+    misshaped,
+    rename,
+)
+from util.formats.unpickle import _read
+
+BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
+
+
+BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of names.RULES, by source; "mae" is that of the others
+
+
+def weights_file(path: str | os.PathLike) -> Path:
+    """The file itself, or that of a folder of transformers or timm that holds the weights."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if file is None:
+        parts = any(path.glob("*.index.json"))
+        how = "save it in one part (max_shard_size)" if parts else "name the checkpoint file in it"
+        raise ValueError(f"{path} is a folder without {' or '.join(WEIGHT_FILES)}: {how}")
+    return file
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Content of a file, or of the weights in a folder of transformers or timm, and that folder's config.json."""
+    file = weights_file(path)
+    if file == path:
+        return _read(path), {}
+    config, about = path / "config.json", {}
+    if config.is_file():
+        try:
+            about = json.loads(config.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{config} is not JSON ({str(error)[:100]}): copy or download it again") from error
+    if not about or not isinstance(about, dict):
+        raise ValueError(f"{path} has no config.json that describes the model: download it too, or name {file}")
+    return _read(file), about
+
+
+# What config.json calls it (transformers, then timm) -> the same in `architecture`
+CLAIMS = {
+    "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_channels": "in_chans", "patch_size": "patch_size",
+    "decoder_hidden_size": "decoder_dim", "decoder_num_hidden_layers": "decoder_depth", "intermediate_size": "hidden",
+    "embed_dim": "embed_dim", "depth": "depth", "in_chans": "in_chans", "mlp_ratio": "mlp_ratio", "num_classes": "num_classes",
+}  # fmt: skip
+
+
+def _contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+    """What config.json says that cannot be true of weights with these facts."""
+    for key, fact in CLAIMS.items():
+        if claims.get(key) is not None and fact in facts and claims[key] not in (facts[fact], [facts[fact]] * 2):
+            yield f"{key} {claims[key]} (the weights: {facts[fact]})"
+    patch, (height, width) = facts["patch_size"], claims["input_size"]
+    if height is not None and not (_count(height) and _count(width)):
+        yield f"image size {height}, {width}"
+    elif height is not None and (height // patch) * (width // patch) != facts["num_patches"]:
+        yield f"image size {height}, {width} (the weights: {facts['num_patches']} patches of {patch} px)"
+    for key, dim in (("num_heads", facts["embed_dim"]), ("decoder_heads", facts.get("decoder_dim", 0))):
+        if claims[key] is not None and (not _count(claims[key]) or dim % claims[key]):
+            yield f"{claims[key]} attention heads (the weights: width {dim})"
+    for key in ("mean", "std"):
+        values = claims[key]
+        numbers = isinstance(values, list) and {*map(type, values)} <= {int, float}
+        if values is not None and not (numbers and len(values) == facts["in_chans"]):
+            yield f"{key} {values} (the weights: {facts['in_chans']} channels)"
+    if claims.get("hidden_act", "gelu") != "gelu":
+        yield f"hidden_act {claims['hidden_act']} (here: gelu)"
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of a run that config.json tells, and what of it is not taken; ValueError if the weights contradict it."""
+    facts = architecture(state)
+    if facts["family"] == "convvit":
+        raise ValueError(f"{path} holds a ConvMAE, which neither transformers nor timm has: name the weights in it")
+    facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
+    inner, looks = (
+        x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
+    )  # timm's
+    claims = about | inner
+    size = claims.get("image_size", claims.get("img_size"))
+    claims |= {
+        "input_size": size if isinstance(size, list) and len(size) == 2 else [size, size],
+        "num_heads": claims.get("num_attention_heads", claims.get("num_heads")),
+        "decoder_heads": claims.get("decoder_num_attention_heads") if "decoder_dim" in facts else None,
+        "mean": looks.get("mean"),
+        "std": looks.get("std"),
+    }
+    if wrong := [*_contradictions(claims, facts)]:
+        raise ValueError(f"{path / 'config.json'} says {', '.join(wrong)}: it belongs to other weights")
+    args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
+    args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
+    args |= {
+        key: x for key, kind in (("norm_pix_loss", bool), ("mask_ratio", float)) if type(x := about.get(key)) is kind
+    }
+    if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
+        args["pool"] = "mean"
+    eps = about.get("layer_norm_eps", 1e-6)
+    unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as MAE has it)"]
+    return {name: value for name, value in args.items() if value is not None}, unused
+
+
+def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
+    """State with a linear probe's BatchNorm (no affine, eps 1e-6) folded into its head, and the keys that went."""
+    for norm, linear, head in BATCH_NORMS:
+        rest = dict(state)
+        mean, variance, _ = (rest.pop(f"{norm}.{key}", None) for key in BATCH_NORM_KEYS)
+        weight, bias = (rest.pop(f"{linear}.{key}", None) for key in ("weight", "bias"))
+        if mean is None or variance is None or weight is None or bias is None:
+            continue
+        if mean.shape == variance.shape == weight.shape[1:]:  # else they stay, unknown keys
+            weight = weight * (variance + 1e-6).rsqrt()
+            gone = [key for key in state if key.startswith(f"{norm}.") and key not in rest]
+            return rest | {f"{head}.weight": weight, f"{head}.bias": bias - weight @ mean}, gone
+    return state, []
+
+
+def _join_qkv_bias(state: State) -> State:
+    """State with q_bias and v_bias, as long_seq_mae saves them on TPUs, as the one bias of qkv; keys have none."""
+    joined = dict(state)
+    for key in state:
+        block = key.removesuffix("q_bias")
+        if block != key and f"{block}v_bias" in state and f"{block}qkv.bias" not in state:
+            q, v = joined.pop(key), joined.pop(f"{block}v_bias")
+            joined[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    return joined
+
+
+def _spelled(box: dict, state: State) -> tuple[str, State]:
+    """Who wrote it, and the state in the names of one column of RULES."""
+    if str(box.get("format", "")).startswith("pixmim"):
+        return "pixmim", state
+    if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
+        return "hf", from_hf(state)
+    if any(key.startswith("backbone.") for key in state):
+        return "mm", from_mmseg(state) if any(".attn.attn.in_proj_" in key for key in state) else state
+    if "patch_embed.projection.weight" in state:
+        return "mmseg", from_mmseg(state)
+    return "mae" if "model" in box or "mask_token" in state else "timm", state
+
+
+def read_weights(path: str | os.PathLike) -> Weights:
+    """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, OpenMMLab, transformers or timm.
+
+    A file, or a folder with config.json as transformers and timm save it. FileNotFoundError, or ValueError with the
+    file, what was found in it (all unknown, missing and mis-shaped keys) and the remedy.
+    """
+    path = Path(path)
+    content, about = _open(path)
+    box = content if isinstance(content, dict) else {}
+    state = next((box[key] for key in ("model", "state_dict") if isinstance(box.get(key), dict)), box)
+    if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
+        raise ValueError(f'{path} holds {found[:200]}: expected tensors by name, bare or under "model" or "state_dict"')
+    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    args = box.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    source, state = _spelled(box, state)
+    state, dropped = _fold_batch_norm(_join_qkv_bias(state))
+    dropped += [key for key in state if DROPPED.fullmatch(key)]
+    state = {key: value for key, value in state.items() if key not in dropped}
+    if source != "pixmim" or family(state):  # a run's own host without rules is left to its model to check
+        state = _map(path, state, source)
+    if about:
+        args, unused = _told(path, about, state)
+        dropped += unused
+    return Weights(state, args, source, dropped)
+
+
+def _map(path: Path, state: State, source: str) -> State:
+    """State in facebookresearch/mae's names; ValueError if it is not, key for key, what the tables describe."""
+    column = COLUMNS.get(source, "mae")
+    native: dict[str, str] = {}
+    unknown = []
+    for key in state:
+        name = rename(key, column, "mae")
+        if name is None or name in native:
+            unknown.append(key)
+        else:
+            native[name] = key
+    if not native:
+        raise ValueError(
+            f"{path}: not one of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
+            "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain, mmsegmentation's backbone, transformers' or timm's ViT"
+        )
+    mapped = {name: state[key] for name, key in native.items()}
+    expected = expected_shapes(mapped)
+    problems = {
+        "unknown": unknown + [native[name] for name in mapped if name not in expected],
+        "missing": [str(rename(name, "mae", column)) for name in expected if name not in mapped],
+        "mis-shaped": [f"{native[name]} {complaint}" for name, complaint in misshaped(mapped, expected)],
+    }
+    if any(problems.values()):
+        lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"{path} (read as {source}) is not what names.RULES describe: {lists}")
+    return mapped

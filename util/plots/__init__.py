@@ -1,0 +1,9 @@
+"""Image grids and charts.
+
+charts         Line charts.
+curves         Chart of pre-training runs from their log.jsonl: loss, gradient norm, kNN. `python -m util.plots.curves RUN... --output x.png`.
+features       Image grids of an encoder: attention of the class token, principal components of patch features.
+grids          Labelled grids of images.
+reconstruction Image grids of the pre-training task: reconstruction, masks, low-pass filters.
+spectrum       Radial power spectrum of images, and a chart of it.
+"""
