@@ -1,24 +1,36 @@
-"""Recompute one training step of a run and report what is not finite."""
+"""python debug_step.py RUN STEP: compute a training step again and report what is not finite.
 
-import sys
-from collections.abc import Callable, Iterator
+STEP counts from 1, as the log's `skipped_step`. The step is reached by training from the newest checkpoint in RUN that
+was saved before it; nothing in RUN is changed but RUN/debug-STEP.pth, which gets the batch and the weights before the
+step. A run on several ranks needs torchrun with as many: each rank computes its own share.
+"""
+
+import importlib
+import json
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from util.data.folders import Source
-from util.dist import autocast
+from engine_pretrain import TrainState, train_step
+from util.args import Parser, number, resolve_defaults, run_main
+from util.checkpoint.resume import Progress, find_checkpoint, load_checkpoint
+from util.data.batches import DevicePrefetcher
+from util.dist import autocast, init_world
 from util.files import write_atomic
 from util.formats.keys import mae_names
+from util.log import Log
 from util.rng import seed_everything, step_seed
 from util.run import Run
 
 
-def rows_not_finite(value: Any, count: int) -> list[int]:
-    """Which of `count` rows of a tensor hold something that is not finite; all, if it has other rows."""
+def find_nonfinite_rows(value: Any, count: int) -> list[int]:
+    """Rows of a tensor that hold nan or inf; all `count` of them if the tensor has another number of rows."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.isfinite().all():
         return []
     if value.ndim == 0 or len(value) != count:
@@ -27,52 +39,113 @@ def rows_not_finite(value: Any, count: int) -> list[int]:
 
 
 @contextmanager
-def watched(model: nn.Module, count: int) -> Iterator[list[tuple[str, list[int]]]]:
-    """Layers whose output is not finite, in the order of computation, with the rows that are not."""
+def record_nonfinite(model: nn.Module, count: int) -> Iterator[list[tuple[str, list[int]]]]:
+    """List that is filled with (layer, rows) of every output that is not finite, in order of computation."""
     found: list[tuple[str, list[int]]] = []
 
-    def look(name: str, module: nn.Module, given: Any, output: Any) -> None:
+    def inspect(name: str, module: nn.Module, _: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
-        if rows := rows_not_finite(first, count):
+        if rows := find_nonfinite_rows(first, count):
             found.append((name or type(module).__name__, rows))
 
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(partial(inspect, name)) for name, module in model.named_modules()]
     yield found
     for hook in hooks:
         hook.remove()
 
 
-def replay(run: Run, model: Any, loss_fn: Callable, batches: list[dict], source: Source, done: int) -> None:
-    """Compute step `done` + 1 on `batches`, say what of it is not finite, write it to a file, and end the process."""
-    args, world = run.args, run.world
-    said: list[str] = []
-    plain = getattr(model, "module", model)
-    plain = getattr(plain, "_orig_mod", plain)
-    for micro, batch in enumerate(batches):
-        names = [source.name(i) for i in batch["index"].tolist()]
-        seed_everything(step_seed(args.seed, done * args.accum_iter + micro, world.rank))
-        with watched(plain, len(names)) as found, autocast(args.amp, world.device):
-            loss = loss_fn(plain, batch)
+def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: int) -> list[str]:
+    """Compute a step without updating anything; returns the report and writes debug-STEP.pth."""
+    run, model, sampler = state.run, state.model, state.loader.batch_sampler
+    done, lines, kept = epoch * sampler.steps + step, [], []
+    for micro in range(run.accum_iter):
+        batch = next(batches)
+        names = [state.loader.dataset.source.name(i) for i in batch["index"].tolist()]
+        seed_everything(step_seed(run.args.seed, done * run.accum_iter + micro, run.world.rank))
+        with record_nonfinite(model, len(names)) as found, autocast(run.args.amp, run.world.device):
+            loss = state.loss_fn(model, batch)
         loss.backward()
-        said.append(
-            f"step {done + 1}, batch {micro + 1} of {len(batches)} on rank {world.rank}: {len(names)} images, loss {loss.item():.6g}"
-        )
+        kept.append({name: value.cpu() for name, value in batch.items()})
+        where = f"batch {micro + 1} of {run.accum_iter} on rank {run.world.rank}"
+        lines.append(f"step {done + 1}, {where}: {len(names)} images, loss {loss.item():.6g}")
         if found:
             layer, rows = found[0]
-            said.append(f"not finite first in {layer}: " + ", ".join(f"{batch['index'][i]} {names[i]}" for i in rows))
-    gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+            images = ", ".join(f"{batch['index'][i]} {names[i]}" for i in rows)
+            lines.append(f"first output that is not finite: {layer}, images {images}")
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     norm = nn.utils.get_total_norm(list(gradients.values())).item()
-    said.append(
-        f"norm of the gradient {norm:.6g}; not finite in {len(wrong)} of {len(gradients)}: {' '.join(wrong[:8]) or 'none'}"
-    )
-    path = run.folder / f"replay-{done + 1}{f'-rank{world.rank}' if world.rank else ''}.pth"
-    moved = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
-    content = {"batches": moved, "model": mae_names(plain.state_dict()), "step": done + 1}
-    write_atomic(path, partial(torch.save, content))
-    said.append(f"{path} holds the batch and the weights before the step")
-    for lines in world.gather(said):
-        for line in lines:
-            run.log.info(line)
+    names = " ".join(wrong[:8]) or "none"
+    lines.append(f"gradient norm {norm:.6g}; not finite: {len(wrong)} of {len(gradients)} gradients: {names}")
+    suffix = f"-rank{run.world.rank}" if run.world.rank else ""
+    path = run.folder / f"debug-{done + 1}{suffix}.pth"
+    weights = {name: value.cpu() for name, value in mae_names(model.state_dict()).items()}
+    write_atomic(path, partial(torch.save, {"batches": kept, "model": weights, "step": done + 1}))
+    return [*lines, f"{path} holds the batch and the weights before the step"]
+
+
+def read_config(folder: Path) -> dict:
+    """Content of config.json in the output folder of a run; ValueError if it is missing or damaged."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        return config | {"args": Namespace(**config["args"] | {"input_size": tuple(config["args"]["input_size"])})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or damaged; RUN is the --output_dir of a run") from error
+
+
+def open_run(folder: Path, config: dict, args: Namespace) -> Run:
+    """The run in a folder, with its batch and number of ranks, but without a log."""
+    world, ranks = init_world(args.device, args.amp, args.timeout_minutes), config["world_size"]
+    if world.size != ranks:
+        command = f"torchrun --nproc_per_node={ranks} debug_step.py ..." if ranks > 1 else "python debug_step.py ..."
+        raise ValueError(f"RUN {folder} had {ranks} ranks, not {world.size}; use {command}")
+    torch.manual_seed(args.seed)
+    batch_size = config.get("batch_size", args.batch_size)
+    accum_iter = config["batch"] // (batch_size * ranks)
+    return Run(args, world, Log(folder, False), folder, batch_size, accum_iter, config["lr"])
+
+
+def run_until(state: TrainState, progress: Progress, last: int) -> list[str]:
+    """Train from `progress` to the step before `last`, then inspect that one; returns the reports of all ranks."""
+    sampler, world = state.loader.batch_sampler, state.run.world
+    for epoch in range(progress.epoch, -(-last // sampler.steps)):
+        start = progress.start_of(epoch).step
+        sampler.start(epoch, start)
+        batches = iter(DevicePrefetcher(state.loader, world.device, sampler.parts))
+        state.wrapped.train()
+        for step in range(start, min(sampler.steps, last - 1 - epoch * sampler.steps)):
+            train_step(state, batches, epoch, step)
+    return [line for lines in world.gather(inspect_step(state, batches, *divmod(last - 1, sampler.steps))) for line in lines]
+
+
+def get_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of a run of main_pretrain, _linprobe or _finetune")
+    parser.add_argument("step", metavar="STEP", type=number(int, 1), help="step of the run, counted from 1")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto = GPU if available")
+    return parser
+
+
+def main() -> None:
+    asked = get_parser().parse_args()
+    config = read_config(asked.run)
+    args = resolve_defaults(Namespace(**vars(config["args"]) | {"device": asked.device}))
+    script = "main_linprobe" if "probe_as" in args else "main_finetune" if "layer_decay" in args else "main_pretrain"
+    state, _ = importlib.import_module(script).setup(args, partial(open_run, asked.run, config))
+    run, steps = state.run, state.loader.batch_sampler.steps
+    if asked.step > args.epochs * steps:
+        raise ValueError(f"STEP {asked.step}: the run has {args.epochs * steps} steps")
+    found = find_checkpoint(run, steps, before=asked.step)
+    if found is None:
+        raise ValueError(f"STEP {asked.step}: {asked.run} holds no checkpoint from before this step")
+    path, content, progress = found
+    load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
+    lines = [f"trained from {path} to step {asked.step}", *run_until(state, progress, asked.step)]
+    if run.world.is_main:
+        print("\n".join(lines))
     run.close()
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,29 +1,29 @@
-"""The training loop: the loss of a batch, one epoch, the optimiser step."""
+"""The training loop that pre-training, probing and fine-tuning share: loss of a batch, optimiser step, epoch."""
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from debug_step import replay
-from util.checkpoint.resume import Progress
-from util.checkpoint.saver import Saver, statistics
+from util.checkpoint.resume import Progress, running_statistics
+from util.checkpoint.saver import Saver
 from util.data.batches import DevicePrefetcher
 from util.dist import autocast
-from util.files import write_atomic
 from util.lr_sched import set_lr
-from util.meters import Meter, step_flops
+from util.meters import Meter
 from util.rng import seed_everything, step_seed
 from util.run import Run
 
+LossFn = Callable[[nn.Module, dict], Tensor]  # (model, batch on the device) -> mean loss of the batch
 
-def pretrain_loss(normalize: Callable) -> Callable[[nn.Module, dict], Tensor]:
-    """(model, batch) -> the loss of the batch."""
+
+def pretrain_loss(normalize: Callable[[dict], Tensor]) -> LossFn:
+    """Loss of MAE and PixMIM; `normalize` turns a batch of uint8 into normalised images."""
 
     def loss(model: nn.Module, batch: dict) -> Tensor:
         return model(normalize(batch), batch["noise"])[0]
@@ -31,125 +31,102 @@ def pretrain_loss(normalize: Callable) -> Callable[[nn.Module, dict], Tensor]:
     return loss
 
 
-def grad_scaler(run: Run) -> torch.amp.GradScaler:
-    """Loss scaler; it does nothing but for fp16."""
-    return torch.amp.GradScaler(run.world.device.type, enabled=run.args.amp == "fp16")
+class TrainState(NamedTuple):
+    """Everything that a training step needs."""
+
+    run: Run
+    model: Any  # as it is saved
+    wrapped: Any  # the same parameters, compiled and distributed
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    loss_fn: LossFn
+    loader: Any  # DataLoader or ThreadLoader
+    meter: Meter
 
 
-def wrap(model: nn.Module, run: Run) -> nn.Module:
-    """The model as it is trained: compiled, then one of several ranks. Its parameters stay those of `model`.
+def prepare_training(run: Run, model: nn.Module, optimizer, loss_fn: LossFn, loader) -> TrainState:
+    """Compile and distribute the model, create the loss scaler and the meter."""
+    scaler = torch.amp.GradScaler(run.world.device.type, enabled=run.args.amp == "fp16")  # bf16 and float32 need none
+    meter = Meter(run, partial(loss_fn, model), model)
+    return TrainState(run, model, wrap_model(model, run), optimizer, scaler, loss_fn, loader, meter)
 
-    A run is resumed after that: the ranks begin with what rank 0 has, statistics of batch norms included.
+
+def wrap_model(model: nn.Module, run: Run) -> nn.Module:
+    """The model with torch.compile (--compile) and DistributedDataParallel (several ranks); parameters are shared.
+
+    Call it before the checkpoint is loaded: DDP copies the buffers of rank 0, batch-norm statistics among them.
     """
     wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
         ids = [run.world.device.index] if run.world.device.type == "cuda" else None
-        # Every step uses the same parameters; but DDP counts them in the first step, which accumulation cuts short.
-        static = run.args.accum_iter == 1
+        # Every step uses the same parameters. With accumulation, however, DDP would miscount them in the first step.
+        static = run.accum_iter == 1
         wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, static_graph=static)
-        wrapped.broadcast_buffers = False  # they are constants; the probe averages its statistics itself
+        wrapped.broadcast_buffers = False  # constants; the probe averages its batch-norm statistics itself
     return wrapped
 
 
-def update(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A step of the optimiser; where the norm of the gradient, which is returned, is not finite nothing changes.
+def make_gradient_nan(loss: Tensor) -> Tensor:
+    """The loss, unchanged if finite; otherwise its whole gradient becomes nan, so that every rank sees it."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
-    The host need not know, so it does not wait for the device.
+
+def optimizer_step(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Update the parameters and clear the gradients; returns the gradient norm.
+
+    If the norm is not finite nothing is updated. The host does not wait for the device to find out.
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if scaler.is_enabled():  # it looks for itself
+    if scaler.is_enabled():  # the scaler checks for itself
         scaler.step(optimizer)
         scaler.update()
     elif getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = (~norm.isfinite()).float()  # as the scaler tells a fused optimiser
+        optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimiser skips the update on the device
         optimizer.step()
-    elif norm.isfinite():  # LARS: the device is waited for, but a probe has little to do
+    elif norm.isfinite():  # LARS: this waits for the device, but a probe's step is short
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
-def train_one_epoch(
-    run: Run,
-    model: Any,
-    loader: Any,  # DataLoader or ThreadLoader
-    optimizer,
-    scaler,
-    loss_fn: Callable,
-    progress: Progress,
-    saver: Saver,
-) -> Progress:
-    """Train from `progress` to the end of its epoch, and say where the run is then.
+def train_step(state: TrainState, batches: Iterator[dict], epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    """One update from the next `accum_iter` batches; returns (loss, gradient norm), scalars still on the device."""
+    run, steps = state.run, state.loader.batch_sampler.steps
+    set_lr(state.optimizer, run.lr_at(epoch + step / steps))
+    statistics = running_statistics(state.model)
+    before = [value.clone() for value in statistics]
+    losses = []
+    for micro in range(run.accum_iter):
+        batch = next(batches)
+        seed_everything(step_seed(run.args.seed, (epoch * steps + step) * run.accum_iter + micro, run.world.rank))
+        is_last = micro == run.accum_iter - 1  # ranks exchange gradients only then
+        with nullcontext() if is_last or run.world.size == 1 else state.wrapped.no_sync():
+            with autocast(run.args.amp, run.world.device):
+                loss = state.loss_fn(state.wrapped, batch) / run.accum_iter
+            state.scaler.scale(make_gradient_nan(loss)).backward()
+        losses.append(loss.detach())
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    norm = optimizer_step(state.optimizer, state.scaler, parameters)
+    for value, old in zip(statistics, before, strict=True):  # a skipped update leaves no trace
+        value.copy_(torch.where(norm.isfinite(), value, old))
+    return torch.stack(losses).sum(), norm
 
-    `loss_fn(model, batch)` gives the mean loss of a batch on the device. A step is `--accum_iter` batches on each rank.
-    """
-    args, world, epoch = run.args, run.world, progress.epoch
-    order: Any = loader.batch_sampler  # a TrainSampler
-    if progress.step == order.steps:  # it was saved when only the evaluation was left
+
+def train_one_epoch(state: TrainState, progress: Progress, saver: Saver) -> Progress:
+    """Train from `progress` to the end of its epoch; returns the position reached."""
+    run, sampler, meter, epoch = state.run, state.loader.batch_sampler, state.meter, progress.epoch
+    if progress.step == sampler.steps:  # only the evaluation of this epoch is left
         return progress
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    running = statistics(model)
-    order.start(epoch, progress.step)
-    feed = DevicePrefetcher(loader, world.device, order.parts)
-    meter = Meter(run, progress, order, feed, saver.last_good)
-    batches = iter(feed)
-    first = run.log.flops is None
-    model.train()
-    for step in range(progress.step, order.steps):
-        done = epoch * order.steps + step
-        if args.replay == done + 1:
-            replay(run, model, loss_fn, [next(batches) for _ in range(args.accum_iter)], loader.dataset.source, done)
-        lr = run.lr_at(epoch + step / order.steps)
-        set_lr(optimizer, lr)
-        losses, before = [], [value.clone() for value in running]
-        for micro in range(args.accum_iter):
-            batch = next(batches)
-            if run.log.flops is None:
-                run.log.flops = step_flops(model, loss_fn, batch, args.amp)
-            seed_everything(step_seed(args.seed, done * args.accum_iter + micro, world.rank))
-            last = micro == args.accum_iter - 1  # the ranks exchange gradients only then
-            with nullcontext() if last or world.size == 1 else model.no_sync():
-                with autocast(args.amp, world.device):
-                    loss = loss_fn(model, batch) / args.accum_iter
-                scaler.scale(spread_to_gradient(loss)).backward()
-            losses.append(loss.detach())
-        grad_norm = update(optimizer, scaler, parameters)
-        finite = grad_norm.isfinite()
-        for value, old in zip(running, before, strict=True):
-            value.copy_(torch.where(finite, value, old))
-        loss = torch.stack(losses).sum()
-        meter.add(loss, finite)
-        if first:
-            meter.first_step(loss)
-            first = False
-        if (step + 1) % args.log_every == 0 or step + 1 == order.steps:
-            meter.read(step + 1, lr, grad_norm)
-        if step + 1 < order.steps:
-            saver.after_step(partial(reached, meter, step + 1))
-    reached(meter, order.steps)
-    return meter.close(loader.num_workers)
-
-
-def spread_to_gradient(loss: Tensor) -> Tensor:
-    """The loss; one that is not finite makes the whole gradient nan, so that all ranks know of it."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-
-
-def reached(meter: Meter, step: int) -> Progress:
-    """Where the run is, everything about the steps before written down."""
-    report_bad_images(meter.run, meter.feed)
-    return meter.progress(step)
-
-
-def report_bad_images(run: Run, feed: DevicePrefetcher) -> None:
-    """Add the images that no rank could read to OUTPUT_DIR/bad_images.txt, each once."""
-    found = {path: reason for bad in run.world.gather(feed.bad) for path, reason in bad}
-    feed.bad = []
-    if found and run.world.is_main and not run.args.replay:
-        listed = run.folder / "bad_images.txt"
-        known = listed.read_text(errors="surrogateescape").splitlines() if listed.exists() else []
-        lines = sorted({*known, *(f"{path}\t{reason}" for path, reason in found.items())})
-        with suppress(OSError):  # a full disk ends no run
-            write_atomic(listed, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))  # names need not be UTF-8
-        run.log.info(f"{len(found)} images could not be read and were replaced; {listed} names {len(lines)} so far")
+    sampler.start(epoch, progress.step)
+    prefetcher = DevicePrefetcher(state.loader, run.world.device, sampler.parts)
+    batches = meter.start_epoch(progress, prefetcher, sampler, saver.describe_last_save)
+    state.wrapped.train()
+    for step in range(progress.step, sampler.steps):
+        loss, norm = train_step(state, batches, epoch, step)
+        meter.add(loss, norm)
+        if (step + 1) % run.args.log_every == 0 or step + 1 == sampler.steps:
+            meter.log(step + 1, norm)
+        if step + 1 < sampler.steps:
+            saver.after_step(partial(meter.position, step + 1))
+    return meter.end_epoch(state.loader.num_workers)

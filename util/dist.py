@@ -1,4 +1,4 @@
-"""Who else takes part in this run: rank, number of ranks, device."""
+"""Distributed set-up: rank, number of ranks and device, from torchrun, srun or a single process."""
 
 import os
 import re
@@ -17,25 +17,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class World(NamedTuple):
+    """The ranks of a run, seen from one of them."""
+
     rank: int
     size: int
     device: torch.device
-    control: Any = None  # group in which the ranks agree without their devices; None = the default one
+    control: Any = None  # gloo group for messages that need no device; None = the default group
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes."""
+        """True on rank 0, the only one that writes files and log lines."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over the ranks; the same on all of them."""
+        """Sum of a tensor over the ranks, on every rank."""
         if self.size > 1:
             values = values.clone()
             torch_dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list:
-        """One picklable value of each rank, in the order of the ranks, on all of them."""
+        """The picklable values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
@@ -43,36 +45,17 @@ class World(NamedTuple):
         return values
 
     def close(self) -> None:
+        """Leave the process group."""
         if self.size > 1:
-            with suppress(Exception):  # a peer that died first is no reason for a second message
+            with suppress(Exception):  # another rank has died and was reported already
                 torch_dist.destroy_process_group()
 
 
-class DelayedMax:
-    """The largest of the numbers that the ranks name after a step; known after the next, so that nobody waits for it."""
-
-    def __init__(self, world: World):
-        self.world = world
-        self.pending: tuple[Any, Tensor] | None = None
-
-    def of(self, mine: int) -> int:
-        """Name a number, get the largest of those named before; alone, this one."""
-        if self.world.size == 1:
-            return mine
-        before, largest = self.pending, torch.tensor(mine)
-        work = torch_dist.all_reduce(largest, torch_dist.ReduceOp.MAX, group=self.world.control, async_op=True)
-        self.pending = work, largest
-        if before is None:
-            return 0
-        before[0].wait()
-        return int(before[1])
-
-
 def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
-    """(rank, size, local rank) from the variables of torchrun or of srun; (0, 1, 0) without either."""
+    """(rank, number of ranks, local rank) from the variables of torchrun or srun; (0, 1, 0) without them."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch: a bare python stays alone
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch: plain python runs alone
         first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])  # node[03-07,12] -> node03
         environ.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "127.0.0.1")
         environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
@@ -81,83 +64,89 @@ def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
 
 
 def cpu_has_bf16() -> bool:
-    """True where Linux lists bfloat16 among the processor's instructions; elsewhere nobody tells."""
+    """True if /proc/cpuinfo (Linux only) lists bfloat16 instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
 
 
 def autocast(amp: str, device: torch.device):
-    """Context of the forward pass at --amp."""
+    """Autocast context of the forward pass for --amp."""
     return torch.autocast(device.type, DTYPES.get(amp), enabled=amp in DTYPES)
 
 
 def check_precision(amp: str, device: torch.device) -> None:
-    """Refuse a precision that the device has not."""
+    """ValueError if the device does not support --amp."""
     if amp == "fp16" and device.type != "cuda":
-        raise ValueError(f"--amp fp16 needs a GPU, and the device is {device}; use --amp bf16 or off")
+        raise ValueError(f"--amp fp16 needs a GPU, but the device is {device}; use --amp bf16 or off")
     if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp fp16 or off")
+        raise ValueError("--amp bf16 is not supported by this GPU; use --amp fp16 or off")
 
 
 def rendezvous_store(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
-    """The store in which the ranks find each other.
+    """The key-value store through which the ranks find each other.
 
-    torchrun keeps one store over all restarts (pytorch issue 135712), where ranks that died have left their addresses: so
-    rank 0 tells each of the living, who ask under a word of their own, the name under which this start meets.
+    torchrun keeps one store over all restarts (pytorch issue 135712), and dead ranks have left their addresses in it.
+    Therefore rank 0 draws a new prefix for each start and hands it to every living rank, which asks with a random word.
     """
     store = next(iter(torch_dist.rendezvous("env://", rank, size, timeout=timeout)))[0]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return store
-    name = secrets.token_hex(8)
+    prefix = secrets.token_hex(8)
     if rank > 0:
-        store.set(f"ask/{rank}", word := name)
-        name = store.get(f"answer/{word}").decode()  # waits
-        store.set(f"here/{name}/{rank}", "")
-    until = time.monotonic() + timeout.total_seconds()
-    while rank == 0 and not all(store.check([f"here/{name}/{other}"]) for other in range(1, size)):
+        store.set(f"ask/{rank}", word := prefix)
+        prefix = store.get(f"answer/{word}").decode()  # blocks until rank 0 has answered
+        store.set(f"here/{prefix}/{rank}", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while rank == 0 and not all(store.check([f"here/{prefix}/{other}"]) for other in range(1, size)):
         for other in range(1, size):
             if store.check([f"ask/{other}"]):
-                store.set(f"answer/{store.get(f'ask/{other}').decode()}", name)
-        if time.monotonic() > until:
-            raise RuntimeError("timed out before all ranks had come")
+                store.set(f"answer/{store.get(f'ask/{other}').decode()}", prefix)
+        if time.monotonic() > deadline:
+            raise RuntimeError("timed out: not all ranks have started")
         time.sleep(0.02)
-    return torch_dist.PrefixStore(name, store)
+    return torch_dist.PrefixStore(prefix, store)
 
 
-def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
-    """Join the group that torchrun or Slurm describes, with NCCL on GPUs and gloo on CPUs.
-
-    A rank that waits longer than `timeout_minutes` for another ends with an error.
-    """
-    rank, size, local_rank = rank_from_env()
+def choose_device(device: str, size: int, local_rank: int) -> torch.device:
+    """The device that --device names; of several GPUs the one of this local rank. ValueError if it does not exist."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
-        if place.type != "cuda":
-            torch.zeros(1, device=place).item()
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            torch.zeros(1, device=chosen).item()
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"--device {device}: torch has no such device here; use auto, cpu, cuda or cuda:N") from error
-    if place.type == "cuda":
+        raise ValueError(f"--device {device} is not available; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu or install a CUDA build")
-        if place.index is not None and size > 1:
+            raise ValueError(f"--device {device}: torch finds no GPU; use --device cpu or install a CUDA build of torch")
+        if chosen.index is not None and size > 1:
             raise ValueError(f"--device {device} puts all {size} ranks on one GPU; use --device cuda")
-        if place.index is None:  # a rank that Slurm shows a single GPU finds it at 0
-            place = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(place)
-    check_precision(amp, place)
+        if chosen.index is None:  # a Slurm task that sees a single GPU sees it as number 0
+            chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
+    """Join the process group that torchrun or Slurm describes: NCCL on GPUs, gloo on CPUs.
+
+    A rank that waits longer than `timeout_minutes` for another raises RuntimeError.
+    """
+    rank, size, local_rank = rank_from_env()
+    chosen = choose_device(device, size, local_rank)
+    check_precision(amp, chosen)
     control = None
     if size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         torch_dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
+            "nccl" if chosen.type == "cuda" else "gloo",
             store=rendezvous_store(rank, size, timeout),
             rank=rank,
             world_size=size,
             timeout=timeout,
-            device_id=place if place.type == "cuda" else None,
+            device_id=chosen if chosen.type == "cuda" else None,
         )
-        if place.type == "cuda":
+        if chosen.type == "cuda":
             control = torch_dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, place, control)
+    return World(rank, size, chosen, control)

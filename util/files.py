@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whenever the process or the machine dies, and what tells that they still are."""
+"""Atomic file writes, and checksums that detect damaged files."""
 
 import hashlib
 import os
@@ -14,15 +14,18 @@ from torch import Tensor
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Flush the entries of a folder to disk."""
     opened = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot
+    with suppress(OSError):  # not supported by some network file systems
         os.fsync(opened)
     os.close(opened)
 
 
 def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
-    """Put bytes, or what `fill(file)` writes, at `path`; the file before it stays until the new one is on the disk."""
+    """Write bytes, or whatever `fill(file)` writes, to `path`; the old file is replaced once the new one is on disk.
+
+    OSError with the path and the reason if that fails; the old file is then unchanged.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -33,17 +36,17 @@ def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
-        raise OSError(f"{path} cannot be written ({reason}); the file before it is untouched") from error
+        raise OSError(f"{path} cannot be written ({reason}); the previous file is unchanged") from error
     sync_folder(path.parent)
     return path
 
 
 def link_atomic(source: Path, path: Path) -> None:
-    """Give the bytes of a file that is never rewritten a second name; a copy where the file system has no links."""
+    """Hard-link a file that is never modified under a second name; copy it if the file system has no links."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -74,12 +77,12 @@ def content_hash(content: Any) -> str:
 
 
 def checksum_matches(content: dict) -> bool:
-    """Take the sha256 out of a checkpoint of ours; False if the rest is not what it was made of."""
+    """Remove `sha256` from a checkpoint's content; True if it is the hash of the rest."""
     return content.pop("sha256", None) == content_hash(content)
 
 
 def check_zip(path: Path) -> None:
-    """ValueError for a file of torch.save in which a bit changed: torch does not look at the checksums of a zip."""
+    """ValueError if a checksum inside a torch.save file is wrong; torch.load ignores these checksums."""
     with zipfile.ZipFile(path) as parts:
         if broken := parts.testzip():
-            raise ValueError(f"the checksum of {broken} in it differs")
+            raise ValueError(f"the checksum of its member {broken} is wrong")

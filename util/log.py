@@ -1,6 +1,6 @@
-"""What a run tells: lines or a progress bar, log.jsonl, TensorBoard. Only the rank that leads writes.
+"""Log of a run: lines or a progress bar, log.jsonl, TensorBoard. Only rank 0 writes.
 
-A full disk ends no run: what cannot be written waits for room.
+A full disk never ends a run here: lines that cannot be written are kept and written later.
 """
 
 import json
@@ -17,99 +17,100 @@ from util.files import write_atomic
 
 
 class Log:
+    """Log in `folder`; one that is not `active` does nothing."""
+
     def __init__(self, folder: Path, active: bool):
         self.folder, self.active = folder, active
-        self.muted = False  # lines for a person alone
         self.path = folder / "log.jsonl"
-        self.waiting = ""  # lines that found no room
-        self.evaluated: list[dict] = []  # records of the evaluation that a resumed run does again
+        self.pending = ""  # lines for which the disk had no space
+        self.evaluations: list[dict] = []  # records of the evaluation that a resumed run repeats
         self.bar: tqdm | None = None
         self.board: Any = None  # SummaryWriter
-        self.flops: float | None = None  # of an image, as soon as there is one
 
     def info(self, text: str) -> None:
-        """A line for a person."""
+        """Print a line."""
         if self.active:
-            with suppress(OSError):  # stdout may lie on a full disk
+            with suppress(OSError):  # standard output may be a file on a full disk
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
 
-    def rewind(self, epoch: float, waiting: str = "") -> None:
-        """Forget what was logged after this (fractional) epoch: the resumed run writes it again.
+    def rewind(self, epoch: float, pending: str = "") -> None:
+        """Remove everything after this fractional epoch from log.jsonl and TensorBoard: the resumed run logs it again.
 
-        It also evaluates again what it has just trained; records that come out the same are not repeated. `waiting` are
-        lines that had found no room when the checkpoint was made.
+        The run also repeats the evaluation at this epoch, whose records are not duplicated. `pending` are the lines that
+        were not yet on disk when the checkpoint was saved.
         """
         if not self.active:
             return
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        lines += [late for late in waiting.splitlines(keepends=True) if late not in lines]
-        kept = [record for record in map(parsed, lines) if record and record["epoch"] <= epoch]
-        self.evaluated = [record for record in kept if record["epoch"] == epoch and "step" not in record]
+        lines += [late for late in pending.splitlines(keepends=True) if late not in lines]
+        kept = [record for record in map(parse_line, lines) if record and record["epoch"] <= epoch]
+        self.evaluations = [record for record in kept if record["epoch"] == epoch and "step" not in record]
         if lines:
-            write_atomic(self.path, "".join(map(line, kept)).encode())
+            write_atomic(self.path, "".join(map(format_line, kept)).encode())
         step = round(epoch * 1000)
         self.open_board(step)
         for record in kept:
-            if round(record["epoch"] * 1000) >= step:  # the board has forgotten them with the rest of this step
-                self.to_board(record)
+            if round(record["epoch"] * 1000) >= step:  # purge_step removes the whole step from TensorBoard
+                self.add_to_board(record)
 
     def open_board(self, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+        """Open TensorBoard's writer; it hides what earlier files hold from `purge_step` on."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, needed on rank 0 only
 
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge_step)
 
     def scalars(self, record: dict) -> None:
-        """One object of log.jsonl, and its numbers on TensorBoard at 1000 x epoch: an axis that no batch size stretches."""
-        if self.active and not self.muted:
-            self.waiting += "" if record in self.evaluated else line(record)
-            self.write_waiting()
-            self.to_board(record)
+        """Write one object to log.jsonl, and its numbers to TensorBoard at step 1000 x epoch."""
+        if self.active:
+            self.pending += "" if record in self.evaluations else format_line(record)
+            self.write_pending()
+            self.add_to_board(record)
 
-    def write_waiting(self) -> None:
-        """Add the lines that wait to log.jsonl, whole or, where there is no room, not yet."""
+    def write_pending(self) -> None:
+        """Append the pending lines to log.jsonl: all of them, or none if the disk is full."""
         before = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a") as file:
-                file.write(self.waiting)
-            self.waiting = ""
+                file.write(self.pending)
+            self.pending = ""
         except OSError as error:
-            self.info(f"warning: {self.path}: {error.strerror}; what is logged waits for room")
+            self.info(f"warning: {self.path} cannot be written ({error.strerror}); log lines are kept until it can")
             with suppress(OSError):
                 os.truncate(self.path, before)
 
     def sync(self) -> str:
-        """Bring log.jsonl to the disk, so that no checkpoint is newer than it; lines for which there is no room."""
-        if self.waiting:
-            self.write_waiting()
+        """Flush log.jsonl to disk before a checkpoint is saved; returns the lines that are still pending."""
+        if self.pending:
+            self.write_pending()
         with suppress(OSError), self.path.open("a") as file:
             os.fsync(file.fileno())
-        return self.waiting
+        return self.pending
 
-    def to_board(self, record: dict) -> None:
-        """The numbers of a record on TensorBoard."""
+    def add_to_board(self, record: dict) -> None:
+        """Write the numbers of a record to TensorBoard."""
         step = round(record["epoch"] * 1000)
         for name, value in record.items():
             if name not in ("step", "epoch") and isinstance(value, int | float):
-                self.on_board("add_scalar", name, value, step)
+                self.call_board("add_scalar", name, value, step)
 
-    def on_board(self, method: str, *words: Any, **options: Any) -> None:
-        """Tell TensorBoard; its writer does not outlive a full disk, so there is another one the next time."""
+    def call_board(self, method: str, *args: Any, **options: Any) -> None:
+        """Call TensorBoard's writer. A full disk breaks it for good, so it is opened again."""
         if self.board is None:
             return
         try:
-            getattr(self.board, method)(*words, **options)
+            getattr(self.board, method)(*args, **options)
         except OSError:
             with suppress(OSError):
                 self.open_board()
 
     def image(self, name: str, pixels, epoch: float) -> None:
-        """A picture (H, W, 3) uint8 on TensorBoard."""
-        if self.active and not self.muted:
-            self.on_board("add_image", name, pixels, round(epoch * 1000), dataformats="HWC")
+        """Write a picture (H, W, 3) uint8 to TensorBoard."""
+        if self.active:
+            self.call_board("add_image", name, pixels, round(epoch * 1000), dataformats="HWC")
 
     def progress(self, step: int, total: int, record: dict, seconds_left: float) -> None:
-        """Progress bar on a terminal, a line elsewhere."""
+        """Show the progress: a bar on a terminal, a line elsewhere."""
         if not self.active:
             return
         speed = f"{record['images_per_s']:.0f} images/s  {record['tflops']:.3g} TFLOP/s"
@@ -117,7 +118,7 @@ class Log:
         loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
         facts = (
             f"loss {loss}  lr {record['lr']:.2e}  {speed}{share}  "
-            f"waits for data {record['data_wait']:.0%}  {record['memory_gib']:.1f} GiB"
+            f"data wait {record['data_wait']:.0%}  {record['memory_gib']:.1f} GiB"
         )
         if not sys.stdout.isatty():
             left = timedelta(seconds=round(seconds_left))
@@ -129,22 +130,23 @@ class Log:
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
+        """Write what is pending and close the files."""
         if self.bar is not None:
             self.bar.close()
-        if self.waiting:
-            self.write_waiting()
+        if self.pending:
+            self.write_pending()
         if self.board is not None:
             with suppress(OSError):
                 self.board.close()
 
 
-def line(record: dict) -> str:
-    """A record as log.jsonl has it."""
+def format_line(record: dict) -> str:
+    """A record as a line of log.jsonl."""
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def parsed(text: str) -> dict | None:
-    """The record of a line; None for half of one, and for what a machine that lost its power left."""
+def parse_line(text: str) -> dict | None:
+    """The record in a line of log.jsonl; None for a truncated or damaged line."""
     try:
         record = json.loads(text)
     except ValueError:

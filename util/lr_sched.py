@@ -1,10 +1,10 @@
-"""The learning rate as a pure function of progress."""
+"""Learning-rate schedule: a function of the fractional epoch."""
 
 import math
 
 
 def warmup_cosine(epoch: float, peak: float, floor: float, warmup_epochs: float, epochs: float) -> float:
-    """Learning rate at a fractional epoch: linear from 0 to `peak`, then half a cosine to `floor` at `epochs`."""
+    """Learning rate at a fractional epoch: linear warm-up from 0 to `peak`, then half a cosine down to `floor`."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     done = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
@@ -12,6 +12,6 @@ def warmup_cosine(epoch: float, peak: float, floor: float, warmup_epochs: float,
 
 
 def set_lr(optimizer, lr: float) -> None:
-    """Give every group `lr` times its `lr_scale` (layer decay, or one of several probes)."""
+    """Set the learning rate of each group to `lr` x its `lr_scale` (layer decay, several probes)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

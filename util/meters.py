@@ -1,42 +1,41 @@
-"""Speed, memory and losses of a run between two log lines."""
+"""Speed, memory and losses of a run: collected at every step, logged every --log_every steps."""
 
 import math
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from util.checkpoint.resume import Progress
-from util.data.batches import DevicePrefetcher, TrainSampler
 from util.dist import autocast
+from util.files import write_atomic
 from util.run import Run
 
-PEAK_TFLOPS = {  # dense matrix products in half precision, as the makers state them; the first name that fits counts
+PEAK_TFLOPS = {  # dense matrix products in half precision, from the vendors' data sheets; the first name that matches counts
     "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A10G": 70, "A10": 125, "L40S": 362, "L4": 121,
     "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
-
-
-ATTENTION_FLOPS = {  # torch counts those of GPUs alone
+ATTENTION_FLOPS = {  # torch counts attention on GPUs only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the device since its last reset, of the process on a CPU."""
+    """Peak memory in GiB: of a GPU since its last reset, on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def peak_tflops(amp: str, device: torch.device) -> float | None:
-    """What the device could do at --amp, TFLOP/s; None where that is not known."""
+    """Peak TFLOP/s of the device at --amp; None if unknown."""
     if device.type != "cuda" or amp == "off":
         return None
     name = torch.cuda.get_device_name(device)
@@ -44,113 +43,147 @@ def peak_tflops(amp: str, device: torch.device) -> float | None:
 
 
 @torch.no_grad()
-def step_flops(model: Any, loss_fn: Callable, batch: dict, amp: str) -> float:
-    """Floating-point operations that the model asks for an image: products of matrices and convolutions, forward and back.
+def image_flops(model: nn.Module, loss_fn: Callable[[dict], Tensor], batch: dict, amp: str) -> float:
+    """Floating-point operations of a training step per image: matrix products and convolutions, forward and backward.
 
-    Backward is twice forward where most parameters are trained, nothing where they are not (the probe's encoder).
-    Recomputed activations are not counted.
+    Backward counts as twice forward if most parameters are trained, else as nothing (the probe's encoder). Recomputed
+    activations are not counted.
     """
-    model = getattr(model, "module", model)  # without DDP
-    model = getattr(model, "_orig_mod", model)  # nor torch.compile
     two = {name: value[:2] for name, value in batch.items()}
     training = model.training
-    model.eval()  # batch norm learns nothing from it
+    model.eval()  # batch-norm statistics stay unchanged
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter, autocast(amp, two["images"].device):
-        loss_fn(model, two)
+        loss_fn(two)
     model.train(training)
     trained = sum(p.numel() * (1 if p.requires_grad else -1) for p in model.parameters()) > 0
     return counter.get_total_flops() * (3 if trained else 1) / len(two["images"])
 
 
-def due(every: int, done: int, total: int) -> bool:
-    """True when something that happens every so many epochs (0 = never), and at the end, is to happen."""
-    return every > 0 and (done % every == 0 or done == total)
+def log_bad_images(run: Run, bad: list[tuple[str, str]]) -> None:
+    """Add the (name, reason) of images that any rank could not read to OUTPUT_DIR/bad_images.txt, each once."""
+    found = {name: reason for rank in run.world.gather(bad) for name, reason in rank}
+    if found and run.world.is_main:
+        path = run.folder / "bad_images.txt"
+        known = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
+        lines = sorted({*known, *(f"{name}\t{reason}" for name, reason in found.items())})
+        with suppress(OSError):  # a full disk does not end the run
+            write_atomic(path, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))  # names need not be UTF-8
+        run.log.info(f"warning: {len(found)} unreadable images were replaced; {path} lists {len(lines)} so far")
 
 
 class Meter:
-    """Losses of the steps since the last log line, read from the device only then."""
+    """Losses of the steps since the last log line, which are read from the device only when they are logged."""
 
-    def __init__(
-        self, run: Run, progress: Progress, order: TrainSampler, feed: DevicePrefetcher, last_good: Callable[[], str]
-    ):
-        self.run, self.epoch, self.order, self.feed, self.last_good = run, progress.epoch, order, feed, last_good
-        self.known, self.skipped = list(progress.losses), progress.skipped  # what a resumed run begins with
-        self.losses: list[Tensor] = []
-        self.start = self.clock = time.perf_counter()
-        self.timed, self.waited = 0, 0.0  # steps, seconds since the last log line
+    epoch: int
+    sampler: Any  # TrainSampler
+    prefetcher: Any  # DevicePrefetcher
+    describe_last_save: Callable[[], str]
+
+    def __init__(self, run: Run, loss_fn: Callable[[dict], Tensor], model: nn.Module):
+        self.run, self.loss_fn, self.model = run, loss_fn, model
+        self.flops: float | None = None  # per image, counted on the first batch
+        self.first_step = True
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
-    def add(self, loss: Tensor, finite: Tensor) -> None:
-        """The loss of a step, and whether its gradient was finite: nothing is learned from it else."""
-        self.losses.append(torch.where(finite, loss, math.nan))
-        self.timed += 1
+    def start_epoch(
+        self, progress: Progress, prefetcher: Any, sampler: Any, describe_last_save: Callable[[], str]
+    ) -> Iterator[dict]:
+        """Start measuring an epoch at `progress`; returns its batches."""
+        self.epoch, self.prefetcher, self.sampler = progress.epoch, prefetcher, sampler
+        self.describe_last_save = describe_last_save
+        self.known, self.skipped = list(progress.losses), progress.skipped  # from before a resume
+        self.losses: list[Tensor] = []
+        self.start = self.clock = time.perf_counter()
+        self.timed, self.waited = 0, 0.0  # steps and seconds of data wait at the last log line
+        return self.count_flops(iter(prefetcher))
 
-    def progress(self, step: int) -> Progress:
-        """Where the run is after so many steps of the epoch; reads the losses from the device."""
+    def count_flops(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """The same batches; the first one of the run is used to count the FLOPs of a step."""
+        for batch in batches:
+            if self.flops is None:
+                self.flops = image_flops(self.model, self.loss_fn, batch, self.run.args.amp)
+            yield batch
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Record the loss of a step, nan if the update was skipped. Reports the duration of the run's first step."""
+        self.losses.append(torch.where(grad_norm.isfinite(), loss, math.nan))
+        self.timed += 1
+        if self.first_step:
+            loss.item()
+            self.run.log.info(f"first step: {time.perf_counter() - self.start:.1f} s including its data")
+            self.first_step = False
+
+    def position(self, step: int) -> Progress:
+        """Position after this many steps of the epoch; losses are read from the device, bad images are listed."""
+        bad, self.prefetcher.bad = self.prefetcher.bad, []
+        log_bad_images(self.run, bad)
+        return self.read_losses(step)
+
+    def read_losses(self, step: int) -> Progress:
+        """Position after this many steps of the epoch, with the mean losses over the ranks."""
         if self.losses:
             self.known += (self.run.world.sum(torch.stack(self.losses)) / self.run.world.size).tolist()
             self.losses = []
         return Progress(self.epoch, step, tuple(self.known), self.skipped)
 
-    def read(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """Log the steps up to this one (counted from 1 in the epoch)."""
-        run, steps = self.run, self.order.steps
-        losses, norm = self.progress(step).losses, grad_norm.item()
+    def log(self, step: int, grad_norm: Tensor) -> None:
+        """Log the steps up to this one, counted from 1 in the epoch."""
+        run, steps = self.run, self.sampler.steps
+        losses, norm = self.read_losses(step).losses, grad_norm.item()
         done, total = self.epoch * steps + step, run.args.epochs * steps
         self.report_skipped(done, losses)
-        good = [loss for loss in losses if math.isfinite(loss)]
+        finite = [loss for loss in losses if math.isfinite(loss)]
         now = time.perf_counter()
-        seconds, waited = now - self.clock, self.feed.waited - self.waited
+        seconds, waited = now - self.clock, self.prefetcher.waited - self.waited
+        images_per_s = self.timed * run.batch / seconds
         record = {
             "step": done,
             "epoch": done / steps,
-            "loss": sum(good) / len(good) if good else None,
-            "lr": lr,
+            "loss": sum(finite) / len(finite) if finite else None,
+            "lr": run.lr_at(self.epoch + (step - 1) / steps),
             "grad_norm": norm if math.isfinite(norm) else None,
-            "images_per_s": self.timed * run.batch / seconds,
+            "images_per_s": images_per_s,
             "data_wait": waited / seconds,
-            **self.speed(self.timed * run.batch / run.world.size / seconds),
+            **self.speed(images_per_s / run.world.size),
             "memory_gib": peak_memory(run.world.device),
         }
         run.log.scalars(record)
         run.log.progress(done, total, record, (total - done) * seconds / self.timed)
-        self.known, self.timed, self.clock, self.waited = [], 0, now, self.feed.waited
+        self.known, self.timed, self.clock, self.waited = [], 0, now, self.prefetcher.waited
 
     def report_skipped(self, done: int, losses: Sequence[float]) -> None:
-        """Name the samples of steps whose update was skipped; too many of them in a row end the run, on every rank."""
-        run, most = self.run, self.run.args.max_skipped
+        """Log the images of skipped steps; FloatingPointError, on every rank, after more than --max_skipped in a row."""
+        run, limit = self.run, self.run.args.max_skipped
         for step, loss in enumerate(losses, start=done - len(losses) + 1):
             self.skipped = 0 if math.isfinite(loss) else self.skipped + 1
             if not self.skipped:
                 continue
-            samples = self.order.samples(*divmod(step - 1, self.order.steps)).tolist()
-            run.log.scalars({"step": done, "epoch": done / self.order.steps, "skipped_step": step, "samples": samples})
+            samples = self.sampler.samples(*divmod(step - 1, self.sampler.steps)).tolist()
+            run.log.scalars({"step": done, "epoch": done / self.sampler.steps, "skipped_step": step, "samples": samples})
             run.log.info(
-                f"warning: step {step}: loss or gradient is not finite, the update is skipped; samples "
-                f"{' '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}; --replay {step} looks into it"
+                f"warning: step {step}: loss or gradient is not finite, update skipped; samples "
+                f"{' '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}; to inspect it: "
+                f"python debug_step.py {run.folder} {step}"
             )
-            if self.skipped > most:
+            if self.skipped > limit:
                 raise FloatingPointError(
-                    f"loss or gradient is not finite up to step {step}, more than --max_skipped {most} in a row; "
-                    f"{self.last_good()}; --replay {step - self.skipped + 1} looks into the first, a lower --blr may help"
+                    f"loss or gradient is not finite at step {step}, more than --max_skipped {limit} times in a row; "
+                    f"{self.describe_last_save()}; try a lower --blr, or inspect the first one: "
+                    f"python debug_step.py {run.folder} {step - self.skipped + 1}"
                 )
 
     def speed(self, images_per_s: float) -> dict[str, float]:
-        """TFLOP/s of a rank, and their share of what its device could do, where that is known."""
-        tflops = images_per_s * (self.run.log.flops or 0) / 1e12
+        """TFLOP/s of a rank, and their share of its device's peak if that is known."""
+        tflops = images_per_s * (self.flops or 0) / 1e12
         return {"tflops": tflops} | ({"peak_share": tflops / self.peak} if self.peak else {})
 
-    def first_step(self, loss: Tensor) -> None:
-        """Say how long the first step of the run took: with --compile, minutes."""
-        loss.item()
-        self.run.log.info(f"first step: {time.perf_counter() - self.start:.1f} s with its data")
-
-    def close(self, workers: int) -> Progress:
-        """The end of the epoch; say what to do if it waited for its data."""
-        share = self.feed.waited / (time.perf_counter() - self.start)
+    def end_epoch(self, workers: int) -> Progress:
+        """Position at the end of the epoch; warns if much of it was spent waiting for data."""
+        progress = self.position(self.sampler.steps)
+        share = self.prefetcher.waited / (time.perf_counter() - self.start)
         if share > 0.1:
             self.run.log.info(
-                f"warning: {share:.0%} of epoch {self.epoch + 1} went into waiting for data: raise --num_workers "
-                f"({workers} now); pre-training can read a packed cache (`python -m util.cache build`, docs/data.md)"
+                f"warning: {share:.0%} of epoch {self.epoch + 1} was spent waiting for data: raise --num_workers "
+                f"({workers} now), or pre-train from a packed cache (`python -m util.cache build`, docs/data.md)"
             )
-        return self.progress(self.order.steps)
+        return progress

@@ -1,4 +1,19 @@
-"""From arguments to a run: the ranks joined, the folder prepared, the configuration written."""
+"""A run: ranks joined, output folder prepared, configuration recorded.
+
+OUTPUT_DIR holds
+    config.json             arguments, command, versions, commit; written at every start
+    changes.diff            uncommitted changes of the code, if there are any
+    log.jsonl               one JSON object per log line and evaluation
+    tensorboard/            the same numbers, and pictures
+    last.pth                newest checkpoint
+    previous.pth            the one before it
+    epoch-NNNN.pth          kept every --save_every epochs and at the end
+    bad_images.txt          unreadable images that were replaced (--on_bad_image skip)
+    classifier.pth          the trained classifier (probe and fine-tuning)
+    last.pth.damaged        a checkpoint whose checksum was wrong, set aside on resume
+    debug-STEP.pth          batch and weights of one step (debug_step.py)
+    .lock                   held while a process writes here
+"""
 
 import hashlib
 import json
@@ -16,18 +31,26 @@ import torch
 import torchvision
 
 from util.dist import World, cpu_has_bf16, init_world
+from util.files import write_atomic
 from util.log import Log
 from util.lr_sched import warmup_cosine
 
 
 class Run(NamedTuple):
-    args: Namespace
+    args: Namespace  # as given; what is derived from them follows
     world: World
     log: Log
     folder: Path
-    batch: int  # samples of a step over all ranks
+    batch_size: int  # images per rank and forward pass
+    accum_iter: int  # forward passes per step
     lr: float  # peak learning rate, the largest of several --blr
-    origin: str | None = None  # digest of the --checkpoint that the run began with
+    resume: str = "auto"  # --resume, or auto for a restart of the same command
+    origin: str | None = None  # SHA-256 of the --checkpoint that the run started from
+
+    @property
+    def batch(self) -> int:
+        """Images of a step over all ranks."""
+        return self.batch_size * self.accum_iter * self.world.size
 
     def lr_at(self, epoch: float) -> float:
         """Learning rate at a fractional epoch."""
@@ -35,30 +58,38 @@ class Run(NamedTuple):
         return warmup_cosine(epoch, self.lr, args.min_lr, args.warmup_epochs, args.epochs)
 
     def close(self) -> None:
-        """End of a run that went well."""
+        """Close the log and the process group."""
         self.log.close()
         self.world.close()
 
 
+def is_due(every: int, epochs_done: int, epochs: int) -> bool:
+    """True if something that happens every `every` epochs (0 = never) and after the last one is due."""
+    return every > 0 and (epochs_done % every == 0 or epochs_done == epochs)
+
+
 def peak_lr(blr: float, batch: int) -> float:
-    """Learning rate of a batch: --blr is for 256 samples (linear scaling rule)."""
+    """Peak learning rate: --blr is for 256 images (linear scaling rule)."""
     return blr * batch / 256
 
 
 def args_to_dict(args: Namespace) -> dict:
-    """Arguments as JSON and a safe checkpoint know them."""
+    """Arguments as JSON and checkpoints store them, tuples as lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
+def git(*command: str) -> str | None:
+    """Output of git in this repository; None if there is no git or no repository."""
+    with suppress(OSError):
+        found = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, check=False)
+        return found.stdout.decode(errors="replace").strip() or None
+    return None
+
+
 def versions() -> dict:
-    """Versions of what computes, and the commit of this code where git knows it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = None
-    with suppress(OSError):  # no git on this machine
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
+    """Commit of this code and versions of the libraries."""
     return {
-        "commit": commit,
+        "commit": git("describe", "--always", "--dirty", "--abbrev=12"),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -66,26 +97,25 @@ def versions() -> dict:
     }
 
 
-def digest(path: str | None) -> str | None:
-    """SHA-256 of a file, so that a run knows the weights it began with; None where there is no file."""
+def hash_file(path: str | None) -> str | None:
+    """SHA-256 of a file; None without a file."""
     if path in (None, "none"):
         return None
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def split_effective_batch(args: Namespace, ranks: int) -> None:
-    """Set --batch_size and --accum_iter so that a step has --effective_batch images on this number of ranks."""
-    each, rest = divmod(args.effective_batch, ranks)
+def split_effective_batch(effective: int, batch_size: int, ranks: int) -> tuple[int, int]:
+    """(images per forward pass, at most `batch_size`; forward passes) of each rank for `effective` images per step."""
+    per_rank, rest = divmod(effective, ranks)
     if rest:
-        raise ValueError(f"--effective_batch {args.effective_batch} cannot be divided among {ranks} ranks")
-    parts = range(-(-each // args.batch_size), each + 1)  # --batch_size is the most that a forward pass holds
-    args.accum_iter = next(count for count in parts if each % count == 0)
-    args.batch_size = each // args.accum_iter
+        raise ValueError(f"--effective_batch {effective} is not divisible by {ranks} ranks; choose a multiple of {ranks}")
+    passes = next(n for n in range(-(-per_rank // batch_size), per_rank + 1) if per_rank % n == 0)
+    return per_rank // passes, passes
 
 
-def jobs() -> dict[str, str]:
-    """Who may start this command again by itself: torchrun after a rank was lost, Slurm after the job was."""
+def launcher_ids() -> dict[str, str]:
+    """Ids of the launchers that may restart this command by themselves: torchrun after a failure, Slurm after a requeue."""
     found, environ = {}, os.environ
     if "TORCHELASTIC_RUN_ID" in environ:
         name = environ["TORCHELASTIC_RUN_ID"]
@@ -96,74 +126,79 @@ def jobs() -> dict[str, str]:
 
 
 def is_restart(folder: Path) -> bool:
-    """True where this command was started again and has begun the run in the folder before."""
+    """True if a launcher has restarted the command that began the run in this folder."""
     try:
         written = json.loads((folder / "config.json").read_text())["jobs"]
     except (OSError, ValueError, KeyError):
         return False
-    now = jobs()
-    if not int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # in one allocation several commands may be given
+    now = launcher_ids()
+    if not int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # one allocation may run several commands
         now.pop("slurm", None)
-    return any(written.get(kind) == name for kind, name in now.items())
+    return any(written.get(launcher) == name for launcher, name in now.items())
 
 
-def start(args: Namespace) -> Run:
-    """Join the ranks, see that OUTPUT_DIR can be written, seed the initial values."""
+def start_run(args: Namespace) -> Run:
+    """Join the ranks, check OUTPUT_DIR, seed the initial weights."""
     world = init_world(args.device, args.amp, args.timeout_minutes)
+    batch_size, accum_iter = args.batch_size, args.accum_iter
     if args.effective_batch:
-        split_effective_batch(args, world.size)
+        batch_size, accum_iter = split_effective_batch(args.effective_batch, batch_size, world.size)
     folder = Path(args.output_dir)
-    if world.gather(world.is_main and is_restart(folder))[0]:
-        args.resume = "auto"  # whatever the command says: it began this run
-    batch = args.batch_size * args.accum_iter * world.size
+    restarted = world.gather(world.is_main and is_restart(folder))[0]
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
-    origin = digest(getattr(args, "checkpoint", None))
-    run = Run(args, world, Log(folder, world.is_main), folder, batch, peak_lr(blr, batch), origin)
+    lr = peak_lr(blr, batch_size * accum_iter * world.size)
+    resume, origin = "auto" if restarted else args.resume, hash_file(getattr(args, "checkpoint", None))
+    run = Run(args, world, Log(folder, world.is_main), folder, batch_size, accum_iter, lr, resume, origin)
     if args.min_lr > run.lr:
-        raise ValueError(
-            f"--min_lr {args.min_lr:g} is above the peak learning rate, {run.lr:.3g} (--blr x batch / 256)"
-        )
+        raise ValueError(f"--min_lr {args.min_lr:g} is above the peak learning rate {run.lr:.3g} (--blr x batch / 256)")
     if world.is_main:
-        prepare(run)
-    world.gather(None)  # nobody looks for checkpoints before the folder is ready
+        prepare_folder(run)
+    world.gather(None)  # no rank looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
-        run.log.info(
-            "warning: this processor is not known to have bfloat16 instructions; without them --amp off is faster"
-        )
+        run.log.info("warning: --amp bf16: this CPU is not known to support bfloat16; without support --amp off is faster")
     if args.warmup_epochs >= args.epochs:
         run.log.info(
-            f"warning: --warmup_epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate never falls"
+            f"warning: --warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the learning rate never decays"
         )
     run.log.info(
-        f"{world.size} x {world.device}, {batch} samples a step, peak learning rate {run.lr:.3g}, output in {folder}"
+        f"{world.size} x {world.device}, effective batch {run.batch}, peak learning rate {run.lr:.3g}, output in {folder}"
     )
     return run
 
 
-def prepare(run: Run) -> None:
-    args, folder = run.args, run.folder
+def prepare_folder(run: Run) -> None:
+    """Create OUTPUT_DIR; ValueError if it is not writable or holds a run that --resume none would replace."""
+    folder = run.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be made: {error.strerror}") from error
+        raise ValueError(f"--output_dir {folder} cannot be created: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder} is not writable")
-    held = [path for name in ("last.pth", "previous.pth", "epoch-*.pth") for path in folder.glob(name)]
-    if args.resume == "none" and held and not args.overwrite:
+        raise ValueError(f"--output_dir {folder} is not writable; choose another folder")
+    checkpoints = [path for name in ("last.pth", "previous.pth", "epoch-*.pth") for path in folder.glob(name)]
+    if run.resume == "none" and checkpoints and not run.args.overwrite:
         raise ValueError(f"--resume none: {folder} holds a run; choose another --output_dir, or add --overwrite")
 
 
-def configuration(run: Run) -> dict:
-    """What config.json tells."""
-    args = run.args
-    return {
-        "args": args_to_dict(args),
+def write_config(run: Run) -> None:
+    """Write config.json, and changes.diff if the code has uncommitted changes."""
+    device = run.world.device
+    config = {
+        "args": args_to_dict(run.args),
         "command": [Path(sys.executable).name, *sys.argv],
         "world_size": run.world.size,
-        "device": torch.cuda.get_device_name() if run.world.device.type == "cuda" else "cpu",
-        "jobs": jobs(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "jobs": launcher_ids(),
+        "batch_size": run.batch_size,
+        "accum_iter": run.accum_iter,
         "batch": run.batch,
         "lr": run.lr,
         **versions(),
     }
+    write_atomic(run.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    changes = git("diff", "HEAD")
+    if changes:
+        write_atomic(run.folder / "changes.diff", (changes + "\n").encode())
+    else:
+        (run.folder / "changes.diff").unlink(missing_ok=True)

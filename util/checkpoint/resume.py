@@ -1,96 +1,153 @@
-"""Finding the checkpoint to resume from, and checking that it fits the run."""
+"""Which checkpoint a run resumes from, whether it belongs to this run, and loading it."""
 
+import fcntl
+import os
+import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from util.checkpoint.state import OLDER, read_checkpoint
+from torch import Tensor, nn
+
+from util.args import resolve_defaults
+from util.checkpoint.state import FORMAT_1, read_checkpoint
+from util.files import link_atomic
+from util.formats.keys import mae_names
 from util.run import Run, args_to_dict
 
-# Flags that a resumed run may change: they alter where and how fast, not what is computed.
+# Flags that a resumed run may change: they affect where and how fast it runs, not what it computes.
 FREE = {
     "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
-    "on_bad_image", "max_skipped", "replay", "timeout_minutes",
+    "on_bad_image", "max_skipped", "timeout_minutes",
 }  # fmt: skip
 
 
 class Progress(NamedTuple):
-    """How far a run has come."""
+    """Position of a run."""
 
-    epoch: int  # that is trained, from 0
-    step: int  # steps done in it; after the last its evaluation follows
+    epoch: int  # current epoch, from 0
+    step: int  # steps done in it; after the last one its evaluation follows
     losses: tuple[float, ...] = ()  # of the steps since the last log line, mean over the ranks; nan = skipped
-    skipped: int = 0  # steps in a row without an update, up to that log line
+    skipped: int = 0  # consecutive steps without an update, up to that log line
 
-    def within(self, epoch: int) -> "Progress":
-        """Where to begin in this epoch."""
+    def start_of(self, epoch: int) -> "Progress":
+        """Where training of this epoch starts: here if it is the current epoch, else at its first step."""
         return self if epoch == self.epoch else Progress(epoch, 0, (), self.skipped)
 
 
-def candidates(run: Run) -> list[Path]:
-    """What --resume may mean, the best first."""
-    folder, asked = run.folder, run.args.resume
-    if asked == "none":
+def candidates(folder: Path, resume: str) -> list[Path]:
+    """Checkpoints that --resume may refer to, the best first."""
+    if resume == "none":
         return []
-    if asked == "auto":
-        kept = sorted(folder.glob("epoch-*.pth"), reverse=True)
-        return [path for path in (folder / "last.pth", folder / "previous.pth", *kept) if path.exists()]
-    if not Path(asked).is_file():
-        raise FileNotFoundError(f"--resume {asked}: there is no such file (auto and none are the other choices)")
-    return [Path(asked)]
+    if resume == "auto":
+        permanent = sorted(folder.glob("epoch-*.pth"), reverse=True)
+        return [path for path in (folder / "last.pth", folder / "previous.pth", *permanent) if path.exists()]
+    if not Path(resume).is_file():
+        raise FileNotFoundError(f"--resume {resume}: file not found; use auto, none or a checkpoint")
+    return [Path(resume)]
 
 
-def newest(run: Run, steps: int) -> tuple[Path, dict, Progress] | None:
-    """(file, content, progress) of the newest checkpoint that is whole, and old enough for --replay; None for a new run."""
-    found = candidates(run)
+def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Path, dict, Progress] | None:
+    """(file, content, progress) of the newest undamaged checkpoint; None for a new run.
+
+    `steps` of an epoch. `before`: only checkpoints saved before this step of the run, counted from 1.
+    """
     damaged = []
-    for path in found:
+    for path in candidates(run.folder, run.resume):
         try:
             content = read_checkpoint(path)
             if "progress" not in content:
                 raise ValueError(f"{path} holds weights, not a run")
         except ValueError as error:
             damaged.append(path)
-            run.log.info(f"warning: {error}; the checkpoint before it is tried")
+            run.log.info(f"warning: {error}; trying the checkpoint before it")
             continue
         progress = Progress(**{**content["progress"], "losses": tuple(content["progress"].get("losses", ()))})
-        if content["format"] == OLDER:  # saved after an epoch's evaluation, which is done again now
+        if content["format"] == FORMAT_1:  # saved after the epoch's evaluation, which is repeated
             progress = Progress(progress.epoch - 1, steps)
-        if run.args.replay and progress.epoch * steps + progress.step >= run.args.replay:
-            continue
-        return path, content, progress
+        if before is None or progress.epoch * steps + progress.step < before:
+            return path, content, progress
     if damaged:
         names = " ".join(path.name for path in damaged)
         raise ValueError(
-            f"--resume {run.args.resume}: damaged or foreign in {damaged[0].parent}: {names}; there is nothing else to go on from; "
-            "--resume FILE takes a copy, --resume none --overwrite starts anew"
+            f"--resume {run.resume}: damaged or foreign files in {damaged[0].parent}: {names}, and no other checkpoint; "
+            "use --resume FILE with a copy, or --resume none --overwrite to start a new run"
         )
     return None
 
 
-def refuse_other(path: Path, content: dict, run: Run, data: list, steps: int) -> None:
-    """ValueError for a checkpoint of a run that computes something else."""
-    before, now = content["args"], args_to_dict(run.args)
+def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) -> None:
+    """ValueError if the checkpoint belongs to a run that computes something else: flags, batch, weights, images."""
+    before, now = (
+        args_to_dict(resolve_defaults(args)) for args in (Namespace(**content["args"]), run.args)
+    )
     for flag in sorted((set(before) & set(now)) - FREE):
         if before[flag] != now[flag]:
             raise ValueError(
                 f"{path} was trained with --{flag} {before[flag]}, not {now[flag]}; "
-                "give the same flag, or another --output_dir for a new run"
+                "use the same value, or another --output_dir for a new run"
             )
     if content["batch"] != run.batch:
         raise ValueError(
-            f"{path} was trained with {content['batch']} samples a step, not {run.batch} (--batch_size x --accum_iter x ranks); "
-            f"--effective_batch {content['batch']} keeps it on any number of ranks"
+            f"{path} was trained with an effective batch of {content['batch']}, not {run.batch} (--batch_size x --accum_iter x "
+            f"ranks); --effective_batch {content['batch']} sets it for any number of ranks"
         )
     if content["origin"] != run.origin:
-        raise ValueError(f"{path} began with other weights than --checkpoint has now; choose another --output_dir")
+        raise ValueError(f"{path} started from other weights than --checkpoint names now; use another --output_dir")
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:
         raise ValueError(
-            f"{path} was trained on {count} images, --data_path {run.args.data_path} has {count_now} now; for one that is lost "
-            "put an empty file of its name there (--on_bad_image skip)"
+            f"{path} was trained on {count} images, --data_path {run.args.data_path} has {count_now} now; replace a missing "
+            "image by an empty file of its name, with --on_bad_image skip"
         )
     if names and names_now and names != names_now:
-        raise ValueError(
-            f"{path} was trained on as many images of other names than --data_path {run.args.data_path} has now"
-        )
+        raise ValueError(f"{path} was trained on images of other names than those of --data_path {run.args.data_path}")
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Running means and variances of the batch norms. They differ from rank to rank."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+
+
+def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optimizer, scaler) -> None:
+    """Load the state of model, optimiser and loss scaler; ValueError if it does not fit."""
+    own = dict(zip(mae_names(model.state_dict()), model.state_dict(), strict=True))  # name in the file -> name here
+    try:
+        model.load_state_dict({own.get(name, name): value for name, value in content["model"].items()})
+        optimizer.load_state_dict(content["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from error
+    scaler.load_state_dict(content["scaler"])
+    saved = content.get("statistics", [])  # of each rank
+    if len(saved) > 1:
+        rank, size = run.world.rank, run.world.size
+        mine = saved[rank] if len(saved) == size else [sum(x) / len(saved) for x in zip(*saved, strict=True)]
+        for value, loaded in zip(running_statistics(model), mine, strict=True):
+            value.copy_(loaded)
+
+
+def lock_folder(folder: Path) -> None:
+    """Lock OUTPUT_DIR until this process ends; ValueError if another process holds the lock."""
+    opened = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # stays open as long as the process lives
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"--output_dir {folder}: another run is writing there; wait for it or stop it") from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def claim_folder(run: Run, path: Path | None) -> None:
+    """Prepare OUTPUT_DIR for a run that resumes from `path` (None: a new run, which deletes the old one)."""
+    folder, last = run.folder, run.folder / "last.pth"
+    if path is None:
+        names = ("epoch-*.pth", "last.pth", "previous.pth", "log.jsonl", "bad_images.txt")
+        for old in [old for name in names for old in folder.glob(name)]:
+            old.unlink()
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    elif run.resume == "auto" and path.name != "last.pth" and last.exists():
+        os.replace(last, folder / "last.pth.damaged")  # the next save would make it previous.pth, in place of `path`
+    elif run.resume != "auto" and path.absolute() != last.absolute():
+        link_atomic(path, last)  # a restart resumes from it

@@ -1,56 +1,81 @@
-"""Stop requests: signals, and agreement of the ranks."""
+"""Stop requests: SIGTERM, SIGUSR1 (Slurm, before its time limit) and Ctrl-C let the step finish and be saved."""
 
 import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
-AGAIN = 75  # exit status of a run that was stopped and can go on: EX_TEMPFAIL, for who queues it again
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
 
+from util.dist import World
 
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL: exit status of a stopped run that can be resumed
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers the first signal; a second one ends the process at once, even one that waits for a rank that hangs."""
+    """Signal handler that stores the first signal. A second one ends the process at once, even inside a collective."""
 
     def __init__(self, is_main: bool):
         self.is_main, self.owner = is_main, os.getpid()
         self.signal: signal.Signals | None = None
-        # Python calls handlers between two of its own instructions, of which a collective has none for minutes; but the
-        # number of each signal is written to this pipe as it comes.
-        numbers, self.pipe = os.pipe()
+        # Python runs handlers between bytecodes only, and a collective may block for minutes. The signal's number,
+        # however, is written to this pipe at once, where a thread reads it.
+        read_end, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
-        self.pipe_before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
-        self.before = {number: signal.signal(number, self) for number in SIGNALS}
-        threading.Thread(target=count, args=(numbers,), daemon=True).start()
+        self.previous_pipe = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+        self.previous_handlers = {number: signal.signal(number, self) for number in SIGNALS}
+        threading.Thread(target=exit_at_second_signal, args=(read_end,), daemon=True).start()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal or os.getpid() != self.owner:  # a loader's process ends with this one
+        if self.signal or os.getpid() != self.owner:  # data-loader workers end with the trainer
             return
         self.signal = signal.Signals(number)
-        if self.is_main:  # print would not be safe in the middle of another
+        if self.is_main:  # os.write: print is not safe inside a signal handler
             os.write(2, f"{self.signal.name}: finishing the step, then saving; a second signal ends at once\n".encode())
 
     @property
-    def status(self) -> int:
-        """What the process exits with."""
-        return 130 if self.signal == signal.SIGINT else AGAIN
+    def exit_status(self) -> int:
+        """Exit status of the stopped process."""
+        return 130 if self.signal == signal.SIGINT else EXIT_RESUMABLE
 
     def restore(self) -> None:
-        """The handlers as they were before."""
-        for number, handler in self.before.items():
+        """Reinstall the previous handlers."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self.pipe_before)
+        signal.set_wakeup_fd(self.previous_pipe)
         os.close(self.pipe)
 
 
-def count(numbers: int) -> None:
-    """End the process at the second signal; until the other end of the pipe is closed."""
+def exit_at_second_signal(read_end: int) -> None:
+    """Body of the thread that reads signal numbers until the other end of the pipe is closed."""
     first = True
-    while number := os.read(numbers, 1):
+    while number := os.read(read_end, 1):
         if number[0] in SIGNALS:
             if not first:
                 os._exit(128 + number[0])
             first = False
-    os.close(numbers)
+    os.close(read_end)
+
+
+class DelayedMax:
+    """Maximum over the ranks of a number that each names after every step, known one step later: no rank waits."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.pending: tuple[Any, Tensor] | None = None
+
+    def exchange(self, mine: int) -> int:
+        """Submit a number; returns the maximum of the previous step (without other ranks: of this one)."""
+        if self.world.size == 1:
+            return mine
+        before, largest = self.pending, torch.tensor(mine)
+        work = torch_dist.all_reduce(largest, torch_dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        self.pending = work, largest
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])

@@ -5,75 +5,80 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from util.args import WRITER
+from util.args import WRITER_THREAD
 from util.checkpoint.state import store_checkpoint
 
 
 class Writer:
-    """Stores the newest content it was given in a thread; a full disk is tried again until there is room."""
+    """Stores the newest content that it was given. If the disk is full it retries every `retry` seconds."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None], retry: float):
-        self.folder, self.say, self.retry = folder, say, retry  # seconds
+    def __init__(self, folder: Path, info: Callable[[str], None], retry: float):
+        self.folder, self.info, self.retry = folder, info, retry
         self.lock = threading.Lock()
-        self.waiting: tuple[dict, str | None] | None = None  # a thread works as long as something is
-        self.error: Exception | None = None  # of the last try
-        self.again = threading.Event()
+        self.pending: tuple[dict, str | None] | None = None  # (content, permanent name); a thread runs while it is set
+        self.error: Exception | None = None  # of the last attempt
+        self.retry_now = threading.Event()
 
     @property
     def busy(self) -> bool:
-        """True while it writes; not while it waits for room."""
-        return self.waiting is not None and self.error is None
+        """True while it writes; False while it waits for disk space."""
+        return self.pending is not None and self.error is None
 
-    def give(self, content: dict, kept: str | None) -> None:
-        before = self.waiting
-        while before and before[1] and self.waiting is before and not self.error:
-            time.sleep(0.005)  # one that is kept is not replaced by a newer one, while the disk takes it
+    def submit(self, content: dict, permanent: str | None) -> None:
+        """Store this content next; it replaces content that has not been written yet."""
+        before = self.pending
+        while before and before[1] and self.pending is before and not self.error:
+            time.sleep(0.005)  # a permanent checkpoint that is being written is not replaced
         with self.lock:
-            if self.waiting and self.error and self.waiting[1]:
-                self.say(f"warning: {self.folder / self.waiting[1]} is given up for a newer checkpoint")
-            idle, self.waiting = self.waiting is None, (content, kept)
+            if self.pending and self.error and self.pending[1]:
+                self.info(f"warning: {self.folder / self.pending[1]} was never written; a newer checkpoint replaces it")
+            idle, self.pending = self.pending is None, (content, permanent)
         if idle:
-            threading.Thread(target=self.work, name=WRITER).start()
+            threading.Thread(target=self.write_pending, name=WRITER_THREAD).start()
 
-    def work(self) -> None:
-        while given := self.waiting:
+    def write_pending(self) -> None:
+        """Body of the thread."""
+        while given := self.pending:
             try:
                 store_checkpoint(self.folder, *given)
             except (OSError, MemoryError) as error:
                 self.error = error
-                self.say(f"warning: {error}: make room; it is tried again every {self.retry:.0f} s")
-                if not self.pause():
+                self.info(f"warning: {error}. Free disk space; retrying every {self.retry:.0f} s.")
+                if not self.wait_for_retry():
                     return
                 continue
             if self.error:
-                self.say(f"{self.folder / 'last.pth'} is written again")
+                self.info(f"{self.folder / 'last.pth'} is written again")
             with self.lock:
                 self.error = None
-                if self.waiting is given:
-                    self.waiting = None
+                if self.pending is given:
+                    self.pending = None
                     return
 
-    def pause(self) -> bool:
-        """Wait for the time to try again; False if the process ends."""
+    def wait_for_retry(self) -> bool:
+        """Wait until the next attempt is due; False if the process is ending."""
         until = time.monotonic() + self.retry
-        while time.monotonic() < until and not self.again.wait(0.1):
+        while time.monotonic() < until and not self.retry_now.wait(0.1):
             if not threading.main_thread().is_alive():
                 return False
-        self.again.clear()
+        self.retry_now.clear()
         return True
 
-    def stored(self, patient: Callable[[], bool]) -> bool:
-        """Wait until all is stored; as soon as nobody is patient, until it was tried once more. True if it is stored."""
-        while self.waiting and (self.busy or patient()):
+    def flush(self, keep_waiting: Callable[[], bool]) -> bool:
+        """Wait until everything is stored, or until one more attempt fails after `keep_waiting()` is False.
+
+        Returns True if everything is stored.
+        """
+        while self.pending and (self.busy or keep_waiting()):
             time.sleep(0.005)
-        if self.waiting:
+        if self.pending:
             self.error = None
-            self.again.set()
+            self.retry_now.set()
             while self.busy:
                 time.sleep(0.005)
-        return self.waiting is None
+        return self.pending is None
 
-    def give_up(self) -> None:
-        """Try no longer."""
-        self.waiting = None
-        self.again.set()
+    def cancel(self) -> None:
+        """Stop retrying."""
+        self.pending = None
+        self.retry_now.set()
