@@ -11,7 +11,9 @@ import main_pretrain
 from engine_pretrain import pretrain_loss
 from models import ENCODERS, build_model
 from util.checkpoint.resume import Progress
-from util.data.batches import DevicePrefetcher, Samples, TrainSampler
+from util.data.batches import DevicePrefetcher
+from util.data.samplers import TrainSampler
+from util.data.samples import Samples
 from util.data.transforms import Normalize
 from util.evaluate.probes import Probe
 from util.meters import Meter, peak_tflops, step_flops

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from util.checkpoint.resume import Progress
-from util.data.batches import DevicePrefetcher, TrainSampler
+from util.data.batches import DevicePrefetcher
+from util.data.samplers import TrainSampler
 from util.dist import autocast
 from util.run import Run
 
