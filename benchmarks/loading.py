@@ -13,12 +13,13 @@ of images/s divided by the images/s of mae in the same round.
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from benchmarks.results import append, spread
+from util import cache
 from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, run_main
 from util.data.batches import make_loader
 from util.data.cache import Cache
@@ -121,9 +123,9 @@ def make_sources(args, folder: Path) -> dict[str, Source]:
     """Caches and a tar shard of the images, written to a folder."""
     made: dict[str, Source] = {}
     for payload in ("raw", "zstd", "jpeg"):
-        words = ["--data_path", args.data_path, "--out", folder / payload, "--input_size", args.input_size]
-        build = [sys.executable, "-m", "util.cache", "build", *words, "--payload", payload, "--workers", 2]
-        subprocess.run([*map(str, build)], check=True, stdout=subprocess.DEVNULL)
+        words = ["build", "--data_path", args.data_path, "--out", folder / payload, "--input_size", args.input_size]
+        with redirect_stdout(io.StringIO()):
+            cache.build(cache.get_parser().parse_args([*map(str, words), "--payload", payload, "--workers", "2"]))
         made[payload] = Cache(folder / payload)
     (folder / "tar").mkdir()
     tar = ["tar", "--sort=name", "-cf", folder / "tar" / "0.tar", "-C", args.data_path, "."]
