@@ -44,7 +44,7 @@ BATCH = 64
 
 
 def synthesise(folder: Path, count: int) -> None:
-    """Write synthetic JPEGs of ImageNet's size (500 x 375, about 110 kB): coloured 1/f noise, the spectrum of photographs."""
+    """Write synthetic JPEGs of ImageNet's size (500 x 375, about 110 kB): 1/f noise, the spectrum of photographs."""
     rng = np.random.default_rng(0)
     falling = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None])
     falling[0, 0] = np.inf

@@ -16,7 +16,7 @@ def random_matrix(rows: int, columns: int, transposed: bool, dtype: torch.dtype,
 
 
 class Products(TorchDispatchMode):
-    """Context that records the matrix products of linear layers, forward and backward. Those of attention are left out."""
+    """Context that records the matrix products of linear layers, forward and backward, but not those of attention."""
 
     def __init__(self):
         super().__init__()

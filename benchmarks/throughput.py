@@ -1,4 +1,4 @@
-"""Benchmark of a training step: its ablations, a baseline MAE and its matrix products. `python -m benchmarks.throughput`
+"""Benchmark of a training step, its ablations and a baseline MAE. `python -m benchmarks.throughput`
 
 `ours` is the step of main_pretrain.py on a batch on the device. The other variants are
 

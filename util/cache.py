@@ -80,7 +80,7 @@ def folder_classes(source: Folder, data_path: str) -> Folder:
 
 
 class Builder:
-    """A build that can be killed and resumed: plan.json holds its flags, each finished shard has an .npz with its index."""
+    """A build that can be killed and resumed: plan.json holds its flags, an .npz the index of each finished shard."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.out)
@@ -185,7 +185,7 @@ class Builder:
         return f"skipped: {name}: {reason}"
 
     def finish(self) -> None:
-        """Join the indices of the shards and write the manifest. The next readable image replaces a skipped one, as in training."""
+        """Join the indices and write the manifest. The next readable image replaces a skipped one, as in training."""
         parts = [self.load_shard_index(shard) for shard in range(len(self.shard_ranges()))]
         index = np.concatenate([entries for entries, _ in (part for part in parts if part)])
         skipped = np.flatnonzero(index["bytes"] == 0)

@@ -13,7 +13,7 @@ INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamp
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str = "bilinear") -> Image.Image:
-    """Resize to the smallest image of the same aspect ratio that covers size (H, W); torchvision's Resize(side) for a square."""
+    """Smallest resize of the same aspect ratio that covers size (H, W); torchvision's Resize(side) for a square."""
     height, width = size
     if width * image.height >= height * image.width:  # the width limits
         height = max(height, int(width * image.height / image.width))
@@ -25,7 +25,7 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
 
 
 def reflect_slices(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
-    """(target, source) slices that fill `side` lines, from line `start` on, from n lines that are reflected at both ends."""
+    """(target, source) slices that fill `side` lines, from line `start` on, from n lines reflected at both ends."""
     before, after = max(-start, 0), max(start + side - n, 0)
     yield slice(before, side - after), slice(start + before, start + side - after)
     if before:
@@ -53,8 +53,8 @@ def crop_window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, paddin
 class SimpleResizedCrop:
     """Bands of an image -> uint8 (H, W, C). The caller flips with probability 0.5 (paper, section 3.3).
 
-    The bands are PIL images: one RGB image, or a grey image per channel. `resize` is deterministic: its result (h, w, C)
-    can be stored and passed instead of the bands.
+    Bands are PIL images: one RGB image, or a grey image per channel. The result (h, w, C) of `resize`, which is
+    deterministic, can be stored and passed instead of the bands.
     """
 
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear"):

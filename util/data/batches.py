@@ -53,14 +53,15 @@ class ThreadLoader:
         return {k: v.pin_memory() if self.pin and isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def wait_for(self, batch: Future) -> dict:
+        timeout = self.dataset.timeout_s
         try:
-            return batch.result(timeout := self.dataset.timeout_s)
+            return batch.result(timeout)
         except FutureTimeout as error:
             raise RuntimeError(f"DataLoader timed out after {timeout:.0f} s (--timeout_minutes)") from error
 
 
 def init_worker(parent: int, worker: int) -> None:
-    """Put a worker into a process group of its own: Ctrl-C then reaches the main process alone, which needs its workers to finish."""
+    """Give a worker its own process group: Ctrl-C must not end it before the main process has finished a step."""
     if os.getppid() != parent:  # the parent was killed during the fork; torch would let this worker wait for ever
         os._exit(1)
     os.setpgrp()
@@ -74,8 +75,8 @@ def default_workers() -> int:
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def keep(batch: Any) -> Any:
-    """Collate function for samples that are a batch already."""
+def return_unchanged(batch: Any) -> Any:
+    """Collate function for samples that are already a batch."""
     return batch
 
 
@@ -88,7 +89,7 @@ def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device:
         samples,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=keep,
+        collate_fn=return_unchanged,
         worker_init_fn=partial(init_worker, os.getpid()),
         timeout=2 * samples.timeout_s if workers else 0,  # for a worker that its own time limit cannot interrupt
         pin_memory=device.type == "cuda",

@@ -105,8 +105,8 @@ class Cache(Source):
         (soft, hard), needed = resource.getrlimit(resource.RLIMIT_NOFILE), len(self.shard_digests) + 256
         if needed > hard:
             raise ValueError(
-                f"--data_path {self.folder} has {len(self.shard_digests)} shards, too many for the limit of {hard} open files "
-                "(ulimit -Hn); raise it, or build with a larger --shard_mib"
+                f"--data_path {self.folder} has {len(self.shard_digests)} shards, too many for {hard} open files "
+                "(ulimit -Hn); raise this limit, or build with a larger --shard_mib"
             )
         if needed > soft:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -115,8 +115,8 @@ class Cache(Source):
         """ValueError for flags that need other pixels than the cache holds."""
         if args.crop != "src":
             raise ValueError(
-                f"--crop {args.crop}: the cache {self.folder} holds resized images, but RandomResizedCrop resizes another part "
-                "of the image each time; use --crop src, or --data_path with the images"
+                f"--crop {args.crop}: the cache {self.folder} holds resized images, but RandomResizedCrop resizes "
+                "another part of the image each time; use --crop src, or --data_path with the images"
             )
         asked = vars(args) | {"input_size": list(args.input_size)}
         for flag, cached in self.flags.items():

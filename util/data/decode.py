@@ -13,7 +13,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 
 
 def read_image(path: bytes | BytesIO, in_chans: int) -> list[Image.Image]:
-    """[RGB] or [grey] image, turned upright by EXIF, alpha blended over white; of a (H, W, C) uint8 .npy its C grey bands."""
+    """[RGB] or [grey] image, upright (EXIF), alpha blended over white; of a (H, W, C) uint8 .npy its C grey bands."""
     file = path if isinstance(path, BytesIO) else os.fsdecode(path)
     if file.getvalue().startswith(b"\x93NUMPY") if isinstance(file, BytesIO) else file.lower().endswith(".npy"):
         pixels = np.atleast_3d(np.load(file))

@@ -13,7 +13,7 @@ WORKER_BATCH = 256  # most images a worker loads at once: several workers share 
 
 
 class TrainSampler(Sampler):
-    """(epoch, index) of this rank's samples, in parts of a micro-batch. Step k has the same samples on any number of ranks."""
+    """(epoch, index) of this rank's samples, in parts of a micro-batch. Step k has the same on any number of ranks."""
 
     def __init__(self, count: int, run: Run):
         self.count, self.seed, self.batch, self.world = count, run.args.seed, run.batch, run.world
@@ -23,8 +23,8 @@ class TrainSampler(Sampler):
         self.epoch = self.first = 0
         if not self.steps:
             raise ValueError(
-                f"--batch_size {self.micro} x --accum_iter {run.args.accum_iter} x {self.world.size} ranks = {run.batch} "
-                f"images per step, but --data_path has {count}; lower --batch_size"
+                f"--batch_size {self.micro} x --accum_iter {run.args.accum_iter} x {self.world.size} ranks = "
+                f"{run.batch} images per step, but --data_path has {count}; lower --batch_size"
             )
 
     def start(self, epoch: int, step: int = 0) -> None:

@@ -27,10 +27,10 @@ class Samples(Dataset):
         return len(self.source)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
-        """(epoch, index) of B samples -> images (B, H, W, C) uint8, flip (B,) bool, noise (B, U) float32, label, index, bad.
+        """(epoch, index) of B samples -> images (B, H, W, C) uint8, flip (B,) bool, noise (B, U) float32, label, index.
 
-        `bad` lists (name, reason) of the unreadable images. Without `images` the run ends: `stop`, else the last of `bad`,
-        is the reason. A worker returns it because an exception of a worker arrives with a traceback.
+        `bad` lists (name, reason) of unreadable images. A result without `images` ends the run; the reason is `stop`,
+        else the last of `bad`. It is not raised here because exceptions of workers arrive with a traceback.
         """
         bad: list[tuple[str, str]] = []
         try:

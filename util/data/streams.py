@@ -75,7 +75,7 @@ def read_shard(url: str) -> Iterator[tuple[str, bytes]]:
 
 
 class Stream(Source):
-    """Tar shards read sequentially, for pre-training only. Which image gets index i depends on (seed, epoch, rank, worker)."""
+    """Tar shards read sequentially, for pre-training. Which image is index i depends on (seed, epoch, rank, worker)."""
 
     epoch: int | None = None  # of `images`
     images: Any = None  # generator of (name, encoded image)

@@ -50,7 +50,7 @@ def iter_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def scan_shard(path: Path) -> np.ndarray:
-    """(N, 3) int64: offset, size and label (-1 = none) of each image of a shard, in its order. Reads only the headers."""
+    """(N, 3) int64: offset, size and label (-1 = none) of each image of a shard in its order. Reads headers only."""
     images, labels = [], {}
     try:
         with path.open("rb") as file:
@@ -105,7 +105,7 @@ def save_index(file: Path, index: dict[str, tuple[list[int], np.ndarray]]) -> No
 
 
 def index_shards(paths: Sequence[Path]) -> list[np.ndarray]:
-    """Rows of `scan_shard` for each shard, from index.npz beside the first, which is updated for new and changed shards."""
+    """Rows of `scan_shard` for each shard, cached in index.npz beside the first; new and changed shards are scanned."""
     folder, wanted = paths[0].parent, {}
     known = load_index(folder / "index.npz")
     for path in paths:
@@ -163,7 +163,7 @@ class Tars(Source):
 
 
 def local_tars(data_path: str, split: str | None = None, classes: Sequence[str] | None = None) -> Tars | None:
-    """Shards of DIR/split with labels, or unlabelled of DIR/train, DIR, a .tar or a list in braces; None if there are none."""
+    """Labelled shards of DIR/split; without split those of DIR/train, DIR, a .tar or a list in braces; None if none."""
     folder = Path(data_path) / (split or "train")
     if split is None and not folder.is_dir():
         folder = Path(data_path)

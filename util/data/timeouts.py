@@ -17,7 +17,7 @@ def raise_timeout(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise DiskTimeout in the block after this time. Without effect outside of a main thread, which alone gets signals."""
+    """Raise DiskTimeout in the block after this time; only in a main thread, because only it receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

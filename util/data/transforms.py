@@ -28,7 +28,7 @@ def eval_transform(size: tuple[int, int], interpolation: str = "bicubic") -> Cal
 
 
 class Normalize:
-    """Batch with uint8 images (B, H, W, C) -> normalised images (B, C, H, W) float32, flipped where batch["flip"] is true."""
+    """Batch with uint8 images (B, H, W, C) -> normalised (B, C, H, W) float32, flipped where batch["flip"] is true."""
 
     def __init__(self, args, device: torch.device):
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (args.mean, args.std))
