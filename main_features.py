@@ -23,7 +23,8 @@ from util.args import (
 from util.data.batches import eval_loader
 from util.data.cache import is_cache
 from util.data.folders import Folder, Source, list_images
-from util.data.tars import Tars, is_stream, local_tars, regular
+from util.data.streams import is_stream
+from util.data.tars import Tars, iter_files, local_tars
 from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import encode_batches, features, load_encoder, patch_features, pooling, read_architecture
@@ -64,7 +65,7 @@ def tar_names(tars: Tars) -> list[str]:
     names: list[str] = []
     for shard, end in zip(tars.paths, tars.ends, strict=True):
         with tarfile.open(shard, "r:") as tar:
-            members = {member.offset_data: member.name for member in regular(tar)}
+            members = {member.offset_data: member.name for member in iter_files(tar)}
         names += [f"{Path(shard).name}: {members[offset]}" for offset in tars.places[len(names) : end, 0]]
     return names
 

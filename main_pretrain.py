@@ -21,7 +21,7 @@ from util.args import (
     run_main,
 )
 from util.checkpoint.saver import Saver
-from util.data.batches import one_batch, train_loader
+from util.data.batches import load_batch, train_loader
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
 from util.evaluate.health import warning_after, warnings_at_start
@@ -68,7 +68,7 @@ def main() -> None:
     model = build_model(args).to(device)
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
     loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
-    examples = one_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
+    examples = load_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     scaler = grad_scaler(run)

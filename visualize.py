@@ -22,8 +22,9 @@ from util.args import (
     resolve_defaults,
     run_main,
 )
-from util.data.batches import Samples, one_batch
+from util.data.batches import load_batch
 from util.data.folders import Folder, list_images
+from util.data.samples import Samples
 from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import MODEL_FLAGS, load_encoder, own_arguments, pooling, read_architecture
@@ -164,7 +165,7 @@ def main() -> None:
     args = resolve_defaults(args)
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
-    batch = one_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
+    batch = load_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
     draw = encoder_picture if of_encoder else method_picture
     picture = Image.fromarray(draw(args, weights, batch, device))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)

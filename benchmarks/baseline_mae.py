@@ -1,8 +1,8 @@
-"""What a PixMIM step is compared with: MAE (arXiv:2111.06377) as it is commonly run, on today's timm.
+"""Baseline of the step benchmark: MAE (arXiv:2111.06377) as it is commonly implemented, on the current timm.
 
-It computes what PixMIM with nn.Identity() for a target computes (tests/test_benchmarks.py: equal loss, equal gradients),
-by the common way: every patch projected, timm's own attention, every token predicted and most of the loss masked away.
-Letters: B batch, L patches, V visible ones, D width, P pixel values of a patch.
+Loss and gradients equal those of PixMIM with nn.Identity() as target (tests/test_benchmarks.py). All patches are
+projected, attention is timm's, all patches are predicted and the loss is masked.
+Letters: B batch, L patches, V visible patches, D width, P pixel values of a patch.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from util.formats.keys import mae_names
 
 
 def masked_loss(prediction: Tensor, images: Tensor, patch: int, removed: Tensor) -> Tensor:
-    """Mean over the removed (B, L) patches of the squared error of a prediction (B, L, P) of all, normalised patches."""
+    """Mean squared error () of the prediction (B, L, P) of normalised patches over the removed (B, L) patches."""
     target = patchify(images, patch)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     error = (prediction - target).square().mean(-1)
@@ -33,9 +33,9 @@ def blocks(dim: int, depth: int, heads: int) -> nn.Sequential:
 
 
 class BaselineMAE(nn.Module):
-    """MAE with the parameter names of facebookresearch/mae; weights are loaded, not initialised.
+    """MAE with the parameter names of facebookresearch/mae. Its weights must be loaded: it does not initialise them.
 
-    `encoder`, `decoder`: (width, depth, heads). `mask_unit`: patches are removed in blocks of this side, as LSMAE does.
+    `encoder`, `decoder`: (width, depth, heads). `mask_unit`: side in patches of the blocks that are removed (LSMAE: 2).
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BaselineMAE(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, patch**2 * in_chans)
 
     def draw_order(self, images: Tensor, noise: Tensor | None) -> Tensor:
-        """(B, L): patches by ascending noise, that of a unit for all its patches; noise (B, U) is drawn unless given."""
+        """(B, L) patches sorted by ascending noise (B, U) of their units. The noise is drawn if None."""
         h, w = self.patch_embed.grid_size
         units = -(-h // self.mask_unit), -(-w // self.mask_unit)
         noise = torch.rand(len(images), units[0] * units[1], device=images.device) if noise is None else noise
@@ -92,7 +92,7 @@ class BaselineMAE(nn.Module):
 
 
 def baseline_of(model: PixMIM) -> BaselineMAE:
-    """The baseline of the same sizes with the same weights."""
+    """The baseline with the sizes and weights of a model."""
     encoder, decoder = model.encoder, model.decoder
     sizes = [(len(x.blocks), x.blocks[0].attn.num_heads) for x in (encoder, decoder)]
     baseline = BaselineMAE(
@@ -109,12 +109,12 @@ def baseline_of(model: PixMIM) -> BaselineMAE:
 
 
 def baseline_optimizer(model: nn.Module, weight_decay: float = 0.05) -> torch.optim.Optimizer:
-    """AdamW of MAE by torch's kernels for lists of tensors, the default on GPUs."""
+    """MAE's AdamW with foreach kernels, torch's default on GPUs."""
     return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay), 1e-6, betas=(0.9, 0.95), foreach=True)
 
 
 def baseline_step(model: BaselineMAE, optimizer, batch: dict, amp: str) -> float:
-    """One step on normalised `planes` (B, C, H, W) at --amp (bf16 or off): the loss, which is read back every time."""
+    """Loss of one step on batch["planes"] (B, C, H, W), normalised, at --amp bf16 or off; read back every step."""
     images = batch["planes"]
     with autocast(amp, images.device):
         loss = model(images)

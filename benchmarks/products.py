@@ -1,4 +1,4 @@
-"""Which matrix products does a step consist of, and how long do they take alone?"""
+"""Matrix products of a training step: recorded, counted and run alone."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def matrix(rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random (rows, columns), in memory column by column if transposed."""
+def random_matrix(rows: int, columns: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random (rows, columns), column-major if transposed."""
     shape = (columns, rows) if transposed else (rows, columns)
     x = torch.randn(shape, device=device).to(dtype)
     return x.mT if transposed else x
 
 
 class Products(TorchDispatchMode):
-    """Within it, matrix products are noted: those of linear layers, forward and backward, not those of attention."""
+    """Context that records the matrix products of linear layers, forward and backward, but not those of attention."""
 
     def __init__(self):
         super().__init__()
-        self.seen: Counter = Counter()  # (M, K, N, first transposed, second transposed, dtype) -> how often
+        self.seen: Counter = Counter()  # (M, K, N, first transposed, second transposed, dtype) -> count
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
@@ -30,12 +30,13 @@ class Products(TorchDispatchMode):
 
     @property
     def flops(self) -> int:
+        """Floating-point operations of all recorded products."""
         return sum(2 * m * k * n * count for (m, k, n, *_), count in self.seen.items())
 
     def step(self, device: torch.device) -> Callable[[dict], None]:
-        """All of them once more and nothing else; what was a batch is not looked at."""
+        """Function of a batch, which it ignores, that computes all recorded products on random matrices."""
         pairs = [
-            (matrix(m, k, first, dtype, device), matrix(k, n, second, dtype, device), count)
+            (random_matrix(m, k, first, dtype, device), random_matrix(k, n, second, dtype, device), count)
             for (m, k, n, first, second, dtype), count in self.seen.items()
         ]
 

@@ -1,4 +1,4 @@
-"""Where do numbers go? To RESULTS.md, a row each, which nobody edits."""
+"""Rows of RESULTS.md, the append-only table of benchmark results."""
 
 import platform
 import re
@@ -15,8 +15,8 @@ from util.run import versions
 TABLE = "| date | commit | machine | command | result |\n| --- | --- | --- | --- | --- |\n"
 
 
-def machine(device: torch.device) -> str:
-    """What computed."""
+def describe_machine(device: torch.device) -> str:
+    """Name of the GPU, or of the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -25,11 +25,11 @@ def machine(device: torch.device) -> str:
 
 
 def append(path: Path | None, name: str, device: torch.device, lines: list[str]) -> None:
-    """Add a row for the command that runs, `python -m benchmarks.<name>`, if there is a file to add it to."""
+    """Add a row for the running command, `python -m benchmarks.<name>`, to a Markdown table; None = nowhere."""
     if path is None:
         return
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    row = [date.today().isoformat(), versions()["commit"], machine(device), f"`{command}`", "; ".join(lines)]
+    row = [date.today().isoformat(), versions()["commit"], describe_machine(device), f"`{command}`", "; ".join(lines)]
     head = "" if path.exists() else TABLE
     with path.open("a") as file:
         file.write(f"{head}| {' | '.join(map(str, row))} |\n")

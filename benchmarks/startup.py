@@ -1,6 +1,6 @@
-"""How long does it take, and how much memory, until a source of 10^3 to 10^6 images is open, in a process of its own?
+"""Benchmark of start-up: time and memory to open a source of 10^3 to 10^6 images. `python -m benchmarks.startup`
 
-Caches are synthetic: an index of that length over sparse files. Folders hold that many empty files.
+Each source is opened in a new process. Caches are synthetic: a full index over sparse shards. Folders hold empty files.
 """
 
 import argparse
@@ -18,19 +18,20 @@ from benchmarks.results import append
 from util.args import Parser, number, run_main
 from util.data.cache import ENTRY, FORMAT, shard_path
 
-OPENED = """
+OPEN_SOURCE = """
 import resource, sys, time
-from util import cache, sources
-def pages():
+from util.data.cache import Cache
+from util.data.folders import image_folder
+def memory_mib():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-before, start = pages(), time.perf_counter()
-source = cache.Cache(sys.argv[1]) if sys.argv[2] == "cache" else sources.image_folder(sys.argv[1])
-print(len(source), time.perf_counter() - start, pages() - before)
+before, start = memory_mib(), time.perf_counter()
+source = Cache(sys.argv[1]) if sys.argv[2] == "cache" else image_folder(sys.argv[1])
+print(len(source), time.perf_counter() - start, memory_mib() - before)
 """
 
 
 def make_cache(folder: Path, count: int) -> None:
-    """A cache of `count` images of 224 x 298 pixels, all holes: 5,000 in a shard of 1 GiB."""
+    """Write a cache of `count` images of 224 x 298 pixels in sparse shards of 5,000 images (1 GiB)."""
     size = 224 * 298 * 3
     index = np.zeros(count, ENTRY)
     number = np.arange(count)
@@ -49,7 +50,7 @@ def make_cache(folder: Path, count: int) -> None:
 
 
 def make_folder(folder: Path, count: int) -> None:
-    """`count` empty files in folders of a thousand."""
+    """Write `count` empty files in folders of a thousand."""
     for start in range(0, count, 1000):
         (folder / f"{start // 1000:04d}").mkdir()
         for i in range(min(1000, count - start)):
@@ -57,25 +58,27 @@ def make_folder(folder: Path, count: int) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("Open caches and folders of growing size in processes of their own.")
-    parser.add_argument("--images", type=number(int, 1), nargs="+", default=[10**n for n in range(3, 7)], help="sizes")
-    parser.add_argument("--append", type=Path, metavar="FILE", help="Markdown table that gets a row")
+    parser = Parser("Measure time and memory to open caches and folders of growing size.")
+    parser.add_argument(
+        "--images", type=number(int, 1), nargs="+", default=[10**n for n in range(3, 7)], help="numbers of images"
+    )
+    parser.add_argument("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
     return parser
 
 
 def main() -> None:
     args = get_parser().parse_args()
-    said = []
+    lines = []
     for kind, make in (("cache", make_cache), ("folder", make_folder)):
         for count in args.images:
             with TemporaryDirectory() as folder:
                 make(Path(folder), count)
-                command = [sys.executable, "-c", OPENED, folder, kind]
+                command = [sys.executable, "-c", OPEN_SOURCE, folder, kind]
                 opened = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
             images, seconds, mib = int(opened[0]), float(opened[1]), float(opened[2])
-            said.append(f"{kind} of {images}: {seconds:.3f} s, {mib:.0f} MiB")
-            print(said[-1], flush=True)
-    append(args.append, "startup", torch.device("cpu"), said)
+            lines.append(f"{kind} of {images}: {seconds:.3f} s, {mib:.0f} MiB")
+            print(lines[-1], flush=True)
+    append(args.append, "startup", torch.device("cpu"), lines)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How fast is a training step, what is each lever worth, how much of it are matrix products?
+"""Benchmark of a training step, its ablations and a baseline MAE. `python -m benchmarks.throughput`
 
-`ours` is the step of main_pretrain.py on a batch that is in memory. The others are
+`ours` is the step of main_pretrain.py on a batch on the device. The other variants are
 
-- ours without one lever: attention (timm's), optimizer (foreach), projection (of all patches), prediction (of all
-  patches), read-back (of the loss, each step); compiled: ours with one lever more;
-- baseline, baseline fp32: of a plain ViT, MAE as it is commonly run (baseline_mae.py), on images that its loader has normalised;
-- parts of ours: matmuls (nothing but the matrix products of its linear layers), target (what is to be predicted).
+- ours without one optimisation: attention (timm's), optimizer (foreach, not fused), projection (of all patches),
+  prediction (of all patches), read-back (of the loss in each step); compiled: ours with torch.compile;
+- baseline, baseline fp32 (plain ViTs only): MAE as commonly implemented (baseline_mae.py), on normalised images;
+- parts of ours: matmuls (only the matrix products of its linear layers), target (only the target of the loss).
 
-All start from the same weights, and all do one step in each round, in an order that rotates: a machine that slows down
-slows all of them. A ratio is the median over the rounds of time / time of ours.
+All variants start from the same weights and do one step in each round, in rotating order, so that a slow phase of the
+machine affects all of them. A ratio is the median over the rounds of time / time of ours.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from benchmarks.ablations import ablate, applicable_ablations
 from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_step
-from benchmarks.levers import levers_of, without
 from benchmarks.products import Products
 from benchmarks.results import append, spread
 from engine_pretrain import pretrain_loss, update
@@ -43,11 +43,11 @@ from util.args import (
 from util.data.transforms import Normalize
 from util.dist import autocast, init_world
 
-Step = Callable[[dict], object]  # of a batch
+Step = Callable[[dict], object]  # a step on a batch
 
 
 def our_step(args, normalize: Normalize, model: nn.Module, fused: bool = True) -> Callable[[dict], Tensor]:
-    """Batch -> loss, still on the device: what train_one_epoch does with a batch."""
+    """Function: batch -> loss () on the device, with one step as in train_one_epoch."""
     groups = param_groups_weight_decay(model, 0.05)
     optimizer = torch.optim.AdamW(groups, 1e-6, betas=(0.9, 0.95), fused=fused, foreach=not fused)
     loss_fn, parameters = pretrain_loss(normalize), list(model.parameters())
@@ -64,17 +64,17 @@ def our_step(args, normalize: Normalize, model: nn.Module, fused: bool = True) -
 
 
 def all_steps(args, model: PixMIM, normalize: Normalize) -> dict[str, Step]:
-    """Everything that is timed but the matrix products, which a step has to show first."""
+    """All variants but the matrix products, which must be recorded from a step first."""
     make = partial(our_step, args, normalize)
     ours = make(model)
     steps: dict[str, Step] = {
         "ours": ours,
-        **{lever: make(without(lever, model)) for lever in levers_of(model)},
+        **{name: make(ablate(model, name)) for name in applicable_ablations(model)},
         "optimizer": make(deepcopy(model), fused=False),
         "read-back": lambda batch: ours(batch).item(),
         "target": lambda batch: model.target(batch["normalised"]),
     }
-    if type(model.encoder) is MaskedViT:  # of the other hosts there is no common way
+    if type(model.encoder) is MaskedViT:  # the other encoders have no baseline
         baseline = baseline_of(model)
         optimizer = baseline_optimizer(baseline)
         steps["baseline"] = partial(baseline_step, baseline, optimizer, amp=args.amp)
@@ -85,8 +85,8 @@ def all_steps(args, model: PixMIM, normalize: Normalize) -> dict[str, Step]:
     return steps
 
 
-def seconds(step: Step, batch: dict) -> float:
-    """How long a step takes, until the device has done it."""
+def time_step(step: Step, batch: dict) -> float:
+    """Seconds of a step until the device has finished it."""
     device = batch["images"].device
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
@@ -97,16 +97,16 @@ def seconds(step: Step, batch: dict) -> float:
 
 
 def measure(steps: dict[str, Step], batch: dict, rounds: int) -> dict:
-    """Medians over the rounds, as JSON has them; ratios are [least, median, most]."""
-    first = {name: seconds(step, batch) for name, step in steps.items()}
+    """Result as printed in JSON: medians over the rounds; ratios are [least, median, most]."""
+    first = {name: time_step(step, batch) for name, step in steps.items()}
     with Products() as products:
         steps["ours"](batch)
     steps = steps | {"matmuls": products.step(batch["images"].device)}
-    seconds(steps["matmuls"], batch)
+    time_step(steps["matmuls"], batch)
     names, times = list(steps), []
     for turn in range(rounds):
         shift = turn % len(names)
-        times.append({name: seconds(steps[name], batch) for name in names[shift:] + names[:shift]})
+        times.append({name: time_step(steps[name], batch) for name in names[shift:] + names[:shift]})
     ratios = {name: spread([t[name] / t["ours"] for t in times]) for name in names}
     typical = {name: median(t[name] for t in times) for name in names}
     return {
@@ -120,7 +120,7 @@ def measure(steps: dict[str, Step], batch: dict, rounds: int) -> dict:
 
 
 def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
-    """What util.data.DevicePrefetcher would put on the device, and the images normalised for those that begin with these."""
+    """A batch of DevicePrefetcher, plus `normalised` images and the same in contiguous `planes` for the baseline."""
     device = normalize.mean.device
     shape = (size, *args.input_size, args.in_chans)
     batch = {
@@ -128,12 +128,14 @@ def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
         "flip": torch.rand(size, device=device) < 0.5,
         "noise": torch.rand(size, model.noise_length, device=device),
     }
-    normalised = normalize(batch)  # channels last in memory, as the uint8 images; the baseline's loader has planes
+    normalised = normalize(
+        batch
+    )  # channels-last in memory, as the uint8 images are; the baseline's loader yields planes
     return batch | {"normalised": normalised, "planes": normalised.contiguous()}
 
 
-def lines(result: dict) -> list[str]:
-    """What was measured, for people."""
+def format_result(result: dict) -> list[str]:
+    """Lines to print."""
     head = (
         f"batch {result['batch_size']}: ours {result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
     )
@@ -143,20 +145,16 @@ def lines(result: dict) -> list[str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("Time a training step beside itself without each lever, and beside MAE as it is commonly run.")
+    parser = Parser("Measure the time of a training step, of its ablations and of a baseline MAE.")
     add_model_arguments(parser, ENCODERS, model="vit_base")
     add_method_arguments(parser)
     add = add_device_arguments(parser).add_argument
     add(
-        "--batch_size",
-        type=number(int, 1),
-        nargs="+",
-        default=[8],
-        help="images of a step; several = one after another",
+        "--batch_size", type=number(int, 1), nargs="+", default=[8], help="images per step; several = one after another"
     )
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
-    add("--compile", action="store_true", help="time the compiled model as well")
-    add("--append", type=Path, metavar="FILE", help="Markdown table that gets a row for each batch size")
+    add("--compile", action="store_true", help="include the compiled model")
+    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row per batch size is added")
     parser.set_defaults(grad_checkpointing=False)
     return parser
 
@@ -164,15 +162,15 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = resolve_defaults(get_parser().parse_args())
     if args.amp == "fp16" or not args.norm_pix_loss:
-        raise ValueError("--amp fp16 and --no-norm_pix_loss are not timed: the baseline scales no loss and normalises")
+        raise ValueError("--amp fp16 and --no-norm_pix_loss are not supported: the baseline has neither; omit them")
     device = init_world(args.device, args.amp).device
     torch.manual_seed(args.seed)
     model, normalize = build_model(args).to(device), Normalize(args, device)
     steps = all_steps(args, model, normalize)
     for size in args.batch_size:
         result = measure(steps, random_batch(args, model, normalize, size), args.rounds)
-        print(*lines(result), json.dumps(result), sep="\n", flush=True)
-        append(args.append, "throughput", device, lines(result))
+        print(*format_result(result), json.dumps(result), sep="\n", flush=True)
+        append(args.append, "throughput", device, format_result(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks/ compares computes the same thing, and its command line runs."""
+"""Benchmarks: equal computations of the variants they compare, and their commands."""
 
 import json
 import math
@@ -13,17 +13,17 @@ from test_models import small_pixmim
 from torch import nn
 from torch.testing import assert_close
 
+from benchmarks.ablations import ABLATIONS, ablate
 from benchmarks.baseline_mae import baseline_of
-from benchmarks.levers import LEVERS, without
 from benchmarks.loading import synthesise
 from benchmarks.products import Products
 from util.formats.keys import mae_names
 
-TINY = [*MODEL, "--device", "cpu", "--decoder_dim", "32", "--decoder_depth", "1", "--decoder_heads", "2"]
+SMALL = [*MODEL, "--model", "vit_pico", "--decoder_dim", "32", "--decoder_depth", "1", "--decoder_heads", "2"]
 
 
 def example(unit: int = 1) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """MAE as we compute it, images, noise."""
+    """(PixMIM without a filter, images, noise)."""
     model = small_pixmim(nn.Identity(), mask_unit=unit)
     return model, torch.randn(3, 3, 32, 48), torch.rand(3, model.noise_length)
 
@@ -33,7 +33,7 @@ def gradients(model: nn.Module) -> dict:
 
 
 @pytest.mark.parametrize("unit", [1, 2, 3])  # units of 3 do not divide the grid of 4 x 6
-def test_the_baseline_has_the_loss_and_every_gradient_of_pixmim_without_a_filter(unit):
+def test_loss_and_gradients_of_the_baseline_equal_those_of_pixmim_without_a_filter(unit):
     model, images, noise = example(unit)
     baseline = baseline_of(model)
     ours, theirs = model(images, noise)[0], baseline(images, noise)
@@ -46,19 +46,19 @@ def test_the_baseline_has_the_loss_and_every_gradient_of_pixmim_without_a_filter
     assert all(grad.any() for grad in gradients(baseline).values())
 
 
-@pytest.mark.parametrize("lever", LEVERS)
-def test_a_lever_changes_no_gradient(lever):
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_changes_neither_loss_nor_gradients(name):
     model, images, noise = example()
-    slow = without(lever, model)
-    assert [type(m) for m in slow.modules()] != [type(m) for m in model.modules()]
-    for each in (model, slow):
+    ablated = ablate(model, name)
+    assert [type(m) for m in ablated.modules()] != [type(m) for m in model.modules()]
+    for each in (model, ablated):
         each(images, noise)[0].backward()
-    assert_close(slow(images, noise)[0], model(images, noise)[0], rtol=1e-6, atol=0)
-    assert_close(gradients(slow), gradients(model), rtol=1e-4, atol=1e-6)
+    assert_close(ablated(images, noise)[0], model(images, noise)[0], rtol=1e-6, atol=0)
+    assert_close(gradients(ablated), gradients(model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_the_products_are_those_of_every_linear_layer_forward_and_twice_backward(amp):
+def test_products_are_one_forward_and_two_backward_per_linear_layer(amp):
     model, images, noise = example()
     flops = []  # of the forward pass
     for layer in model.modules():
@@ -73,12 +73,16 @@ def test_the_products_are_those_of_every_linear_layer_forward_and_twice_backward
     assert {dtype for *_, dtype in products.seen} == {torch.bfloat16 if amp else torch.float32}
 
 
-def test_throughput_prints_a_result_for_each_batch_size_and_appends_it(tmp_path):
+def test_throughput_prints_and_appends_a_result_per_batch_size(tmp_path):
     table = tmp_path / "results.md"
     words = ["--rounds", 1, "--batch_size", 1, 2, "--append", table, "--amp", "bf16", "--mask_unit", 2]
-    results = [json.loads(line) for line in call("benchmarks.throughput", *TINY, *words) if line.startswith("{")]
+    results = [
+        json.loads(line)
+        for line in call("benchmarks.throughput", *SMALL, "--device", "cpu", *words)
+        if line.startswith("{")
+    ]
     assert [result["batch_size"] for result in results] == [1, 2]
-    variants = {"ours", *LEVERS, "optimizer", "read-back", "baseline", "baseline fp32", "target", "matmuls"}
+    variants = {"ours", *ABLATIONS, "optimizer", "read-back", "baseline", "baseline fp32", "target", "matmuls"}
     for result in results:
         assert result["ratios"].keys() == variants
         assert all(0 < x < math.inf for spread in result["ratios"].values() for x in spread)
@@ -86,30 +90,30 @@ def test_throughput_prints_a_result_for_each_batch_size_and_appends_it(tmp_path)
     assert [row.count(" | ") for row in rows] == [4] * 4  # head, rule, two results
 
 
-def test_throughput_refuses_what_the_baseline_cannot_do():
+def test_throughput_refuses_flags_that_the_baseline_lacks():
     with pytest.raises(ValueError, match="--no-norm_pix_loss"):
-        call("benchmarks.throughput", *TINY, "--no-norm_pix_loss")
+        call("benchmarks.throughput", *SMALL, "--device", "cpu", "--no-norm_pix_loss")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
-def test_loading_times_every_way_beside_mae_on_the_same_images(photos, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
+def test_loading_measures_every_pipeline_and_its_ratio_to_mae(photos, tmp_path):
     table = tmp_path / "results.md"
     words = ["--data_path", photos / "train", "--input_size", 32, "--seconds", 0.01, "--rounds", 1, "--append", table]
     result = json.loads(call("benchmarks.loading", *words)[-1])
-    ways = {"mae", "rrc", "src", "raw", "zstd", "jpeg", "tar"}
-    for where, ways_there in (("one core", ways | {"cold"}), ("two workers", ways)):
-        assert result[where].keys() == ways_there
+    pipelines = {"mae", "rrc", "src", "raw", "zstd", "jpeg", "tar"}
+    for where, expected in (("one core", pipelines | {"cold"}), ("two workers", pipelines)):
+        assert result[where].keys() == expected
         assert result[where]["mae"]["ratio"] == [1, 1, 1]
-        assert all(way["images_per_s"][0] > 0 for way in result[where].values())
+        assert all(rate["images_per_s"][0] > 0 for rate in result[where].values())
     assert "two workers: raw" in table.read_text()
 
 
-def test_startup_opens_what_it_made_in_another_process():
+def test_startup_opens_caches_and_folders_in_a_new_process():
     lines = call("benchmarks.startup", "--images", 10, 2000)
     assert [line.split(":")[0] for line in lines] == [f"{k} of {n}" for k in ("cache", "folder") for n in (10, 2000)]
 
 
-def test_made_up_images_have_the_size_and_the_falling_spectrum_of_photographs(tmp_path):
+def test_synthetic_images_have_the_size_and_spectrum_of_photographs(tmp_path):
     synthesise(tmp_path, 2)
     for path in tmp_path.iterdir():
         assert 80_000 < path.stat().st_size < 140_000
@@ -117,11 +121,12 @@ def test_made_up_images_have_the_size_and_the_falling_spectrum_of_photographs(tm
         assert pixels.shape == (375, 500, 3)
         power = np.abs(np.fft.rfft2(pixels[..., 0] - pixels[..., 0].mean())) ** 2
         low, high = (power[a:b, a:b].mean() for a, b in ((5, 10), (40, 80)))
-        assert 8**1.5 < low / high < 8**3.5  # amplitude falls as frequency to the power of 1.2
+        assert 8**1.5 < low / high < 8**3.5  # amplitude falls with frequency to the power of 1.2
 
 
-def test_ranks_are_timed_by_real_runs(tmp_path, capsys):
-    words = ["--model", "vit_tiny", "--steps", 3, "--rounds", 1, "--batch_size", 1, "--amp", "off"]
+@pytest.mark.slow
+def test_ranks_times_runs_with_one_and_two_ranks(tmp_path):
+    words = ["--model", "vit_pico", "--steps", 3, "--rounds", 1, "--batch_size", 1, "--amp", "off"]
     call("benchmarks.ranks", *words, "--append", tmp_path / "rows.md")
     (row,) = (tmp_path / "rows.md").read_text().splitlines()[2:]
     alone, together, ratio = map(float, re.search(r"1 rank (\S+) s, 2 ranks (\S+) s; (\S+)", row).groups())

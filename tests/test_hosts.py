@@ -38,7 +38,8 @@ from models import ENCODERS, build_encoder, build_model
 from models_convmae import ConvViT
 from models_pixmim import LowPass, MaskedViT, PixMIM, mask_from_noise
 from util.args import resolve_defaults
-from util.data.batches import Samples, one_batch
+from util.data.batches import load_batch
+from util.data.samples import Samples
 from util.data.sources import labelled_sources
 from util.data.transforms import Normalize, eval_transform
 from util.evaluate.encoder import MODEL_FLAGS, Encoder, load_encoder, pooling
@@ -253,7 +254,7 @@ def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
     args, parts = one_rank(photos).args, []
     for source in labelled_sources(str(photos)):
         samples = Samples(source, eval_transform(size), args)
-        parts.append(Normalize(args, CPU)(one_batch(samples, range(len(samples)), CPU)))
+        parts.append(Normalize(args, CPU)(load_batch(samples, range(len(samples)), CPU)))
     return torch.cat(parts)
 
 
@@ -429,7 +430,7 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
     samples = Samples(
         find_images([str(photos / "val")], 3), eval_transform(args.input_size), args, noise_length=model.noise_length
     )
-    batch = one_batch(samples, range(3), CPU)
+    batch = load_batch(samples, range(3), CPU)
     picture = draw(trained(host, flags) / "last.pth", photos / "val", tmp_path / "x.png", "--count", 3)
     assert np.array_equal(picture, panel(reconstruct(model, Normalize(args, CPU)(batch), batch["noise"], args)))
 

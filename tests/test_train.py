@@ -10,8 +10,11 @@ from conftest import CPU, PRETRAIN, call, one_rank, pretrain
 import main_pretrain
 from engine_pretrain import pretrain_loss
 from models import ENCODERS, build_model
+from util.args import resolve_defaults
 from util.checkpoint.resume import Progress
-from util.data.batches import DevicePrefetcher, Samples, TrainSampler
+from util.data.batches import DevicePrefetcher
+from util.data.samplers import TrainSampler
+from util.data.samples import Samples
 from util.data.transforms import Normalize
 from util.evaluate.probes import Probe
 from util.meters import Meter, peak_tflops, step_flops
@@ -25,7 +28,7 @@ def products(tokens: int, dim: int, depth: int) -> int:
 @pytest.mark.parametrize("flags", ["", "--grad_checkpointing", "--amp bf16", "--lowpass_radius 0"])
 def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     words = [*PRETRAIN, "--input_size", "64", *flags.split(), "--data_path", "x"]
-    args = main_pretrain.get_parser().parse_args(words)
+    args = resolve_defaults(main_pretrain.get_parser().parse_args(words))
     model = build_model(args)
     batch = {"images": torch.zeros(3, 64, 64, 3, dtype=torch.uint8), "noise": torch.rand(3, 64)}
     forward = products(17, 192, 12) + 2 * 16 * 192 * 192  # 16 of 64 patches of 8 x 8 x 3 values, and the class token

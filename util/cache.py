@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -19,17 +19,15 @@ from tqdm import tqdm
 
 from util.args import Parser, SizeAction, number, run_main
 from util.crop import INTERPOLATIONS, SimpleResizedCrop
-from util.data.cache import ENTRY, FORMAT, Cache, encode, shard_path
+from util.data.cache import ENTRY, FORMAT, Cache, encode_payload, shard_path
 from util.data.folders import Folder, image_folder
 from util.files import write_atomic
 
-PLAN = ("format", "input_size", "crop_interpolation", "in_chans", "payload", "images", "files", "pillow")
-
 
 def verify(args: argparse.Namespace) -> None:
-    """Compare every shard with the digest in the manifest."""
+    """Compare the shards and the index with their digests in the manifest."""
     cache = Cache(args.cache)
-    files = {shard_path(cache.folder, shard): digest for shard, digest in enumerate(cache.digests)}
+    files = {shard_path(cache.folder, shard): digest for shard, digest in enumerate(cache.shard_digests)}
     files[cache.folder / "index.npy"] = cache.index_digest
     damaged = []
     for path, digest in tqdm(files.items(), unit="file", file=sys.stdout):
@@ -38,37 +36,40 @@ def verify(args: argparse.Namespace) -> None:
                 damaged.append(path.name)
     if damaged:
         raise ValueError(f"{args.cache}: damaged: {' '.join(damaged)}; delete them and build again with the same flags")
-    print(f"{args.cache}: {len(cache)} images in {len(cache.digests)} shards, all as they were written")
+    print(f"{args.cache}: {len(cache)} images in {len(cache.shard_digests)} shards, all undamaged")
 
 
-Packed = list[tuple[bytes, int, int] | str]  # for each image what is kept, height, width; or why it cannot be read
+class PackedImage(NamedTuple):
+    content: bytes
+    height: int
+    width: int
 
 
 class PackDataset(Dataset):
-    """What a cache keeps of images, made by the workers of a loader."""
+    """Images of a folder as a cache stores them, by lists of indices; for an unreadable image the reason."""
 
     def __init__(self, source: Folder, crop: SimpleResizedCrop, in_chans: int, payload: str):
         self.source, self.crop, self.in_chans, self.payload = source, crop, in_chans, payload
 
-    def __getitem__(self, indices: np.ndarray) -> Packed:
-        packed: Packed = []
+    def __getitem__(self, indices: np.ndarray) -> list[PackedImage | str]:
+        packed: list[PackedImage | str] = []
         for i in indices:
             try:
                 pixels = self.crop.resize(self.source.read(i, self.in_chans))
-                packed.append((encode(self.payload, pixels), *pixels.shape[:2]))
+                packed.append(PackedImage(encode_payload(self.payload, pixels), *pixels.shape[:2]))
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 packed.append(" ".join(str(error).split()) or type(error).__name__)
         return packed
 
-    def each(self, indices: np.ndarray, workers: int) -> Iterator[tuple[bytes, int, int] | str]:
-        """One after the other, prepared by processes that end with this one."""
+    def pack(self, indices: np.ndarray, workers: int) -> Iterator[PackedImage | str]:
+        """These images in order, packed by worker processes."""
         chunks = np.array_split(indices, -(-len(indices) // 32))
         for packed in DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=list):
             yield from packed
 
 
 def folder_classes(source: Folder, data_path: str) -> Folder:
-    """The images with the folder that each lies in as its class, if none lies outside of one."""
+    """The images with their top folder as class; without classes if an image lies in no folder."""
     top = Path(data_path) / "train" if (Path(data_path) / "train").is_dir() else Path(data_path)
     within = [os.fsdecode(os.path.relpath(path, os.fsencode(top))).split(os.sep) for path in source.paths]
     if any(len(parts) == 1 for parts in within):
@@ -79,13 +80,13 @@ def folder_classes(source: Folder, data_path: str) -> Folder:
 
 
 class Builder:
-    """One build: the plan that a later call must share to go on with it, and the shards."""
+    """A build that can be killed and resumed: plan.json holds its flags, an .npz the index of each finished shard."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.out)
         self.source = folder_classes(image_folder(args.data_path), args.data_path)
         crop = SimpleResizedCrop(args.input_size, args.crop_interpolation)
-        self.packing = PackDataset(self.source, crop, args.in_chans, args.payload)
+        self.dataset = PackDataset(self.source, crop, args.in_chans, args.payload)
         files = hashlib.sha256()
         for path in self.source.paths:
             files.update(b"%s\0%d\0" % (os.path.relpath(path, os.fsencode(args.data_path)), os.stat(path).st_size))
@@ -103,53 +104,50 @@ class Builder:
         }
 
     def prepare(self) -> None:
-        """Say how large it becomes, refuse what cannot be; the plan is written before the first shard."""
+        """Compare with the plan of an earlier call, print the expected size and time, and write the plan."""
         plan_path = self.folder / "plan.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         before = json.loads(plan_path.read_text()) if plan_path.exists() else {}
-        if before:
-            for key in PLAN:
-                if before.get(key) != self.plan[key]:
-                    raise ValueError(
-                        f"--out {self.folder} holds a cache with {key} {before.get(key)}, not {self.plan[key]}; "
-                        "choose another folder, or delete it"
-                    )
-        elif any(self.folder.iterdir()):
+        if not before and any(self.folder.iterdir()):
             raise ValueError(f"--out {self.folder} is not empty; choose another folder")
+        for key, value in self.plan.items():
+            if before.get(key, value) != value:
+                raise ValueError(
+                    f"--out {self.folder} holds a cache with {key} {before[key]}, not {value}; "
+                    "choose another folder, or delete it"
+                )
         count = len(self.source)
         sample = np.linspace(0, count - 1, min(count, 256)).astype(int)
-        began = time.perf_counter()
-        tried = [*self.packing.each(sample, self.args.workers)]
-        packed = [one for one in tried if not isinstance(one, str)]
-        seconds = (time.perf_counter() - began) / len(sample) * count
+        start = time.perf_counter()
+        tried = [*self.dataset.pack(sample, self.args.workers)]
+        packed = [image for image in tried if not isinstance(image, str)]
+        seconds = (time.perf_counter() - start) / len(sample) * count
         if not packed:
-            raise ValueError(
-                f"--data_path {self.args.data_path}: none of {len(sample)} images can be packed: {tried[0]}"
-            )
-        mean = sum(len(content) for content, _, _ in packed) / len(packed)
-        each = max(1, int(self.args.shard_mib * 2**20 / mean))
-        self.plan["images_per_shard"] = before.get("images_per_shard", each)
+            raise ValueError(f"--data_path {self.args.data_path}: no image can be packed: {tried[0]}")
+        mean = sum(len(image.content) for image in packed) / len(packed)
+        per_shard = max(1, int(self.args.shard_mib * 2**20 / mean))
+        self.plan["images_per_shard"] = before.get("images_per_shard", per_shard)
         written = sum(path.stat().st_size for path in self.folder.glob("shard-*.bin"))
         needed, free = mean * count * 1.02 - written, shutil.disk_usage(self.folder).free
         print(
-            f"{count} images, about {mean * count / 2**30:.2f} GiB ({mean / 1000:.0f} kB each) and "
-            f"{seconds / 60:.1f} minutes with {self.args.workers} workers; {free / 2**30:.1f} GiB are free",
+            f"{count} images: about {mean * count / 2**30:.2f} GiB ({mean / 1000:.0f} kB per image) and "
+            f"{seconds / 60:.1f} minutes with {self.args.workers} workers; {free / 2**30:.1f} GiB free",
             flush=True,
         )
         if needed > free:
             raise ValueError(
-                f"--out {self.folder}: {needed / 2**30:.2f} GiB are missing, {free / 2**30:.2f} GiB are free; "
+                f"--out {self.folder} needs {needed / 2**30:.2f} GiB more, but only {free / 2**30:.2f} GiB are free; "
                 "choose another disk, a smaller --input_size or --payload zstd or jpeg"
             )
         write_atomic(plan_path, json.dumps(self.plan).encode())
 
-    def shards(self) -> list[tuple[int, int]]:
-        """First image of each shard and the one after its last."""
-        count, each = len(self.source), self.plan["images_per_shard"]
-        return [(start, min(start + each, count)) for start in range(0, count, each)]
+    def shard_ranges(self) -> list[tuple[int, int]]:
+        """(first image, one past the last) of each shard."""
+        count, per_shard = len(self.source), self.plan["images_per_shard"]
+        return [(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
 
-    def part(self, shard: int) -> tuple[np.ndarray, str] | None:
-        """Index and digest of a shard that is there as a whole."""
+    def load_shard_index(self, shard: int) -> tuple[np.ndarray, str] | None:
+        """(index entries, SHA-256) of a finished shard; None if it is unfinished or has another size."""
         path, part = shard_path(self.folder, shard), self.folder / f"shard-{shard:05d}.npz"
         if not (path.exists() and part.exists()):
             return None
@@ -157,15 +155,15 @@ class Builder:
             entries, digest, size = found["entries"], str(found["digest"]), int(found["size"])
         return (entries, digest) if path.stat().st_size == size else None
 
-    def write(self, shard: int, first: int, last: int, bar: tqdm) -> None:
-        """Write a shard, then its part of the index; each is there as a whole or not at all."""
+    def write_shard(self, shard: int, first: int, last: int, bar: tqdm) -> None:
+        """Write a shard, then its index, each atomically."""
         path, entries, offset = shard_path(self.folder, shard), np.zeros(last - first, ENTRY), 0
         temporary, digest = path.with_suffix(".tmp"), hashlib.sha256()
         with temporary.open("wb") as file:
-            for row, image in enumerate(self.packing.each(np.arange(first, last), self.args.workers)):
+            for row, image in enumerate(self.dataset.pack(np.arange(first, last), self.args.workers)):
                 bar.update()
                 if isinstance(image, str):
-                    bar.write(self.left_out(first + row, image), file=sys.stdout)
+                    bar.write(self.describe_skipped(first + row, image), file=sys.stdout)
                     continue
                 content, height, width = image
                 entries[row] = offset, len(content), self.source.labels[first + row], shard, height, width
@@ -179,24 +177,23 @@ class Builder:
         np.savez(part, entries=entries, digest=np.array(digest.hexdigest()), size=np.array(offset))
         write_atomic(self.folder / f"shard-{shard:05d}.npz", part.getvalue())
 
-    def left_out(self, i: int, reason: str) -> str:
-        """A line about an image that cannot be read, or the end of the build."""
+    def describe_skipped(self, i: int, reason: str) -> str:
+        """Log line for an unreadable image; ValueError with --on_bad_image stop."""
         name = self.source.name(i).replace("\n", "\\n")
         if self.args.on_bad_image == "stop":
-            raise ValueError(f"{name} cannot be read: {reason}; mend or remove it, or --on_bad_image skip")
-        return f"left out: {name}: {reason}"
+            raise ValueError(f"{name} cannot be read: {reason}; repair or remove it, or use --on_bad_image skip")
+        return f"skipped: {name}: {reason}"
 
     def finish(self) -> None:
-        """Join the parts; an image that could not be read stands for the next one that could, as in training."""
-        parts = [self.part(shard) for shard in range(len(self.shards()))]
+        """Join the indices and write the manifest. The next readable image replaces a skipped one, as in training."""
+        parts = [self.load_shard_index(shard) for shard in range(len(self.shard_ranges()))]
         index = np.concatenate([entries for entries, _ in (part for part in parts if part)])
-        unread = np.flatnonzero(index["bytes"] == 0)
-        if len(unread) == len(index):
+        skipped = np.flatnonzero(index["bytes"] == 0)
+        if len(skipped) == len(index):
             raise ValueError(f"--data_path {self.args.data_path}: no image can be read")
-        for i in unread[::-1]:
-            index[i] = index[(i + 1) % len(index)]
-        for i in unread[::-1]:  # those at the end stand for the first
-            index[i] = index[(i + 1) % len(index)]
+        for _ in range(2):  # twice: those at the end are replaced by the first images
+            for i in skipped[::-1]:
+                index[i] = index[(i + 1) % len(index)]
         content = io.BytesIO()
         np.save(content, index)
         write_atomic(self.folder / "index.npy", content.getvalue())
@@ -208,27 +205,26 @@ class Builder:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Pack the images of --data_path, from where an earlier call was stopped."""
+    """Pack the images of --data_path, resuming an earlier call after its last finished shard."""
     builder = Builder(args)
     try:
         builder.prepare()
-        every = 0.5 if sys.stdout.isatty() else 30
-        with tqdm(total=len(builder.source), unit="image", mininterval=every, file=sys.stdout) as bar:
-            for shard, (first, last) in enumerate(builder.shards()):
-                if builder.part(shard):
+        interval_s = 0.5 if sys.stdout.isatty() else 30
+        with tqdm(total=len(builder.source), unit="image", mininterval=interval_s, file=sys.stdout) as bar:
+            for shard, (first, last) in enumerate(builder.shard_ranges()):
+                if builder.load_shard_index(shard):
                     bar.update(last - first)
                     bar.unpause()
                 else:
-                    builder.write(shard, first, last, bar)
+                    builder.write_shard(shard, first, last, bar)
         builder.finish()
-    except RuntimeError as error:  # as the loader calls it
+    except RuntimeError as error:  # from the DataLoader: a worker died
         raise ValueError(f"{error}; run the same command again, with fewer --workers if memory was short") from error
     except OSError as error:
-        raise OSError(
-            f"--out {args.out} cannot be written ({error}): whole shards are kept; make room and run the same command again"
-        ) from error
+        line = f"--out {args.out} cannot be written ({error}); free disk space and run the same command again to resume"
+        raise OSError(line) from error
     total = sum(path.stat().st_size for path in builder.folder.glob("shard-*.bin"))
-    print(f"{args.out}: {len(builder.source)} images, {total / 2**30:.2f} GiB; give it as --data_path")
+    print(f"{args.out}: {len(builder.source)} images, {total / 2**30:.2f} GiB; use it as --data_path")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -239,18 +235,19 @@ def get_parser() -> argparse.ArgumentParser:
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     make.set_defaults(command=build)
     add = make.add_argument
-    add("--data_path", required=True, help="folder of images, as main_pretrain.py takes it")
+    add("--data_path", required=True, help="folder of images, as for main_pretrain.py")
     add("--out", required=True, help="folder of the cache")
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H", default=(224, 224),
         help="side of the training input in pixels, or H W")
-    add("--crop_interpolation", choices=list(INTERPOLATIONS), default="bilinear", help="of the resize")
+    add("--crop_interpolation", choices=list(INTERPOLATIONS), default="bilinear", help="interpolation of the resize")
     add("--in_chans", type=number(int, 1), default=3, help="channels of an image")
     add("--payload", choices=["raw", "zstd", "jpeg"], default="raw",
-        help="raw = fastest; zstd = smaller and exact; jpeg = smallest, quality 95, not exact; docs/data.md has numbers")
+        help="raw = fastest; zstd = smaller, lossless; jpeg = smallest, lossy (quality 95); speeds in docs/data.md")
     add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="processes that decode")
-    add("--shard_mib", type=number(float, 1e-3), default=1024, help="size of a shard in MiB; what a killed build loses at most")
+    add("--shard_mib", type=number(float, 1e-3), default=1024,
+        help="size of a shard in MiB; a killed build loses at most one shard")
     add("--on_bad_image", choices=["stop", "skip"], default="stop",
-        help="an image that cannot be read ends the build, or the next one takes its place")
+        help="unreadable image: stop = end the build; skip = use the next image in its place")
     # fmt: on
     check = commands.add_parser("verify", help="compare a cache with the digests in its manifest")
     check.set_defaults(command=verify)

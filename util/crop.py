@@ -1,6 +1,6 @@
-"""SimpleResizedCrop, the crop of PixMIM: resize the short side, crop a window at most 4 pixels out of it, flip.
+"""SimpleResizedCrop, the crop of PixMIM: resize the short side, pad by 4 reflected pixels, crop a random window, flip.
 
-Needs Pillow and NumPy only. The resize is deterministic: only the window and the flip are random.
+Needs only Pillow and NumPy. The resize is deterministic; only the window and the flip are random.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 2**27  # of a resized image: a line of pixels must not become gigabytes
+MAX_PIXELS = 2**27  # of a resized image: limits what a very long image needs
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str = "bilinear") -> Image.Image:
-    """The smallest resize, aspect ratio kept, that covers size (H, W); for a square, torchvision's Resize(side)."""
+    """Smallest resize of the same aspect ratio that covers size (H, W); torchvision's Resize(side) for a square."""
     height, width = size
-    if width * image.height >= height * image.width:  # the width is the tighter side
+    if width * image.height >= height * image.width:  # the width limits
         height = max(height, int(width * image.height / image.width))
     else:
         width = max(width, int(height * image.width / image.height))
@@ -24,8 +24,8 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 
-def reflected(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
-    """(where, whence): how `side` lines from `start` on are filled from n lines that are mirrored at their edges."""
+def reflect_slices(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
+    """(target, source) slices that fill `side` lines, from line `start` on, from n lines reflected at both ends."""
     before, after = max(-start, 0), max(start + side - n, 0)
     yield slice(before, side - after), slice(start + before, start + side - after)
     if before:
@@ -34,32 +34,34 @@ def reflected(start: int, side: int, n: int) -> Iterator[tuple[slice, slice]]:
         yield slice(side - after, side), slice(n - 2, n - 2 - after if n - 2 - after >= 0 else None, -1)
 
 
-def window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, padding: int = 4, out=None) -> np.ndarray:
-    """Window (H, W, C) of pixels (h, w, C), mirrored `padding` pixels beyond each edge; u (2,) in [0, 1) places it.
+def crop_window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, padding: int = 4, out=None) -> np.ndarray:
+    """Window (H, W, C) at u (2,) in [0, 1) of pixels (h, w, C), which are reflected by `padding` at each edge.
 
-    RandomCrop(size, padding=4, padding_mode="reflect") without the padded copy. `out` is memory for it.
+    Equals RandomCrop(size, padding=4, padding_mode="reflect") without the padded copy. `out`: array for the result.
     """
     starts = [
         int(draw * (n + 2 * padding - side + 1)) - padding for n, side, draw in zip(pixels.shape, size, u, strict=False)
     ]
     result = np.empty((*size, pixels.shape[2]), pixels.dtype) if out is None else out
-    columns = [*reflected(starts[1], size[1], pixels.shape[1])]
-    for where, whence in reflected(starts[0], size[0], pixels.shape[0]):
-        for across, from_across in columns:
-            result[where, across] = pixels[whence, from_across]
+    columns = [*reflect_slices(starts[1], size[1], pixels.shape[1])]
+    for rows, from_rows in reflect_slices(starts[0], size[0], pixels.shape[0]):
+        for cols, from_cols in columns:
+            result[rows, cols] = pixels[from_rows, from_cols]
     return result
 
 
 class SimpleResizedCrop:
-    """Bands of PIL images -> uint8 (H, W, C), to be flipped with probability 0.5 on the device (paper, section 3.3).
+    """Bands of an image -> uint8 (H, W, C). The caller flips with probability 0.5 (paper, section 3.3).
 
-    An RGB image is one band; an image of any other number of channels is a list of grey ones. `resize` draws nothing:
-    its result (h, w, C) can be kept and given instead of the bands.
+    Bands are PIL images: one RGB image, or a grey image per channel. The result (h, w, C) of `resize`, which is
+    deterministic, can be stored and passed instead of the bands.
     """
 
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear"):
         if min(size) <= 4:
-            raise ValueError(f"a crop of {size[0]} x {size[1]} is too small to mirror 4 pixels beyond its edges")
+            raise ValueError(
+                f"a crop of {size[0]} x {size[1]} is too small: its sides must be above the 4 reflected pixels"
+            )
         self.size, self.interpolation = size, interpolation
 
     def resize(self, bands: Sequence[Image.Image]) -> np.ndarray:
@@ -67,4 +69,4 @@ class SimpleResizedCrop:
 
     def __call__(self, image: Sequence[Image.Image] | np.ndarray, rng: np.random.Generator, out=None) -> np.ndarray:
         resized = image if isinstance(image, np.ndarray) else self.resize(image)
-        return window(resized, self.size, rng.random(2), out=out)
+        return crop_window(resized, self.size, rng.random(2), out=out)

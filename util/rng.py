@@ -1,4 +1,4 @@
-"""Counter-based randomness: every draw is a function of (seed, epoch, sample index) or of (seed, step, rank)."""
+"""Counter-based random numbers: functions of (seed, epoch, sample index) or of (seed, step, rank)."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-ORDER, CROP, MASK, STEP = range(4)  # what a draw is for; the streams are independent
+ORDER, CROP, MASK, STEP = range(4)  # independent streams
 
 
 def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.random.Generator:
-    """Generator whose draws depend on these four numbers alone (Philox: they are its key and counter)."""
+    """Generator that depends only on these four numbers: they are key and counter of a Philox."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64), counter=[0, 0, epoch, index]))
 
 
 class SampleRng:
-    """Generators of a stream, one after the other: to set a Philox anew takes an eighth of the time of making one."""
+    """`generator` for many samples of a stream: setting the counter takes an eighth of the time of a new Philox."""
 
     def __init__(self, seed: int, stream: int):
         self.rng = generator(seed, stream)
@@ -23,7 +23,7 @@ class SampleRng:
         self.counter = self.start["state"]["counter"]
 
     def at(self, epoch: int, index: int) -> np.random.Generator:
-        """What `generator` gives for this sample, until the next call."""
+        """Generator of this sample, valid until the next call."""
         self.counter[2:] = epoch, index
         self.rng.bit_generator.state = self.start
         return self.rng
@@ -35,21 +35,21 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of what is drawn on the device in a (micro) step: dropout, drop path, mixup, erasing."""
+    """Seed of the draws on the device in a (micro) step: dropout, drop path, mixup, erasing."""
     return int(generator(seed, STEP, step, rank).bit_generator.random_raw())
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch, for libraries that draw from nothing else."""
+    """Seed the global generators of Python, NumPy and torch, for libraries that use these."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's augmentations draw from it
+    np.random.seed(seed % 2**32)  # noqa: NPY002  used by timm's augmentations
     torch.manual_seed(seed)
 
 
 class SeededTransform:
-    """torchvision and timm transforms as a function of (bands, generator): PIL images -> uint8 (H, W, C).
+    """A torchvision or timm transform as a function of (bands, generator): PIL images -> uint8 (H, W, C).
 
-    Every band is transformed with the same draws. `out` is memory for the result.
+    All bands are transformed with the same draws. `out`: array for the result.
     """
 
     def __init__(self, transform: Callable):

@@ -66,9 +66,7 @@ def test_a_wicked_file_stops_the_run_by_its_name_or_is_replaced(kind, images, tm
         "a pipe": ["--timeout_minutes", 0.005],
         "a line": ["--input_size", 64, "--patch_size", 16],  # it would be resized to 800 megapixels
     }.get(kind, [])
-    with pytest.raises(
-        ValueError, match=r"x\.jpg cannot be read: .+; mend or remove it; training can --on_bad_image skip"
-    ):
+    with pytest.raises(ValueError, match=r"x\.jpg cannot be read: .+--on_bad_image skip"):
         pretrain(images, tmp_path / "run", *words)
     if kind == "a pipe":  # as a disk that does not answer: the images behind it would not come either
         with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer"):
@@ -137,7 +135,7 @@ KILLER = """
 import os, signal, sys
 import main_pretrain
 from util.args import run_main
-from util.data.batches import Samples
+from util.data.samples import Samples
 from torch.utils.data import get_worker_info
 
 real = Samples.__getitems__

@@ -432,7 +432,7 @@ def checkpoint_order(photos, folder, count: int):
     """The order of a run of STEPS."""
     from conftest import one_rank
 
-    from util.data.batches import TrainSampler
+    from util.data.samplers import TrainSampler
 
     return TrainSampler(count, one_rank(folder, batch_size=2))
 

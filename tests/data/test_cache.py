@@ -1,14 +1,16 @@
-"""The packed cache: the same training inputs bit for bit, whatever kills its build; and what it refuses."""
+"""The packed cache: training inputs equal to those of the images, resumed builds, refused flags and damaged files."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import resource
 import shutil
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +18,16 @@ import pytest
 import torch
 from conftest import CPU, PRETRAIN, assert_same, call, class_folders, ended, one_rank, pretrain, smooth, spawn, weights
 
-from util import cache
+import main_pretrain
+from util.args import resolve_defaults
 from util.data.batches import DevicePrefetcher, train_loader
-from util.data.cache import Cache
+from util.data.cache import Cache, is_cache
 from util.data.folders import image_folder
 from util.data.sources import pretrain_source
 from util.data.transforms import pretrain_transform
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of workers
-BUILD = ["--workers", 1, "--shard_mib", 0.004]  # two images of 16 x 24 pixels in a shard
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
+BUILD = ["--workers", 1, "--shard_mib", 0.004]  # two images of 16 x 24 pixels per shard
 
 
 def build(images: Path, out: Path, *words) -> list[str]:
@@ -42,7 +45,7 @@ def packed(photos, tmp_path_factory) -> Path:
 def epoch(source, tmp_path, epoch: int = 0, **flags) -> list[dict]:
     """Every batch of an epoch."""
     run = one_rank(tmp_path, batch_size=4, **flags)
-    crop = pretrain_transform("src", (16, 24), None)
+    crop = pretrain_transform("src", (16, 24), "bilinear")
     loader = train_loader(run, source, crop, flip=True, noise_length=6)
     loader.batch_sampler.start(epoch)
     return list(DevicePrefetcher(loader, CPU, loader.batch_sampler.parts))
@@ -52,33 +55,32 @@ def epoch(source, tmp_path, epoch: int = 0, **flags) -> list[dict]:
 
 
 @pytest.mark.parametrize("payload", ["raw", "zstd"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_whole_epochs_are_those_of_the_images_bit_for_bit(payload, workers, photos, tmp_path):
+def test_batches_equal_those_of_the_images_bit_for_bit(payload, photos, tmp_path):
     build(photos, tmp_path / "cache", "--payload", payload)
-    for number in range(3):
+    for number, workers in product(range(3), (0, 2)):
         online, packed = (
             epoch(source, tmp_path, number, num_workers=workers)
             for source in (image_folder(str(photos)), Cache(tmp_path / "cache"))
         )
         assert len(online) == 4
         for a, b in zip(online, packed, strict=True):
-            b["label"].zero_()  # a folder that is read without classes has none
+            b["label"].zero_()  # the folder is read without classes
             assert_same(a, b)
 
 
-def test_a_run_from_a_cache_is_the_run_from_the_images(pretrained, photos, tmp_path):
+def test_training_on_a_cache_equals_training_on_the_images(pretrained, photos, tmp_path):
     call("util.cache", "build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 16, *BUILD)
     pretrain(tmp_path / "cache", tmp_path / "run", "--knn_every", 2, "--knn_path", photos)
     assert_same(weights(pretrained)["model"], weights(tmp_path / "run")["model"])
 
 
-def test_labels_and_classes_are_those_of_the_folders(packed):
+def test_labels_and_classes_equal_those_of_the_folders(packed):
     packed = Cache(packed)
     assert packed.classes == ["ant", "bee", "cat"]
     assert packed.labels.tolist() == [0] * 6 + [1] * 5 + [2] * 5
 
 
-def test_a_jpeg_cache_is_near_and_not_exact_and_smaller_payloads_are_smaller(photos, tmp_path):
+def test_zstd_is_exact_and_smaller_than_raw_and_jpeg_is_lossy_and_smaller_still(photos, tmp_path):
     sizes = {}
     for payload in ("raw", "zstd", "jpeg"):
         call("util.cache", "build", "--data_path", photos, "--out", tmp_path / payload, "--input_size", 96, "--workers", 1,
@@ -92,7 +94,7 @@ def test_a_jpeg_cache_is_near_and_not_exact_and_smaller_payloads_are_smaller(pho
 
 
 @pytest.mark.parametrize("in_chans", [1, 5])
-def test_grey_images_and_arrays_of_five_channels_are_kept(in_chans, tmp_path):
+def test_images_of_one_or_five_channels_are_packed(in_chans, tmp_path):
     if in_chans == 1:
         class_folders(tmp_path / "images", {"a": 4}, seed=0)
     else:
@@ -110,15 +112,15 @@ def test_grey_images_and_arrays_of_five_channels_are_kept(in_chans, tmp_path):
         assert torch.equal(a["images"], b["images"])
 
 
-def test_a_process_opens_it_for_itself_and_each_shard_once(packed):
+def test_each_process_opens_each_shard_once(packed):
     first, second = Cache(packed), pickle.loads(pickle.dumps(Cache(packed)))
-    assert len(first.digests) == 8  # shards
+    assert len(first.shard_digests) == 8
     for i in [*range(16), 0]:
         assert np.array_equal(first.read(i, 3), second.read(i, 3))
     assert len(first.files) == len(second.files) == 8
 
 
-def test_threads_share_its_files_and_not_its_buffer(packed):
+def test_threads_do_not_share_a_buffer(packed):
     alone, shared = Cache(packed), Cache(packed)
     expected = [alone.read(i, 3).copy() for i in range(16)]
 
@@ -126,13 +128,18 @@ def test_threads_share_its_files_and_not_its_buffer(packed):
         i = turn % 16
         return np.array_equal(shared.read(i, 3), expected[i])
 
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(read, range(2000)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # the default, 5 ms, lets a reading thread wait for the GIL that long
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(read, range(2000)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
-def test_more_shards_than_files_may_be_opened_is_said(packed, monkeypatch):
+def test_raises_the_limit_of_open_files_or_refuses_too_many_shards(packed, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 100))
-    with pytest.raises(ValueError, match=r"8 shards are more than 100, the files .* \(ulimit -n\)"):
+    with pytest.raises(ValueError, match=r"--data_path .* 8 shards.* 100 .*--shard_mib"):
         Cache(packed)
     limits = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 1000))
@@ -148,37 +155,38 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_build_that_is_killed_goes_on_and_is_the_unbroken_one(packed, photos, tmp_path):
-    """SIGKILL whenever three more shards are there, somewhere in the next one."""
-    words = ["-m", "util.cache", "build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 16, 24]
-    slow = {"PYTHONPATH": tmp_path}  # so that the kill comes in time
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\nreal = os.replace\n"
-        "def replace(a, b):\n    real(a, b)\n    time.sleep(0.4)\nos.replace = replace\n"
-    )
-    kills = 0
-    while not (tmp_path / "cache" / "manifest.json").exists():
-        before = {name: os.stat(tmp_path / "cache" / name).st_mtime_ns for name in done(tmp_path / "cache")}
-        process = spawn(*words, *BUILD, **slow)
-        deadline = time.monotonic() + 60
-        while len(done(tmp_path / "cache")) < len(before) + 3 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += 1
-        assert before == {name: os.stat(tmp_path / "cache" / name).st_mtime_ns for name in before}
-    assert kills >= 2  # eight shards, three of them before each kill
+def kill_at(event: int, *args) -> None:
+    """Build a cache in this process, which is killed when it flushes or renames a file for the event-th time."""
+    events = []
+
+    def count(real, *given):
+        events.append(real)
+        if len(events) == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    os.replace, os.fsync = partial(count, os.replace), partial(count, lambda _: None)
+    build(*args)
+
+
+def test_a_killed_build_resumes_and_gives_the_same_cache(packed, photos, tmp_path):
+    out, fork = tmp_path / "cache", multiprocessing.get_context("fork")
+    for kill in range(5):  # a shard has 5 events: data flushed, renamed, index flushed, renamed, folder flushed
+        before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.npz")}
+        process = fork.Process(target=kill_at, args=(3 + 5 + kill + 1, photos, out))  # after the plan and a whole shard
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+        assert len([*out.glob("shard-*.npz")]) > len(before)
+    build(photos, out)
     for name, content in files(packed).items():
         if not name.endswith(".npz"):  # zip files hold the time
-            assert files(tmp_path / "cache")[name] == content, name
+            assert files(out)[name] == content, name
 
 
-def done(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob("shard-*.npz")]
-
-
-def test_building_again_writes_nothing_and_mends_a_damaged_shard(packed, tmp_path, photos):
+def test_building_again_rewrites_only_damaged_shards(packed, tmp_path, photos):
     out = shutil.copytree(packed, tmp_path / "cache")
     whole = files(out)
     build(photos, out)
@@ -192,53 +200,53 @@ def test_building_again_writes_nothing_and_mends_a_damaged_shard(packed, tmp_pat
     ("flags", "key"),
     [(["--crop_interpolation", "bicubic"], "crop_interpolation"), (["--payload", "zstd"], "payload")],
 )
-def test_a_build_with_other_flags_is_refused(flags, key, packed, photos):
-    with pytest.raises(ValueError, match=rf"--out {packed} holds a cache with {key} .*, not .*; choose another"):
+def test_refuses_to_resume_a_build_with_other_flags(flags, key, packed, photos):
+    with pytest.raises(ValueError, match=rf"--out {packed} .*{key} "):
         build(photos, packed, *flags)
 
 
-def test_a_build_over_other_images_or_other_files_is_refused(packed, tmp_path):
+def test_refuses_to_build_over_other_images_or_other_files(packed, tmp_path):
     class_folders(tmp_path / "images", {"a": 3}, seed=0)
-    with pytest.raises(ValueError, match="holds a cache with images 16, not 3"):
+    with pytest.raises(ValueError, match=r"--out .*images 16, not 3"):
         build(tmp_path / "images", packed)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="taken is not empty; choose another folder"):
+    with pytest.raises(ValueError, match=r"--out .*/taken is not empty"):
         build(tmp_path / "images", tmp_path / "taken")
 
 
-def test_a_disk_that_is_too_small_is_refused_before_a_shard_is_written(photos, tmp_path, monkeypatch):
+def test_refuses_a_disk_that_is_too_small_before_it_writes_a_shard(photos, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"--out .*: 0\.00 GiB are missing, 0\.00 GiB are free; choose another disk"):
+    with pytest.raises(ValueError, match=r"--out .*0\.00 GiB.*--input_size or --payload"):
         build(photos, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_disk_that_fills_is_one_line_and_whole_shards_are_kept(packed, photos, tmp_path):
+def test_a_full_disk_gives_one_line_and_keeps_finished_shards(packed, photos, tmp_path):
     limit = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))\n"
         "from util import args, cache; args.run_main(cache.main)"
     )
     words = ["build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 16, 24, *BUILD]
-    grown = ["--shard_mib", 0.007]  # five images of 1,152 to 1,500 bytes: one file size is too much for the limit
+    grown = ["--shard_mib", 0.007]  # five images of 1,152 to 1,500 bytes: some shards exceed the limit
     status, _, err = ended(spawn("-c", limit, *words, *grown))
     assert status == 1, err
-    assert "cannot be written ([Errno 27]" in err
-    assert "run the same command again" in err
+    assert f"--out {tmp_path}/cache" in err
+    assert "[Errno 27]" in err  # file too large
     assert err.count("\n") == 1
     build(photos, tmp_path / "cache", *grown)
     assert len(Cache(tmp_path / "cache")) == 16
 
 
-def test_a_bad_image_ends_the_build_or_the_next_one_takes_its_place_as_in_training(tmp_path):
+def test_a_bad_image_stops_the_build_or_is_replaced_as_in_training(tmp_path):
     class_folders(tmp_path / "images", {"a": 5, "b": 4}, seed=0)
     for name in ("a/0.JPG", "a/1.png", "b/3.JPG"):  # the first two, and the last
         (tmp_path / "images" / name).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a/0\.JPG cannot be read: .*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"a/0\.JPG .*--on_bad_image skip"):
         build(tmp_path / "images", tmp_path / "cache")
     lines = build(tmp_path / "images", tmp_path / "cache", "--on_bad_image", "skip")
-    assert [line.split(": ")[1].rpartition("/")[2] for line in lines if line.startswith("left out")] == [
+    assert [line.split(": ")[1].rpartition("/")[2] for line in lines if line.startswith("skipped")] == [
         "0.JPG",
         "1.png",
         "3.JPG",
@@ -251,9 +259,9 @@ def test_a_bad_image_ends_the_build_or_the_next_one_takes_its_place_as_in_traini
         assert torch.equal(a["images"], b["images"])
 
 
-def test_a_folder_of_bad_images_is_refused(tmp_path):
+def test_refuses_a_folder_of_bad_images(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="none of 1 images can be packed: cannot identify"):
+    with pytest.raises(ValueError, match=rf"--data_path {tmp_path}: .*cannot identify"):
         build(tmp_path, tmp_path / "cache", "--on_bad_image", "skip")
 
 
@@ -263,21 +271,21 @@ def test_a_folder_of_bad_images_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--crop", "rrc"], "--crop rrc on the cache .*RandomResizedCrop resizes another part"),
-        (["--input_size", "32"], r"--input_size \[32, 32\]: the cache .* resized for \[16, 24\]"),
-        (["--crop_interpolation", "bicubic"], "--crop_interpolation bicubic: the cache .* resized for bilinear"),
-        (["--in_chans", "1", "--mean", "0", "--std", "1"], "--in_chans 1: the cache .* for 3"),
-        (["--knn_every", "1"], "is a cache, for pre-training alone"),
+        (["--crop", "rrc"], "--crop rrc"),
+        (["--input_size", "32"], r"--input_size \[32, 32\]: .* \[16, 24\]"),
+        (["--crop_interpolation", "bicubic"], "--crop_interpolation bicubic: .* bilinear"),
+        (["--in_chans", "1", "--mean", "0", "--std", "1"], "--in_chans 1: .* 3;"),
+        (["--knn_every", "1"], "--data_path .* is a cache; .*--knn_path"),
     ],
 )
-def test_flags_that_ask_for_other_pixels_are_refused(flags, message, packed, tmp_path):
+def test_refuses_flags_that_need_other_pixels(flags, message, packed, tmp_path):
     words = [*PRETRAIN, "--input_size", "16", "24", *flags, "--data_path", packed, "--output_dir", tmp_path]
     with pytest.raises(ValueError, match=message):
         call("main_pretrain", *words)
 
 
-def test_a_probe_of_a_cache_is_refused(packed, pretrained):
-    with pytest.raises(ValueError, match=r"kNN \(--knn_path\) and classifiers need images"):
+def test_refuses_kNN_on_a_cache(packed, pretrained):
+    with pytest.raises(ValueError, match=rf"--data_path {packed} is a cache"):
         call("main_knn", "--checkpoint", pretrained / "last.pth", "--data_path", packed, "--device", "cpu")
 
 
@@ -312,11 +320,11 @@ def far_index(folder: Path) -> None:
         (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[:5]), "has .5,. entries"),
         (far_index, r"index\.npy points beyond the shards"),
         (lambda f: spoil(f, "manifest.json", b"{"), "damaged cache"),
-        (lambda f: manifest(f, format="pixmim-cache-9"), "its format is 'pixmim-cache-9', not 'pixmim-cache-1'"),
+        (lambda f: manifest(f, format="pixmim-cache-9"), "'pixmim-cache-9', not 'pixmim-cache-1'"),
         (lambda f: manifest(f, shards=[{"bytes": 0, "sha256": "", "name": "/etc/passwd"}]), r"shard-00000\.bin has"),
     ],
 )
-def test_a_damaged_cache_is_named_and_nothing_in_it_is_executed(damage, message, packed, tmp_path, monkeypatch):
+def test_names_the_damage_of_a_cache_and_executes_nothing_in_it(damage, message, packed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(packed, tmp_path / "cache")
     damage(folder)
@@ -325,68 +333,66 @@ def test_a_damaged_cache_is_named_and_nothing_in_it_is_executed(damage, message,
     assert not (tmp_path / "exploded").exists()
 
 
-def test_verify_names_the_shard_in_which_a_bit_has_flipped(packed, tmp_path):
-    assert "16 images in 8 shards, all as they were written" in call("util.cache", "verify", packed)[-1]
+def test_verify_names_a_shard_with_a_flipped_bit(packed, tmp_path):
+    assert "16 images in 8 shards" in call("util.cache", "verify", packed)[-1]
     folder = shutil.copytree(packed, tmp_path / "cache")
     content = bytearray((folder / "shard-00003.bin").read_bytes())
     content[100] ^= 1
     spoil(folder, "shard-00003.bin", content)
-    with pytest.raises(ValueError, match=r"damaged: shard-00003\.bin; delete them and build again"):
+    with pytest.raises(ValueError, match=r"damaged: shard-00003\.bin;"):
         call("util.cache", "verify", folder)
 
 
-def test_verify_names_an_index_that_points_elsewhere_within_the_shards(packed, tmp_path):
+def test_verify_names_an_index_with_a_changed_offset(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "cache")
     index = np.load(folder / "index.npy")
     index["offset"][1] -= 1
     np.save(folder / "index.npy", index)
-    with pytest.raises(ValueError, match=r"damaged: index\.npy; delete them"):
+    with pytest.raises(ValueError, match=r"damaged: index\.npy;"):
         call("util.cache", "verify", folder)
 
 
-def test_an_image_far_wider_than_high_is_packed(tmp_path):
-    save = smooth(np.random.default_rng(0), 30, 20)
+def test_packs_a_very_wide_image(tmp_path):
+    image = smooth(np.random.default_rng(0), 30, 20)
     (tmp_path / "images").mkdir()
-    save.save(tmp_path / "images" / "a.png")
-    save.resize((9000, 2)).save(tmp_path / "images" / "b.png")  # 72,000 pixels wide at 16 px
+    image.save(tmp_path / "images" / "a.png")
+    image.resize((9000, 2)).save(tmp_path / "images" / "b.png")  # 72,000 pixels wide at 16 px
     build(tmp_path / "images", tmp_path / "cache")
     assert Cache(tmp_path / "cache").read(1, 3).shape == (16, 72000, 3)
 
 
-def test_images_of_other_sizes_and_the_same_names_are_refused(tmp_path):
+def test_refuses_to_resume_with_files_of_other_sizes_and_the_same_names(tmp_path):
     class_folders(tmp_path / "images", {"a": 4}, seed=0)
     build(tmp_path / "images", tmp_path / "cache")
     class_folders(tmp_path / "others", {"a": 4}, seed=1)
-    with pytest.raises(ValueError, match=r"holds a cache with files .*, not .*; choose another folder"):
+    with pytest.raises(ValueError, match=r"--out .*files .*, not "):
         build(tmp_path / "others", tmp_path / "cache")
 
 
-def test_what_an_image_cannot_be_packed_for_is_said(tmp_path, monkeypatch):
+def test_a_missing_zstandard_package_is_named(tmp_path, monkeypatch):
     class_folders(tmp_path / "images", {"a": 2}, seed=0)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     words = ["--data_path", tmp_path / "images", "--out", tmp_path / "cache", "--payload", "zstd", "--workers", 1]
-    with pytest.raises(ValueError, match="can be packed: --payload zstd: `pip install zstandard` first"):
+    with pytest.raises(ValueError, match=r"--payload zstd .*pip install zstandard"):
         call("util.cache", "build", *words)
 
 
-def test_a_shard_that_vanishes_while_it_is_used_is_one_line(packed, tmp_path):
+def test_a_shard_deleted_after_opening_gives_one_line(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "cache")
     source = Cache(folder)
     (folder / "shard-00002.bin").unlink()
-    with pytest.raises(ValueError, match=r"No such file or directory: .*shard-00002\.bin"):
+    with pytest.raises(ValueError, match=r"^[^\n]*shard-00002\.bin[^\n]*$"):
         epoch(source, tmp_path, num_workers=2)
 
 
-def test_a_folder_of_images_may_have_a_manifest_of_its_own(tmp_path):
+def test_another_manifest_json_does_not_make_a_folder_a_cache(tmp_path):
     class_folders(tmp_path, {"a": 2}, seed=0)
     (tmp_path / "manifest.json").write_text('{"name": "my data"}')
-    assert not cache.is_cache(tmp_path)
+    assert not is_cache(tmp_path)
 
 
-def test_data_path_recognises_a_cache_by_itself(packed, photos):
+def test_data_path_recognises_a_cache(packed, photos):
     words = ["--data_path", str(packed), "--input_size", "16", "24"]
-    import main_pretrain
-
-    args = main_pretrain.get_parser().parse_args(words)
+    args = resolve_defaults(main_pretrain.get_parser().parse_args(words))
     assert isinstance(pretrain_source(args), Cache)
-    assert not cache.is_cache(photos)
+    assert not is_cache(photos)

@@ -1,21 +1,24 @@
-"""From folders to batches: what is found, how it is read, in which order, and what happens to what cannot be read."""
+"""Folders, decoding, order of the samples, loaders, unreadable images and transforms."""
 
 import os
 import shutil
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, PRETRAIN, call, class_folders, ended, one_rank, pretrain, records, smooth, spawn
+from conftest import CPU, PRETRAIN, call, class_folders, one_rank, pretrain, records, smooth
 from PIL import Image
 from torchvision import transforms as T
 
 from util.args import IMAGENET_MEAN, IMAGENET_STD
-from util.data.batches import DevicePrefetcher, EvalSampler, Samples, eval_loader, train_loader
+from util.data.batches import DevicePrefetcher, eval_loader, train_loader
 from util.data.decode import read_image
 from util.data.folders import image_folder, list_images
+from util.data.samplers import EvalSampler
+from util.data.samples import Samples
 from util.data.sources import labelled_source, labelled_sources
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.dist import World
@@ -28,7 +31,7 @@ def names(paths, folder: Path) -> list[str]:
 
 
 def save(folder: Path, *files: str) -> Path:
-    """Small images of these names."""
+    """Write small images of these names."""
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 10), "red").save(folder / name)
@@ -42,7 +45,7 @@ def bands_of(path: Path, in_chans: int = 3) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
-def test_class_folders_give_classes_in_the_order_of_their_names(photos):
+def test_classes_are_sorted_by_the_names_of_their_folders(photos):
     train, val = labelled_sources(str(photos))
     assert train.classes == val.classes == ["ant", "bee", "cat"]
     assert np.bincount(train.labels).tolist() == [6, 5, 5]
@@ -65,7 +68,7 @@ def test_a_class_that_val_lacks_keeps_the_labels_of_train(tmp_path):
     ],
     ids=["flat", "nested", "train and val"],
 )
-def test_images_are_found_in_any_structure(files, found, tmp_path):
+def test_finds_images_in_a_folder_of_any_structure(files, found, tmp_path):
     save(tmp_path, *files)
     (tmp_path / "notes.txt").write_text("no image")
     source = image_folder(str(tmp_path))
@@ -74,42 +77,42 @@ def test_images_are_found_in_any_structure(files, found, tmp_path):
     assert source.classes == []
 
 
-def test_loops_of_links_end_and_linked_folders_are_read_once(tmp_path):
+def test_loops_of_links_end_and_each_folder_is_read_once(tmp_path):
     save(tmp_path, "a/0.png", "b/1.png")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "c").symlink_to(tmp_path / "b")
     assert sorted(Path(name).name for name in names(list_images(tmp_path), tmp_path)) == ["0.png", "1.png"]
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9.png", b"two\nlines.png", b" space .png"])
-def test_any_file_name_is_read(name, tmp_path):
-    save(tmp_path, "0.png")
-    os.rename(tmp_path / "0.png", os.path.join(os.fsencode(tmp_path), name))
+def test_any_file_name_is_read(tmp_path):
+    paths = [os.path.join(os.fsencode(tmp_path), name) for name in (b" space .png", b"caf\xe9.png", b"two\nlines.png")]
+    for path in paths:
+        os.rename(save(tmp_path, "0.png") / "0.png", path)
     source = image_folder(str(tmp_path))
-    assert source.paths.tolist() == [os.path.join(os.fsencode(tmp_path), name)]
-    assert read_image(source.paths[0], 3)[0].size == (12, 10)
+    assert source.paths.tolist() == paths
+    assert all(read_image(path, 3)[0].size == (12, 10) for path in source.paths)
 
 
-def test_a_missing_folder_and_one_without_images_are_named(tmp_path):
+def test_errors_name_a_missing_folder_and_one_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--data_path.*/nowhere;"):
         image_folder(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=rf"--data_path: {tmp_path} holds no image \(\.jpg"):
+    with pytest.raises(ValueError, match=rf"--data_path: {tmp_path} .*\.jpg"):
         image_folder(str(tmp_path))
 
 
-def test_missing_empty_and_unknown_classes_are_named(tmp_path):
+def test_errors_name_missing_empty_and_unknown_classes(tmp_path):
     save(tmp_path, "train/a/0.png", "train/b/0.png")
-    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/val; "):
+    with pytest.raises(FileNotFoundError, match=f"--data_path.*{tmp_path}/val;"):
         labelled_sources(str(tmp_path))
     save(tmp_path, "val/a/0.png", "val/zebra/0.png")
-    with pytest.raises(ValueError, match=f"{tmp_path}/val has classes that train has not: .'zebra'."):
+    with pytest.raises(ValueError, match=f"--data_path: {tmp_path}/val .*'zebra'"):
         labelled_sources(str(tmp_path))
     (tmp_path / "train" / "hollow").mkdir()
-    with pytest.raises(ValueError, match=f"{tmp_path}/train has classes without an image: .'hollow'."):
+    with pytest.raises(ValueError, match=f"--data_path: {tmp_path}/train .*'hollow'"):
         labelled_source(str(tmp_path), "train")
     save(tmp_path / "flat", "val/0.png")
-    with pytest.raises(ValueError, match="flat/val has no class folders"):
+    with pytest.raises(ValueError, match=r"--data_path: .*/flat/val "):
         labelled_source(str(tmp_path / "flat"), "val")
 
 
@@ -131,8 +134,8 @@ def pixels_of(mode: str, *values) -> Image.Image:
 
 
 WHITE, RED, GREY = (255, 255, 255), (255, 0, 0), (128, 128, 128)
-SEEN = {  # file, image, what a person sees
-    "rgba.png": (pixels_of("RGBA", (255, 0, 0, 255), (9, 9, 9, 0)), [RED, WHITE]),  # a page shines through
+VIEWED = {  # file -> image, pixels that an image viewer shows
+    "rgba.png": (pixels_of("RGBA", (255, 0, 0, 255), (9, 9, 9, 0)), [RED, WHITE]),  # white paper
     "half.png": (pixels_of("RGBA", (0, 0, 0, 127), (255, 0, 0, 255)), [GREY, RED]),  # 255 * (1 - 127 / 255)
     "la.png": (pixels_of("LA", (128, 255), (0, 0)), [GREY, WHITE]),
     "palette.png": (palette_with_transparency(), [WHITE, RED]),  # colour 0 is transparent
@@ -145,46 +148,45 @@ SEEN = {  # file, image, what a person sees
 }
 
 
-@pytest.mark.parametrize("name", SEEN)
-def test_images_are_read_as_a_person_would_see_them(name, tmp_path):
-    image, seen = SEEN[name]
-    image.save(tmp_path / name)
-    assert bands_of(tmp_path / name)[0].tolist() == [list(colour) for colour in seen]
+def test_images_are_decoded_as_viewers_show_them(tmp_path):
+    for name, (image, viewed) in VIEWED.items():
+        image.save(tmp_path / name)
+        assert bands_of(tmp_path / name)[0].tolist() == [list(colour) for colour in viewed], name
 
 
-def test_a_grey_model_sees_the_luminance(tmp_path):
+def test_one_channel_is_the_luminance(tmp_path):
     pixels_of("RGBA", (255, 0, 0, 255), (0, 0, 0, 0)).save(tmp_path / "x.png")
     assert bands_of(tmp_path / "x.png", in_chans=1)[0, :, 0].tolist() == [76, 255]  # 0.299 x 255, white paper
 
 
-@pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, 3), (8, 1)])  # np.rot90 turns counter-clockwise
-def test_photographs_are_turned_upright(orientation, turn, tmp_path):
+def test_photographs_are_turned_upright(tmp_path):
     image, exif = smooth(np.random.default_rng(0), 12, 8), Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(bands_of(tmp_path / "x.png"), np.rot90(np.asarray(image), turn))
+    for orientation, turns in ((3, 2), (6, 3), (8, 1)):  # np.rot90 turns counter-clockwise
+        exif[0x0112] = orientation
+        image.save(tmp_path / "x.png", exif=exif)
+        assert np.array_equal(bands_of(tmp_path / "x.png"), np.rot90(np.asarray(image), turns))
 
 
-def test_arrays_hold_any_number_of_channels(tmp_path):
+def test_npy_files_have_any_number_of_channels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 5), np.uint8)
     np.save(tmp_path / "x.npy", pixels)
     assert np.array_equal(bands_of(tmp_path / "x.npy", in_chans=5), pixels)
     shutil.copy(tmp_path / "x.npy", tmp_path / "X.NPY")
     assert np.array_equal(bands_of(tmp_path / "X.NPY", in_chans=5), pixels)
-    crop = pretrain_transform("src", (8, 8), None)(
+    crop = pretrain_transform("src", (8, 8), "bilinear")(
         read_image(os.fsencode(tmp_path / "x.npy"), 5), np.random.default_rng()
     )
     assert crop.shape == (8, 8, 5)
 
 
-def test_arrays_of_another_channel_count_or_type_are_refused(tmp_path):
+def test_refuses_npy_files_of_another_type_or_number_of_channels(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((9, 7, 5), np.uint8))
-    with pytest.raises(ValueError, match=r"uint8 \(9, 7, 5\), not uint8 \(height, width, 3\)"):
+    with pytest.raises(ValueError, match=r"uint8 \(9, 7, 5\), .*, 3\)"):
         bands_of(tmp_path / "x.npy")
     np.save(tmp_path / "x.npy", np.zeros((9, 7, 3)))
-    with pytest.raises(ValueError, match="holds float64"):
+    with pytest.raises(ValueError, match="float64"):
         bands_of(tmp_path / "x.npy")
-    with pytest.raises(ValueError, match=r"--in_chans 5 is for \.npy files"):
+    with pytest.raises(ValueError, match=r"--in_chans 5 .*\.npy"):
         bands_of(save(tmp_path, "x.png") / "x.png", in_chans=5)
 
 
@@ -192,8 +194,8 @@ def test_arrays_of_another_channel_count_or_type_are_refused(tmp_path):
 
 
 @pytest.fixture
-def spoilt(tmp_path) -> Path:
-    """Nine good images, one cut off and one of text, with a newline and a byte that is no UTF-8 in their names."""
+def damaged(tmp_path) -> Path:
+    """Nine good images, a truncated one and a text file, whose names have a newline and a byte that is not UTF-8."""
     class_folders(tmp_path / "images", {"a": 9}, seed=0)
     good = (tmp_path / "images" / "a" / "1.png").read_bytes()
     folder = os.fsencode(tmp_path / "images" / "a")
@@ -202,27 +204,25 @@ def spoilt(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def test_a_bad_image_stops_the_run_with_one_line_that_names_it(tmp_path):
+def test_a_bad_image_stops_the_run_with_one_line_naming_it(tmp_path, capfd):
     class_folders(tmp_path / "a", {"a": 4}, seed=0)
     (tmp_path / "a" / "a" / "zz.png").write_bytes(b"no image")
     flags = ["--data_path", tmp_path / "a", "--output_dir", tmp_path / "out", "--batch_size", 5, "--epochs", 1]
-    status, _, err = ended(spawn("main_pretrain.py", *PRETRAIN, *flags))
-    assert status == 1
-    assert err.startswith(f"main_pretrain.py: error: {tmp_path}/a/a/zz.png cannot be read: cannot identify")
-    assert "--on_bad_image skip" in err
-    assert err.count("\n") == 1
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a/a/zz\.png .*--on_bad_image skip$"):
+        call("main_pretrain", *PRETRAIN, *flags)
+    assert capfd.readouterr().err == ""
 
 
-def test_bad_images_are_replaced_and_listed_and_the_run_finishes(spoilt, tmp_path):
-    pretrain(spoilt, tmp_path / "out", "--on_bad_image", "skip", "--batch_size", 11)
+def test_skipped_images_are_replaced_and_listed(damaged, tmp_path):
+    pretrain(damaged, tmp_path / "out", "--on_bad_image", "skip", "--batch_size", 11)
     assert len(records(tmp_path / "out")) == 2
     lines = (tmp_path / "out" / "bad_images.txt").read_bytes().splitlines()
-    assert len(lines) == 2  # two files, each once, each on a line
+    assert len(lines) == 2  # each file once
     assert b"caf\xe9.jpg\t" in lines[0]
     assert rb"cut\noff.png" in lines[1]
 
 
-def test_the_next_image_that_can_be_read_takes_the_place_and_the_label(tmp_path):
+def test_the_next_readable_image_and_its_label_replace_a_bad_one(tmp_path):
     class_folders(tmp_path / "train", {"a": 2, "b": 1}, seed=0)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
     source = labelled_source(str(tmp_path), "train")
@@ -233,10 +233,10 @@ def test_the_next_image_that_can_be_read_takes_the_place_and_the_label(tmp_path)
     assert [path for path, _ in batch["bad"]] == [f"{tmp_path}/train/a/1.png"]
 
 
-def test_a_folder_of_bad_images_alone_is_an_error_even_with_skip(tmp_path):
+def test_skipping_raises_if_no_image_is_readable(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
     samples = Samples(image_folder(str(tmp_path)), eval_transform((8, 8)), RGB, skip_bad=True)
-    with pytest.raises(ValueError, match=r"0\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"0\.png "):
         next(iter(DevicePrefetcher([samples.__getitems__([(0, 0)])], CPU)))
 
 
@@ -244,12 +244,12 @@ def test_a_folder_of_bad_images_alone_is_an_error_even_with_skip(tmp_path):
 
 
 def step_batches(photos, tmp_path, size: int, accum: int, crop: str = "src", workers: int = 0) -> list[dict]:
-    """The global batch of each step of epoch 1: 8 images over `size` ranks and `accum` forward passes."""
+    """Global batch of each step of epoch 1: 8 images over `size` ranks and `accum` forward passes."""
     micro, shares = 8 // size // accum, []
     source = image_folder(str(photos))
     for rank in range(size):
         run = one_rank(tmp_path, rank, size, batch_size=micro, accum_iter=accum, num_workers=workers)
-        loader = train_loader(run, source, pretrain_transform(crop, (16, 24), None), flip=True, noise_length=6)
+        loader = train_loader(run, source, pretrain_transform(crop, (16, 24), "bilinear"), flip=True, noise_length=6)
         loader.batch_sampler.start(1)
         assert len(loader) == 2 * accum
         shares.append([{k: v for k, v in batch.items() if k != "bad"} for batch in loader])
@@ -262,8 +262,8 @@ def step_batches(photos, tmp_path, size: int, accum: int, crop: str = "src", wor
     ("size", "accum", "crop", "workers"),
     [(2, 1, "src", 0), (8, 1, "src", 0), (1, 4, "src", 0), (2, 2, "rrc", 0), (1, 1, "rrc", 2), (1, 2, "src", 2)],
 )
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
-def test_samples_crops_flips_and_masks_of_a_step_are_those_of_one_rank(photos, tmp_path, size, accum, crop, workers):
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
+def test_samples_crops_flips_and_masks_of_a_step_equal_those_of_one_rank(photos, tmp_path, size, accum, crop, workers):
     alone = step_batches(photos, tmp_path, 1, 1, crop)
     shared = step_batches(photos, tmp_path, size, accum, crop, workers)
     assert len(alone) == len(shared) == 2  # 16 images
@@ -275,7 +275,7 @@ def test_samples_crops_flips_and_masks_of_a_step_are_those_of_one_rank(photos, t
 
 def test_epochs_differ_in_order_crops_flips_and_masks(photos, tmp_path):
     run = one_rank(tmp_path, batch_size=16)
-    crop = pretrain_transform("src", (16, 16), None)
+    crop = pretrain_transform("src", (16, 16), "bilinear")
     loader = train_loader(run, image_folder(str(photos)), crop, flip=True, noise_length=4)
     epochs = []
     for epoch in range(2):
@@ -287,11 +287,11 @@ def test_epochs_differ_in_order_crops_flips_and_masks(photos, tmp_path):
         assert not torch.equal(epochs[0][name], epochs[1][name])
 
 
-def test_a_large_batch_is_prepared_in_parts_and_is_the_same(photos, tmp_path, monkeypatch):
+def test_a_batch_joined_from_parts_equals_the_whole_batch(photos, tmp_path, monkeypatch):
     whole = step_batches(photos, tmp_path, 1, 1)
-    monkeypatch.setattr("util.data.batches.WORKER_BATCH", 3)
+    monkeypatch.setattr("util.data.samplers.WORKER_BATCH", 3)
     run, source = one_rank(tmp_path), image_folder(str(photos))
-    loader = train_loader(run, source, pretrain_transform("src", (16, 24), None), flip=True, noise_length=6)
+    loader = train_loader(run, source, pretrain_transform("src", (16, 24), "bilinear"), flip=True, noise_length=6)
     loader.batch_sampler.start(1)
     assert [len(keys) for keys in loader.batch_sampler] == [3, 3, 2] * 2
     assert len(loader) == 6
@@ -300,9 +300,9 @@ def test_a_large_batch_is_prepared_in_parts_and_is_the_same(photos, tmp_path, mo
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_an_epoch_can_begin_at_any_step(photos, tmp_path):
+def test_an_epoch_can_start_at_any_step(photos, tmp_path):
     run = one_rank(tmp_path, batch_size=2, accum_iter=2)
-    loader = train_loader(run, image_folder(str(photos)), pretrain_transform("src", (8, 8), None), flip=True)
+    loader = train_loader(run, image_folder(str(photos)), pretrain_transform("src", (8, 8), "bilinear"), flip=True)
     order = loader.batch_sampler
     order.start(3)
     whole = list(order)
@@ -311,27 +311,26 @@ def test_an_epoch_can_begin_at_any_step(photos, tmp_path):
     assert list(order) == whole[2:]
 
 
-@pytest.mark.parametrize("size", range(1, 6))
-def test_evaluation_covers_every_index_once_without_padding(size):
-    for count in (3, 16, 17):
+def test_evaluation_covers_every_index_once_without_padding():
+    for size, count in product(range(1, 6), (3, 16, 17)):
         orders = [EvalSampler(count, 4, World(rank, size, CPU)) for rank in range(size)]
         keys = [key for order in orders for batch in order for key in batch]
         assert sorted(keys) == [(0, i) for i in range(count)]
         assert [len(order) for order in orders] == [len(list(order)) for order in orders]
 
 
-def test_too_few_images_name_batch_size(photos, tmp_path):
+def test_refuses_a_batch_larger_than_the_data(photos, tmp_path):
     run = one_rank(tmp_path, size=4, batch_size=2, accum_iter=3)
-    with pytest.raises(ValueError, match=r"--batch_size 2 x --accum_iter 3 x 4 ranks asks for 24 .* has 16; lower"):
-        train_loader(run, image_folder(str(photos)), pretrain_transform("src", (8, 8), None), flip=True)
-    with pytest.raises(ValueError, match="lower --batch_size"):
+    with pytest.raises(ValueError, match=r"--batch_size 2 x --accum_iter 3 x 4 ranks .*24 .*--data_path .*16"):
+        train_loader(run, image_folder(str(photos)), pretrain_transform("src", (8, 8), "bilinear"), flip=True)
+    with pytest.raises(ValueError, match="--batch_size 17 "):
         call("main_pretrain", *PRETRAIN, "--batch_size", 17, "--data_path", photos, "--output_dir", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- the device
 
 
-def test_normalising_on_the_device_is_to_tensor_flip_and_normalize_of_torchvision():
+def test_normalize_equals_torchvision_s_to_tensor_flip_and_normalize():
     rng = np.random.default_rng(0)
     images, flips = rng.integers(0, 256, (4, 6, 8, 3), np.uint8), [True, False, True, False]
     ours = Normalize(RGB, CPU)({"images": torch.from_numpy(images), "flip": torch.tensor(flips)})
@@ -341,32 +340,32 @@ def test_normalising_on_the_device_is_to_tensor_flip_and_normalize_of_torchvisio
         assert torch.equal(mine, theirs.flip(2) if flip else theirs)
 
 
-def test_flags_choose_the_statistics_of_each_channel():
+def test_mean_and_std_are_per_channel():
     args = Namespace(in_chans=2, mean=[0.5, 0.0], std=[0.5, 1.0])
     batch = {"images": torch.full((1, 2, 2, 2), 255, dtype=torch.uint8)}
     assert Normalize(args, CPU)(batch)[0, :, 0, 0].tolist() == [1.0, 1.0]  # (1 - 0.5) / 0.5, (1 - 0) / 1
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("width_height", [(300, 280), (240, 400), (20, 30)])
-def test_evaluation_sees_the_central_crop_of_torchvision(width_height, interpolation):
-    image = smooth(np.random.default_rng(0), *width_height)
+def test_eval_transform_equals_torchvision_s_resize_and_centre_crop(interpolation):
     pipeline = T.Compose([T.Resize(256, T.InterpolationMode(interpolation)), T.CenterCrop(224)])
-    ours = eval_transform((224, 224), interpolation)([image], np.random.default_rng())
-    assert np.array_equal(ours, np.asarray(pipeline(image)))
+    for width_height in ((300, 280), (240, 400), (20, 30)):
+        image = smooth(np.random.default_rng(0), *width_height)
+        ours = eval_transform((224, 224), interpolation)([image], np.random.default_rng())
+        assert np.array_equal(ours, np.asarray(pipeline(image)))
 
 
-def test_evaluation_at_a_size_that_is_no_square_shows_nothing_but_the_image():
+def test_eval_transform_pads_nothing_at_a_size_that_is_not_square():
     image = Image.new("RGB", (40, 40), "white")
     pixels = eval_transform((32, 96))([image], np.random.default_rng())
     assert pixels.shape == (32, 96, 3)
-    assert pixels.min() == 255  # no black beside it
+    assert pixels.min() == 255  # no black padding
 
 
-def test_rrc_is_mae_s_random_resized_crop():
+def test_rrc_equals_mae_s_random_resized_crop():
     image, rng = smooth(np.random.default_rng(0), 60, 50), np.random.default_rng(1)
     seed = int(np.random.default_rng(1).bit_generator.random_raw())
-    ours = pretrain_transform("rrc", (16, 16), None)([image], rng)
+    ours = pretrain_transform("rrc", (16, 16), "bicubic")([image], rng)
     torch.manual_seed(seed)
     theirs = T.RandomResizedCrop(16, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC)(image)
     assert np.array_equal(ours, np.asarray(theirs))

@@ -1,4 +1,4 @@
-"""Tar shards: local ones give the batches of the folder that was packed, streams every image once, or say why not."""
+"""Tar shards: local ones give the batches of the folder that was packed, streams every image once; damaged shards."""
 
 import io
 import os
@@ -21,16 +21,14 @@ from util.data.batches import DevicePrefetcher, train_loader
 from util.data.folders import image_folder, list_images
 from util.data.sources import labelled_sources
 from util.data.streams import Stream
-from util.data.tars import Tars, local_tars, scan
+from util.data.tars import Tars, local_tars, scan_shard
 from util.data.transforms import pretrain_transform
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*fork:DeprecationWarning"
-)  # Python 3.12 and newer, of worker processes
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
 
 
 def pack(folder: Path, shards: Path, count: int, classes: bool = False) -> list[Path]:
-    """The images of a folder, in its order, in shards of equal size; with classes, a .cls beside each."""
+    """Pack the images of a folder, in its order, in shards of equal size; with classes, a .cls for each."""
     images, names = [Path(os.fsdecode(path)) for path in list_images(folder)], sorted(os.listdir(folder))
     shards.mkdir(parents=True)
     paths = [shards / f"x-{n:02}.tar" for n in range(count)]
@@ -51,9 +49,9 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def epoch_of(source, tmp_path, epoch: int = 0, rank: int = 0, size: int = 1, **flags) -> list[dict]:
-    """Batches of one rank."""
+    """Batches of one rank in an epoch."""
     run = one_rank(tmp_path, rank, size, **flags)
-    loader = train_loader(run, source, pretrain_transform("src", (16, 16), None), flip=True, noise_length=4)
+    loader = train_loader(run, source, pretrain_transform("src", (16, 16), "bilinear"), flip=True, noise_length=4)
     loader.batch_sampler.start(epoch)
     return list(DevicePrefetcher(loader, CPU, loader.batch_sampler.parts))
 
@@ -66,7 +64,7 @@ def shards(photos, tmp_path) -> list[Path]:
 
 @pytest.fixture
 def server(tmp_path):
-    """Address of tmp_path on this machine."""
+    """URL of tmp_path on a local web server."""
     if shutil.which("curl") is None:
         pytest.skip("webdataset reads http by curl, which is not installed")
 
@@ -75,7 +73,7 @@ def server(tmp_path):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as http:
-        thread = threading.Thread(target=http.serve_forever)
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))  # seconds until it notices a shutdown
         thread.start()
         yield f"http://127.0.0.1:{http.server_port}"
         http.shutdown()
@@ -86,7 +84,7 @@ def server(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 0), (2, 2)])
-def test_batches_are_those_of_the_folder_that_was_packed(photos, shards, tmp_path, size, workers):
+def test_batches_equal_those_of_the_folder_that_was_packed(photos, shards, tmp_path, size, workers):
     folder, packed = image_folder(str(photos)), local_tars(str(shards[0].parent))
     for rank in range(size):
         sizes = {"rank": rank, "size": size, "batch_size": 8 // size}
@@ -95,7 +93,7 @@ def test_batches_are_those_of_the_folder_that_was_packed(photos, shards, tmp_pat
         assert_same(epoch_of(packed, tmp_path, 3, **sizes, num_workers=workers), theirs)
 
 
-def test_labels_are_those_of_the_class_folders(photos, tmp_path):
+def test_labels_equal_those_of_the_class_folders(photos, tmp_path):
     for split in ("train", "val"):
         pack(photos / split, tmp_path / "packed" / split, 2, classes=True)
     for folder, packed in zip(labelled_sources(str(photos)), labelled_sources(str(tmp_path / "packed")), strict=True):
@@ -105,7 +103,7 @@ def test_labels_are_those_of_the_class_folders(photos, tmp_path):
             assert_same(np.array(packed.read(i, 3)[0]).tolist(), np.array(folder.read(i, 3)[0]).tolist())
 
 
-def test_a_run_on_shards_equals_the_run_on_the_folder_and_measures_knn(photos, tmp_path):
+def test_a_run_with_knn_on_shards_equals_the_run_on_the_folder(photos, tmp_path):
     for split in ("train", "val"):
         pack(photos / split, tmp_path / "packed" / split, 2, classes=True)
     folder = pretrain(photos, tmp_path / "a", "--knn_every", 1)
@@ -114,7 +112,7 @@ def test_a_run_on_shards_equals_the_run_on_the_folder_and_measures_knn(photos, t
     assert records(packed, "knn_top1") == records(folder, "knn_top1")
 
 
-def test_members_that_are_no_image_files_are_left_alone(tmp_path):
+def test_links_and_other_files_in_a_shard_are_ignored(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -130,7 +128,7 @@ def test_members_that_are_no_image_files_are_left_alone(tmp_path):
     assert source.classes == []
 
 
-def test_members_of_a_sample_share_its_class_whatever_dots_their_names_have(tmp_path):
+def test_members_of_a_sample_share_its_class_if_their_names_have_more_dots(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in {"a.cls": b"2\n", "a.seg.png": b"", "b.1.png": b"", "b.1.cls": b"0"}.items():
             add(tar, f"v1.0/{name}", content)
@@ -139,16 +137,16 @@ def test_members_of_a_sample_share_its_class_whatever_dots_their_names_have(tmp_
     assert source.classes == ["0", "1", "2"]
 
 
-def test_a_broken_image_is_named_by_shard_and_member(photos, tmp_path):
+def test_errors_name_shard_and_member_of_a_bad_image(photos, tmp_path):
     (tmp_path / "data" / "a").mkdir(parents=True)
     (tmp_path / "data" / "a" / "bad.png").write_bytes(b"no image")
     (shard,) = pack(tmp_path / "data", tmp_path / "shards", 1)
-    with pytest.raises(ValueError, match=f"{shard}: a/bad.png cannot be read: cannot identify"):
+    with pytest.raises(ValueError, match=f"{shard}: a/bad.png "):
         epoch_of(Tars([shard]), tmp_path, batch_size=1)
 
 
-def test_workers_that_are_spawned_open_the_shards_themselves_and_few_are_open(shards, monkeypatch):
-    monkeypatch.setattr("util.data.tars.OPEN", 2)
+def test_spawned_workers_open_a_limited_number_of_shards_themselves(shards, monkeypatch):
+    monkeypatch.setattr("util.data.tars.MAX_OPEN", 2)
     source = Tars(shards)
     first = [np.array(source.read(i, 3)[0]) for i in range(16)]
     assert len(source.files) == 2
@@ -157,9 +155,9 @@ def test_workers_that_are_spawned_open_the_shards_themselves_and_few_are_open(sh
     assert all(np.array_equal(np.array(copy.read(i, 3)[0]), first[i]) for i in reversed(range(16)))
 
 
-def test_the_index_is_kept_and_renewed_for_what_changed(photos, shards, monkeypatch):
+def test_the_index_is_saved_and_updated_for_changed_shards_only(photos, shards, monkeypatch):
     scanned = []
-    monkeypatch.setattr("util.data.tars.scan", lambda path: scanned.append(path) or scan(path))
+    monkeypatch.setattr("util.data.tars.scan_shard", lambda path: scanned.append(path) or scan_shard(path))
     whole = Tars(shards).places.tolist()
     assert scanned == shards
     assert Tars(shards).places.tolist() == whole
@@ -174,70 +172,68 @@ def test_the_index_is_kept_and_renewed_for_what_changed(photos, shards, monkeypa
     assert scanned[5:] == shards[:3]
     with np.load(shards[0].parent / "index.npz", allow_pickle=False) as index:
         assert index["shards"].tolist() == [path.name for path in shards[:3]]
-    assert len(list(shards[0].parent.iterdir())) == 4  # no temporary file stays
+    assert len(list(shards[0].parent.iterdir())) == 4  # no temporary file is left
 
 
-def test_a_folder_that_cannot_be_written_is_indexed_each_time(shards, monkeypatch, capsys):
+def test_warns_if_the_index_cannot_be_written(shards, monkeypatch, capsys):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(np, "savez", refuse)
     assert len(Tars(shards)) == 16
-    assert (
-        "index.npz cannot be written (Permission denied): shards are indexed at every start" in capsys.readouterr().err
-    )
+    assert "index.npz cannot be written (Permission denied)" in capsys.readouterr().err
 
 
-def cut(path: Path, end: int) -> None:
+def truncate(path: Path, end: int) -> None:
     path.write_bytes(path.read_bytes()[:end])
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: cut(path, path.stat().st_size // 3), "x-01.tar is no whole tar: "),
-        (lambda path: cut(path, Tars([path]).places[3].sum() // 512 * 512 + 512), "x-01.tar is no whole tar: .*byte"),
-        (lambda path: path.write_bytes(b""), "x-01.tar is no whole tar: empty file"),
-        (lambda path: path.write_bytes(b"<html>not here</html>" * 100), "x-01.tar is no whole tar: "),
-        (lambda path: tarfile.open(path, "w").close(), "x-01.tar holds no image"),
-        (lambda path: path.unlink(), "there is no shard .*x-01.tar; "),
+        (lambda path: truncate(path, path.stat().st_size // 3), "--data_path: .*x-01.tar "),
+        (lambda path: truncate(path, Tars([path]).places[3].sum() // 512 * 512 + 512), "x-01.tar .*byte"),
+        (lambda path: path.write_bytes(b""), "x-01.tar .*empty file"),
+        (lambda path: path.write_bytes(b"<html>not here</html>" * 100), "--data_path: .*x-01.tar "),
+        (lambda path: tarfile.open(path, "w").close(), "x-01.tar .*no image"),
+        (lambda path: path.unlink(), "--data_path: .*x-01.tar; "),
     ],
-    ids=["cut in an image", "cut between images", "empty", "a page", "no image", "missing"],
+    ids=["cut in an image", "cut between images", "empty", "html", "no image", "missing"],
 )
-def test_a_shard_that_is_not_whole_is_named(shards, spoil, message):
+def test_errors_name_a_damaged_or_missing_shard(shards, spoil, message):
     spoil(shards[1])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         local_tars(str(shards[0].parent / "x-{00..03}.tar"))
 
 
-def test_compressed_shards_are_refused(shards):
+def test_refuses_compressed_shards(shards):
     subprocess.run(["gzip", shards[2]], check=True)
-    with pytest.raises(ValueError, match=r"x-02.tar.gz is compressed and cannot be read at random; unpack it"):
+    with pytest.raises(ValueError, match=r"--data_path: .*x-02\.tar\.gz is compressed"):
         local_tars(str(shards[0].parent))
 
 
-def test_labels_that_are_missing_or_no_numbers_or_unknown_to_train_are_named(tmp_path, shards):
+def test_refuses_labels_that_are_missing_or_not_numbers_or_unknown_to_train(tmp_path, shards):
     shards[0].parent.rename(tmp_path / "val")
-    with pytest.raises(ValueError, match=r"the shards of .*/val lack a \.cls"):
+    with pytest.raises(ValueError, match=r"--data_path: .*/val .*\.cls"):
         local_tars(str(tmp_path), "val")
     with tarfile.open(tmp_path / "val" / "x-00.tar", "w") as tar:
         add(tar, "a.cls", b"ant")
-    with pytest.raises(ValueError, match=r"x-00\.tar: 'a\.cls' holds b'ant', not the number of a class"):
+    with pytest.raises(ValueError, match=r"x-00\.tar: 'a\.cls' holds b'ant'"):
         local_tars(str(tmp_path), "val")
     for path in (tmp_path / "val").iterdir():
         path.unlink()
     with tarfile.open(tmp_path / "val" / "x.tar", "w") as tar:
         add(tar, "a.png", b"")
         add(tar, "a.cls", b"7")
-    with pytest.raises(ValueError, match="/val has class 7, train has 0 to 2"):
+    with pytest.raises(ValueError, match=r"--data_path: .*/val .* 7, .* 0 to 2"):
         local_tars(str(tmp_path), "val", ["0", "1", "2"])
 
 
-def test_a_folder_of_images_and_tars_is_ambiguous(photos, tmp_path):
+def test_refuses_a_folder_of_images_and_tars(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "train" / "ILSVRC2012_img_train.tar").touch()
     for split in (None, "train"):
-        with pytest.raises(ValueError, match=r"/train holds ILSVRC2012_img_train\.tar as well as image files; move"):
+        with pytest.raises(ValueError, match=r"--data_path: .*/train .*ILSVRC2012_img_train\.tar"):
             local_tars(str(tmp_path / "photos"), split)
 
 
@@ -276,15 +272,15 @@ def test_every_image_of_an_epoch_is_seen_once(plain, tmp_path, monkeypatch, size
     assert epochs[1] == epochs[2] != epochs[0]
 
 
-def test_epochs_follow_each_other_in_workers_that_stay(plain, tmp_path):
+def test_persistent_workers_read_one_epoch_after_another(plain, tmp_path):
     run = one_rank(tmp_path, batch_size=4, num_workers=2)
-    loader = train_loader(run, stream(plain), pretrain_transform("src", (16, 16), None), flip=True)
+    loader = train_loader(run, stream(plain), pretrain_transform("src", (16, 16), "bilinear"), flip=True)
     for epoch in range(3):
         loader.batch_sampler.start(epoch)
         assert sorted(int(c) // 10 for batch in loader for c in batch["images"][:, 0, 0, 0]) == list(range(16))
 
 
-def test_an_epoch_longer_than_the_shards_goes_through_them_again(plain, tmp_path):
+def test_an_epoch_longer_than_the_shards_reads_them_again(plain, tmp_path):
     batches = epoch_of(stream(plain, 32), tmp_path)
     assert sorted(int(c) // 10 for batch in batches for c in batch["images"][:, 0, 0, 0]) == sorted([*range(16)] * 2)
 
@@ -292,7 +288,7 @@ def test_an_epoch_longer_than_the_shards_goes_through_them_again(plain, tmp_path
 def test_a_bad_image_of_a_stream_stops_the_run_or_is_replaced(plain, tmp_path):
     with tarfile.open(plain[0], "a") as tar:
         add(tar, "bad.png", b"no image")
-    with pytest.raises(ValueError, match=r"cat .*x-00\.tar: bad\.png cannot be read: cannot identify"):
+    with pytest.raises(ValueError, match=r"cat .*x-00\.tar: bad\.png "):
         epoch_of(stream(plain, 17), tmp_path, batch_size=17)
     batches = epoch_of(stream(plain, 17), tmp_path, batch_size=17, on_bad_image="skip")
     assert len(batches[0]["images"]) == 17
@@ -308,7 +304,7 @@ def test_pretraining_reads_a_stream_with_two_workers(shards, server, tmp_path, w
     assert_same(weights_of(again)["model"], weights_of(once)["model"])
 
 
-def test_a_run_resumed_between_epochs_equals_the_unbroken_one(shards, tmp_path):
+def test_a_streamed_run_resumed_between_epochs_equals_the_unbroken_one(shards, tmp_path):
     url, flags = f"pipe:cat {shards[0].parent}/x-{{00..03}}.tar", ["--stream_samples", 16, "--save_every", 1]
     whole = pretrain(url, tmp_path / "whole", *flags)
     again = pretrain(url, tmp_path / "again", *flags, "--resume", whole / "epoch-0001.pth")
@@ -326,27 +322,25 @@ def test_two_ranks_read_a_stream(shards, tmp_path):
 
 @pytest.mark.parametrize("way", ["pipe", "http"])
 @pytest.mark.parametrize("end", [None, 0, 1500, 2 * 1536])  # a header and a member take 1536 bytes
-def test_a_shard_that_is_missing_or_cut_off_ends_the_stream_with_its_name(plain, server, tmp_path, way, end):
+def test_a_missing_or_truncated_shard_ends_the_stream_with_its_name(plain, server, tmp_path, way, end):
     if end is None:
         plain[2].unlink()
     else:
-        cut(plain[2], end)
+        truncate(plain[2], end)
     url = {"pipe": f"pipe:cat {plain[0].parent}", "http": f"{server}/shards"}[way] + "/x-{00..03}.tar"
-    with pytest.raises(
-        ValueError, match=r"--data_path: \S+ ?\S+x-02\.tar is no whole, uncompressed tar: .*; mend"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"--data_path: \S+ ?\S+x-02\.tar ") as caught:
         epoch_of(Stream(url, 16, 0), tmp_path)
     assert "\n" not in str(caught.value)
     assert ("ended with status" in str(caught.value)) == (end is None)
 
 
-def test_a_command_that_fails_after_a_whole_shard_is_noticed(plain, tmp_path):
+def test_a_command_that_fails_after_a_complete_shard_ends_the_stream(plain, tmp_path):
     source = Stream(f"pipe:cat {plain[0]}; exit 3", 16, 0)
-    with pytest.raises(ValueError, match=r"exit 3 is no whole.*its command ended with status 3"):
+    with pytest.raises(ValueError, match=r"exit 3 .* status 3"):
         epoch_of(source, tmp_path)
 
 
-def test_a_missing_shard_ends_a_run_with_one_line(plain, tmp_path):
+def test_a_missing_shard_ends_the_run_with_one_line(plain, tmp_path):
     plain[1].unlink()
     paths = [
         "--data_path",
@@ -357,44 +351,44 @@ def test_a_missing_shard_ends_a_run_with_one_line(plain, tmp_path):
     flags = ["--stream_samples", 16, "--batch_size", 8, "--num_workers", 2]
     status, _, err = ended(spawn("main_pretrain.py", *PRETRAIN, *flags, *paths))
     assert status == 1
-    assert err.startswith(f"main_pretrain.py: error: --data_path: pipe:cat {plain[1]} 2> /dev/null is no whole")
+    assert err.startswith(f"main_pretrain.py: error: --data_path: pipe:cat {plain[1]} 2> /dev/null ")
     assert err.count("\n") == 1
 
 
-def test_too_few_shards_and_shards_without_images_are_refused(plain, tmp_path, monkeypatch):
+def test_refuses_too_few_shards_and_shards_without_images(plain, tmp_path, monkeypatch):
     with monkeypatch.context() as five:
         five.setenv("RANK", "0")
         five.setenv("WORLD_SIZE", "5")
-        with pytest.raises(ValueError, match="4 shards are too few for 5 ranks x 1 workers; lower --num_workers"):
+        with pytest.raises(ValueError, match=r"--data_path: 4 shards .* 5 ranks x 1 workers; .*--num_workers"):
             epoch_of(stream(plain), tmp_path)
     with tarfile.open(plain[0], "w") as tar:
         add(tar, "notes.txt", b"")
-    with pytest.raises(ValueError, match=r"x-00\.tar holds no image"):
+    with pytest.raises(ValueError, match=r"--data_path: .*x-00\.tar .*no image"):
         epoch_of(stream(plain[:1]), tmp_path)
 
 
-def test_a_stream_needs_its_length_and_pretraining(plain, tmp_path):
+def test_refuses_a_stream_without_its_length_and_for_knn(plain, tmp_path):
     words = ["--data_path", f"pipe:cat {plain[0]}", "--output_dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match="--stream_samples is needed"):
+    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*--stream_samples"):
         call("main_pretrain", *PRETRAIN, *words)
-    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*: streams are for pre-training; kNN \(--knn_path\)"):
+    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*--knn_path"):
         call("main_pretrain", *PRETRAIN, *words, "--stream_samples", 16, "--knn_every", 1)
 
 
-def test_without_webdataset_one_line_tells_how_to_get_it(plain, monkeypatch):
+def test_a_missing_webdataset_package_is_named(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ValueError, match="need the package webdataset: pip install webdataset"):
+    with pytest.raises(ValueError, match=r"--data_path: .*pip install webdataset"):
         stream(plain)
-    with pytest.raises(ValueError, match="need the package webdataset"):
+    with pytest.raises(ValueError, match="pip install webdataset"):
         local_tars(str(plain[0].parent / "x-{00..03}.tar"))
-    assert len(local_tars(str(plain[0].parent))) == 16  # a folder needs none
+    assert len(local_tars(str(plain[0].parent))) == 16  # not needed for a folder
 
 
-def test_a_stream_travels_to_a_worker_without_what_is_open(plain):
+def test_a_pickled_stream_reads_the_same_images(plain):
     source = stream(plain)
     source.start_epoch(0)
     source.prefetch([3, 1])
     copy = pickle.loads(pickle.dumps(source))
     copy.start_epoch(0)
     copy.prefetch([3, 1])
-    assert copy.fetched == source.fetched
+    assert copy.prefetched == source.prefetched

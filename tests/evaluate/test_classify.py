@@ -19,7 +19,8 @@ from models_pixmim import ENCODERS, MaskedViT
 from util import convert
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint.state import write_checkpoint
-from util.data.batches import DevicePrefetcher, Samples, eval_loader
+from util.data.batches import DevicePrefetcher, eval_loader
+from util.data.samples import Samples
 from util.data.sources import labelled_sources
 from util.data.transforms import Normalize, eval_transform
 from util.dist import World

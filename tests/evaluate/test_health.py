@@ -10,7 +10,8 @@ from torch import nn
 import main_pretrain
 from models import build_model
 from models_pixmim import patch_statistics, patchify, take
-from util.data.batches import Samples, one_batch
+from util.data.batches import load_batch
+from util.data.samples import Samples
 from util.data.sources import pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
 from util.evaluate.health import losses, warning_after, warnings_at_start
@@ -26,7 +27,7 @@ def prepared(photos):
         model = build_model(args)
         transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
         samples = Samples(pretrain_source(args), transform, args, flip=True, noise_length=model.noise_length)
-        batch = one_batch(samples, range(4), CPU)
+        batch = load_batch(samples, range(4), CPU)
         return model, Normalize(args, CPU)(batch), batch["noise"], args
 
     return prepare

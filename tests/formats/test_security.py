@@ -17,7 +17,7 @@ import torch
 from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, spawn
 
 from util.data.decode import read_image
-from util.data.tars import Tars, local_tars, scan
+from util.data.tars import Tars, local_tars, scan_shard
 
 STRANGE = "refused|is damaged or no checkpoint|not a readable checkpoint"
 
@@ -183,7 +183,7 @@ def test_members_of_a_tar_neither_leave_it_nor_are_links_followed(escaping, tmp_
 def test_an_index_of_shards_is_not_unpickled_and_cannot_point_outside(escaping, sprung):
     status = (escaping / "x.tar").stat()
     state = [[status.st_size, status.st_mtime_ns]]
-    rows = scan(escaping / "x.tar")
+    rows = scan_shard(escaping / "x.tar")
     np.savez(escaping / "index.npz", shards=np.array([Trap(sprung)], object), states=state, counts=[3], rows=rows)
     assert len(Tars([escaping / "x.tar"])) == 3
     assert not sprung.exists()

@@ -107,7 +107,7 @@ def test_the_spectrum_is_that_of_what_is_reconstructed(pretrained, photos, tmp_p
 def test_masks_are_those_of_training(photos, pretrained, tmp_path, monkeypatch):
     """Image i of epoch e is masked as data.py's loader and the model would mask it."""
     import visualize
-    from util.data.batches import Samples
+    from util.data.samples import Samples
     from util.data.transforms import eval_transform
 
     caught = {}

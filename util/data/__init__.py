@@ -1,12 +1,14 @@
 """From --data_path to batches on the device.
 
-batches        From image sources to batches on the device.
-cache          Packed cache of resized images: reading.
-decode         One image file -> bands of 8-bit pixels, upright.
-folders        Image folders, with and without classes.
-sources        The image source that --data_path names.
-streams        Tar shards read from front to back, from http or a pipe.
-tars           Uncompressed tar shards on this machine, read at random through an index.
-timeouts       Time limits for reads from a disk that does not answer.
-transforms     Crops, resizing and normalisation.
+batches        Loaders (processes or threads), and batches copied to the device ahead of time.
+cache          Packed cache of resized images: format and reading. `util/cache.py` builds it.
+decode         Decoding: one image file -> upright bands of 8-bit pixels.
+folders        Image folders, with and without classes, and the interface of every image source.
+samplers       Samplers: which images a rank loads, and in which order.
+samples        Samples: the images of a source, decoded, cropped and stacked to parts of a batch.
+sources        Image sources: what --data_path names.
+streams        Streamed tar shards, read sequentially from http or a pipe.
+tars           Local, uncompressed tar shards, read at random through an index.
+timeouts       Time limit for reading from a disk that does not answer.
+transforms     Transforms: crops for training and evaluation, normalisation on the device.
 """

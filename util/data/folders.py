@@ -1,4 +1,4 @@
-"""Image folders, with and without classes."""
+"""Image folders, with and without classes, and the interface of every image source."""
 
 import hashlib
 import os
@@ -13,39 +13,41 @@ from util.data.decode import EXTENSIONS, read_image
 
 
 class Source:
-    """Images by number. What it keeps of each is in arrays: workers share their memory."""
+    """Images by index. Facts about each image are kept in arrays, whose memory forked workers share."""
 
-    labels: np.ndarray  # (N,) integers, all 0 where there are no classes
+    labels: np.ndarray  # (N,) integers; all 0 without classes
     classes: list[str]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """What a message calls image i."""
+        """Name of image i for messages."""
         raise NotImplementedError
 
     def start_epoch(self, epoch: int) -> None:
-        """What is expected and read next belongs to this epoch."""
+        """Called before the images of this epoch are prefetched and read."""
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        """A hint that these images are read next."""
+        """Hint that these images will be read next."""
 
     def read(self, i: int, in_chans: int) -> list[Image.Image] | np.ndarray:
-        """Image i: bands for a crop, or, resized already, pixels (h, w, C) uint8. A broken one raises anything."""
+        """Image i as bands, or resized already as pixels (h, w, C) uint8. An unreadable image raises any exception."""
         raise NotImplementedError
 
     def digest(self) -> str | None:
-        """Of the names of the images, so that a run does not go on with others; None where that is not known."""
+        """SHA-256 of the names of all images, by which a resumed run checks its data; None if unknown."""
         return None
 
     def close(self) -> None:
-        """Let go of the files that are open; reading opens them again."""
+        """Close all open files. Reading opens them again."""
 
 
 @dataclass(frozen=True)
 class Folder(Source):
-    paths: np.ndarray  # (N,) bytes, as the file system spells them
+    """Image files."""
+
+    paths: np.ndarray  # (N,) bytes: names need not be UTF-8
     labels: np.ndarray
     classes: list[str]
 
@@ -53,7 +55,9 @@ class Folder(Source):
         return os.fsdecode(self.paths[i])
 
     def digest(self) -> str:
-        start = len(os.path.commonpath([min(self.paths), max(self.paths)]))  # the folder may move
+        start = len(
+            os.path.commonpath([min(self.paths), max(self.paths)])
+        )  # relative names: the folder may have been moved
         names = hashlib.sha256()
         for path in self.paths:
             names.update(path[start:] + b"\0")
@@ -63,15 +67,15 @@ class Folder(Source):
         return read_image(self.paths[i], in_chans)
 
 
-def refuse(error: OSError) -> None:
-    """A folder that cannot be read is an error, not an empty folder."""
+def raise_error(error: OSError) -> None:
+    """For os.walk, which ignores unreadable folders otherwise."""
     raise error
 
 
 def list_images(folder: str | Path) -> list[bytes]:
-    """Paths of all images below a folder, in the order of their names; links are followed once."""
+    """Paths of all images below a folder, sorted by name. Links are followed, each folder is read once."""
     found, seen = [], set()
-    for parent, folders, files in os.walk(os.fsencode(folder), followlinks=True, onerror=refuse):
+    for parent, folders, files in os.walk(os.fsencode(folder), followlinks=True, onerror=raise_error):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:  # a loop of links
             folders.clear()
@@ -84,15 +88,15 @@ def list_images(folder: str | Path) -> list[bytes]:
     return found
 
 
-def require_folder(folder: Path, why: str) -> Path:
+def require_folder(folder: Path, contents: str) -> Path:
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data_path: there is no folder {folder}; {why}")
+        raise FileNotFoundError(f"--data_path: there is no folder {folder}; it must hold {contents}")
     return folder
 
 
 def image_folder(data_path: str) -> Folder:
-    """All images of DIR/train if there is one, else of DIR, whatever its structure."""
-    folder = require_folder(Path(data_path), "it holds images, nested or flat")
+    """All images below DIR/train if it exists, else below DIR, without classes."""
+    folder = require_folder(Path(data_path), "images or folders of images")
     folder = folder / "train" if (folder / "train").is_dir() else folder
     paths = list_images(folder)
     if not paths:
@@ -101,8 +105,8 @@ def image_folder(data_path: str) -> Folder:
 
 
 def class_folders(data_path: str, split: str, classes: Sequence[str] | None = None) -> Folder:
-    """Images of DIR/split/<class>/, the classes in the order of their names or as given."""
-    folder = require_folder(Path(data_path) / split, "it holds one folder of images for each class")
+    """Images of DIR/split/<class>/ with their classes, sorted by name unless `classes` lists them."""
+    folder = require_folder(Path(data_path) / split, "one folder of images per class")
     by_class = {child.name: list_images(child) for child in sorted(folder.iterdir()) if child.is_dir()}
     empty = [name for name, paths in by_class.items() if not paths]
     if empty or not by_class:
@@ -111,7 +115,7 @@ def class_folders(data_path: str, split: str, classes: Sequence[str] | None = No
         )
     number = {name: i for i, name in enumerate(classes or by_class)}
     if set(by_class) - set(number):
-        raise ValueError(f"--data_path: {folder} has classes that train has not: {sorted(set(by_class) - set(number))}")
+        raise ValueError(f"--data_path: {folder} has classes that train lacks: {sorted(set(by_class) - set(number))}")
     paths = [path for group in by_class.values() for path in group]
     labels = [number[name] for name, group in by_class.items() for _ in group]
     return Folder(np.array(paths), np.array(labels), list(number))

@@ -1,6 +1,7 @@
-"""Tar shards read from front to back, from http or a pipe."""
+"""Streamed tar shards, read sequentially from http or a pipe."""
 
 import random
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,18 +16,20 @@ from torch.utils.data import get_worker_info
 
 from util.data.decode import EXTENSIONS, read_image
 from util.data.folders import Source
-from util.data.tars import expand, regular, webdataset
+from util.data.tars import expand_braces, import_webdataset, iter_files
 from util.dist import rank_from_env
 from util.rng import ORDER, generator
 
-BUFFER = 1000  # encoded images of a stream that a worker draws the next one from
+SHUFFLE_BUFFER = 1000  # encoded images from which a worker draws the next one
 
 
-TOO_FEW = "--data_path: {} shards are too few for {} ranks x {} workers; lower --num_workers, or pack smaller shards"
+def is_stream(data_path: str) -> bool:
+    """True for a URL or a `pipe:` command."""
+    return re.match(r"pipe:|[a-z][a-z0-9]+://", data_path) is not None
 
 
-class Watched:
-    """A file that is read from front to back and remembers its end."""
+class TailReader:
+    """File that is read sequentially; `tail` holds the last 1024 bytes read."""
 
     def __init__(self, file: Any):
         self.file, self.tail = file, b""
@@ -37,34 +40,34 @@ class Watched:
         return data
 
 
-def stream_shard(url: str) -> Iterator[tuple[str, bytes]]:
-    """(name, encoded image) of a shard; one that is missing, damaged or ends early is an error that names it."""
+def read_shard(url: str) -> Iterator[tuple[str, bytes]]:
+    """(name, encoded image) of each image of a shard; ValueError if the shard is missing, damaged or ends early."""
     file = process = None
     try:
-        file = webdataset().gopen(url)
+        file = import_webdataset().gopen(url)
         process = getattr(file, "proc", None)
-        watched: Any = Watched(file)
-        with tarfile.open(fileobj=watched, mode="r|") as tar:
-            for member in regular(tar):
+        reader: Any = TailReader(file)
+        with tarfile.open(fileobj=reader, mode="r|") as tar:
+            for member in iter_files(tar):
                 if member.name.lower().endswith(EXTENSIONS):
                     content: Any = tar.extractfile(member)
                     yield f"{url}: {member.name}", content.read()
-        while watched.read(2**16):
+        while reader.read(2**16):
             pass
-        if watched.tail != bytes(1024):  # tarfile does not mind, and webdataset neither
-            raise tarfile.ReadError("it ends without the end of a tar")
-        file.close()  # here webdataset looks at the exit status
+        if reader.tail != bytes(1024):  # neither tarfile nor webdataset checks this
+            raise tarfile.ReadError("the end-of-archive marker is missing")
+        file.close()  # webdataset checks the exit status here
     except (OSError, ValueError, tarfile.TarError) as error:
         reason = str(error)
         if process:
             with suppress(subprocess.TimeoutExpired):
                 status = process.wait(1)
-                reason = f"its command ended with status {status} (curl: 22 = not there)" if status else reason
+                reason = f"its command ended with status {status} (curl: 22 = not found)" if status else reason
         raise ValueError(
-            f"--data_path: {url} is no whole, uncompressed tar: {reason}; mend or leave out this shard"
+            f"--data_path: {url} is not a complete, uncompressed tar: {reason}; repair or omit it"
         ) from error
     finally:
-        if process and process.poll() is None:  # the epoch ended before the shard
+        if process and process.poll() is None:  # the epoch ended within the shard
             process.kill()
         with suppress(OSError):
             if file:
@@ -72,63 +75,66 @@ def stream_shard(url: str) -> Iterator[tuple[str, bytes]]:
 
 
 class Stream(Source):
-    """Shards read from front to back by webdataset, for pre-training alone: images have numbers, but no places.
+    """Tar shards read sequentially, for pre-training. Which image is index i depends on (seed, epoch, rank, worker)."""
 
-    Number i draws crop, flip and mask as everywhere; which image it is depends on (seed, epoch, rank, worker).
-    """
+    epoch: int | None = None  # of `images`
+    images: Any = None  # generator of (name, encoded image)
 
     def __init__(self, data_path: str, samples: int | None, seed: int):
         if samples is None:
-            raise ValueError("--stream_samples is needed: a stream does not tell how many images make an epoch")
-        webdataset()
-        self.urls, self.seed = expand(data_path), seed
+            raise ValueError(f"--data_path {data_path} is a stream of unknown length; set --stream_samples")
+        import_webdataset()
+        self.urls, self.seed = expand_braces(data_path), seed
         self.labels, self.classes = np.zeros(samples, np.uint8), []
         self.rank, self.ranks, _ = rank_from_env()
-        self.close()
+        self.prefetched: dict[int, tuple[str, bytes]] = {}
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"epoch": None, "images": None}
+        return vars(self) | {"epoch": None, "images": None}  # each worker opens its own
 
     def close(self) -> None:
-        if vars(self).get("images"):
+        if self.images:
             self.images.close()
-        self.epoch: int | None = None
-        self.images: Any = None
-        self.fetched: dict[int, tuple[str, bytes]] = {}
+        self.epoch, self.images, self.prefetched = None, None, {}
 
     def start_epoch(self, epoch: int) -> None:
-        """A new epoch begins anew, with the shards in another order."""
-        if epoch != self.epoch:
-            self.close()
-            worker = get_worker_info()
-            number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-            if len(self.urls) < self.ranks * workers:
-                raise ValueError(TOO_FEW.format(len(self.urls), self.ranks, workers))
-            self.epoch, self.images = epoch, self.endless(epoch, self.rank + self.ranks * number, self.ranks * workers)
+        """Open the shards in the order of a new epoch."""
+        if epoch == self.epoch:
+            return
+        self.close()
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        readers = self.ranks * workers
+        if len(self.urls) < readers:
+            raise ValueError(
+                f"--data_path: {len(self.urls)} shards are too few for {self.ranks} ranks x {workers} workers; "
+                "lower --num_workers or make smaller shards"
+            )
+        self.epoch, self.images = epoch, self.read_images(epoch, self.rank + self.ranks * number, readers)
 
-    def endless(self, epoch: int, share: int, shares: int) -> Iterator[tuple[str, bytes]]:
-        """Images of this worker's share of the shards; who is through before the epoch ends takes another share."""
+    def read_images(self, epoch: int, reader: int, readers: int) -> Iterator[tuple[str, bytes]]:
+        """Shuffled images of every readers-th shard, without end: after the last shard the shards are dealt anew."""
         for turn in count(1):
-            rng = generator(self.seed, ORDER, epoch, turn)  # 0 is the order of a folder
-            mine = rng.permutation(len(self.urls))[share::shares]
-            draw = random.Random(int(rng.integers(2**63, size=shares)[share]))
-            images = (image for n in mine for image in stream_shard(self.urls[n]))
+            rng = generator(self.seed, ORDER, epoch, turn)  # turn 0 is the order of a folder
+            shards = rng.permutation(len(self.urls))[reader::readers]
+            draw = random.Random(int(rng.integers(2**63, size=readers)[reader]))
+            images = (image for n in shards for image in read_shard(self.urls[n]))
             empty = True
-            for image in webdataset().shuffle(BUFFER, rng=draw)(images):
+            for image in import_webdataset().shuffle(SHUFFLE_BUFFER, rng=draw)(images):
                 empty = False
                 yield image
             if empty:
-                raise ValueError(f"--data_path: {self.urls[mine[0]]} holds no image ({' '.join(EXTENSIONS)})")
+                raise ValueError(f"--data_path: {self.urls[shards[0]]} holds no image ({' '.join(EXTENSIONS)})")
 
     def prefetch(self, indices: Sequence[int]) -> None:
-        self.fetched = dict(zip(indices, self.images, strict=False))
+        self.prefetched = dict(zip(indices, self.images, strict=False))
 
-    def image(self, i: int) -> tuple[str, bytes]:
-        """What was fetched as i; in place of a bad one, another of the batch."""
-        return self.fetched[i] if i in self.fetched else list(self.fetched.values())[i % len(self.fetched)]
+    def encoded(self, i: int) -> tuple[str, bytes]:
+        """(name, encoded image) prefetched as i; another of the batch if i is not in it, for i replaces a bad image."""
+        return self.prefetched[i] if i in self.prefetched else [*self.prefetched.values()][i % len(self.prefetched)]
 
     def name(self, i: int) -> str:
-        return self.image(i)[0]
+        return self.encoded(i)[0]
 
     def read(self, i: int, in_chans: int) -> list[Image.Image]:
-        return read_image(BytesIO(self.image(i)[1]), in_chans)
+        return read_image(BytesIO(self.encoded(i)[1]), in_chans)

@@ -1,4 +1,4 @@
-"""Uncompressed tar shards on this machine, read at random through an index."""
+"""Local, uncompressed tar shards, read at random through an index."""
 
 import os
 import re
@@ -17,21 +17,13 @@ from PIL import Image
 from util.data.decode import EXTENSIONS, read_image
 from util.data.folders import Source, list_images
 
-OPEN = 128  # shards that a process holds open
-
-
-NAMES = re.compile(r".*\.(tar|tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)  # compressed ones are found to be refused
-
-
+MAX_OPEN = 128  # shards that a process keeps open
+TAR_NAME = re.compile(r".*\.(tar|tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)  # compressed ones get an error of their own
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 
 
-def is_stream(data_path: str) -> bool:
-    return re.match(r"pipe:|[a-z][a-z0-9]+://", data_path) is not None
-
-
-def webdataset() -> Any:
-    """The package, which only streams and lists of shards in braces need."""
+def import_webdataset() -> Any:
+    """The optional package, which only streams and lists in braces need."""
     try:
         import webdataset
     except ImportError as error:
@@ -39,26 +31,26 @@ def webdataset() -> Any:
     return webdataset
 
 
-def expand(data_path: str) -> list[str]:
-    """x-{00..99}.tar -> its shards."""
+def expand_braces(data_path: str) -> list[str]:
+    """x-{00..99}.tar -> its 100 shards."""
     if "{" not in data_path:
         return [data_path]
-    webdataset()
-    from braceexpand import braceexpand  # webdataset requires it
+    import_webdataset()
+    from braceexpand import braceexpand  # a dependency of webdataset
 
     return list(braceexpand(data_path))
 
 
-def regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Files of a tar, without links and devices; it remembers none of them."""
+def iter_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Regular files of a tar, in its order. The tar's list of members is emptied to save memory."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
         if member.isreg() and not member.issparse():
             yield member
 
 
-def scan(path: Path) -> np.ndarray:
-    """(offset, size, label or -1) of each image of a shard, (N, 3) int64, in its order; only headers are read."""
+def scan_shard(path: Path) -> np.ndarray:
+    """(N, 3) int64: offset, size and label (-1 = none) of each image of a shard in its order. Reads headers only."""
     images, labels = [], {}
     try:
         with path.open("rb") as file:
@@ -66,17 +58,17 @@ def scan(path: Path) -> np.ndarray:
                 raise ValueError(f"--data_path: {path} is compressed and cannot be read at random; unpack it to a .tar")
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in regular(tar):
+                for member in iter_files(tar):
                     stem, extension = os.path.splitext(member.name)
                     if extension.lower() == ".cls":
-                        labels[stem] = class_number(tar, member, path)
+                        labels[stem] = read_label(tar, member, path)
                     elif extension.lower() in EXTENSIONS:
                         images.append((member.offset_data, member.size, stem))
                 file.seek(tar.offset)
-                if file.read(512) != bytes(512):  # tarfile takes what is no header for the end
-                    raise tarfile.ReadError(f"no member and no end at byte {tar.offset}")
+                if file.read(512) != bytes(512):  # tarfile takes any invalid header for the end
+                    raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}")
     except tarfile.TarError as error:
-        raise ValueError(f"--data_path: {path} is no whole tar: {error}; copy or pack this shard again") from error
+        raise ValueError(f"--data_path: {path} is not a complete tar: {error}; copy or pack it again") from error
     if not images:
         raise ValueError(f"--data_path: {path} holds no image ({' '.join(EXTENSIONS)})")
     # x.cls is the class of x.jpg and of x.seg.png
@@ -84,46 +76,46 @@ def scan(path: Path) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-def class_number(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
+def read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     file: Any = tar.extractfile(member)
     text = file.read(32)
     if not re.fullmatch(rb"\s*\d{1,6}\s*", text):
-        raise ValueError(f"--data_path: {path}: {member.name!r} holds {text!r}, not the number of a class")
+        raise ValueError(f"--data_path: {path}: {member.name!r} holds {text!r}, not a class number")
     return int(text)
 
 
 def load_index(file: Path) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Shard -> ([bytes, mtime in ns], rows as of `scan`); nothing where the index is missing or damaged."""
+    """{shard: ([bytes, mtime in ns], rows of `scan_shard`)}; empty if the index is missing or damaged."""
     try:
-        with np.load(file) as index:  # arrays only: NumPy unpickles nothing unless it is told to
+        with np.load(file) as index:  # allow_pickle is off by default
             rows = np.split(index["rows"], np.cumsum(index["counts"])[:-1])
             return dict(zip(index["shards"].tolist(), zip(index["states"].tolist(), rows, strict=True), strict=True))
-    except Exception:  # a foreign or half-written zip raises everything from OSError to struct.error
+    except Exception:  # a damaged zip raises everything from OSError to struct.error
         return {}
 
 
-def save_index(file: Path, known: dict[str, tuple[list[int], np.ndarray]]) -> None:
-    states, rows = zip(*known.values(), strict=True)
+def save_index(file: Path, index: dict[str, tuple[list[int], np.ndarray]]) -> None:
+    states, rows = zip(*index.values(), strict=True)
     temporary = file.with_name(f".index-{secrets.token_hex(4)}.npz")  # ranks and hosts may write at the same time
     try:
-        np.savez(temporary, shards=list(known), states=states, counts=[len(r) for r in rows], rows=np.concatenate(rows))
+        np.savez(temporary, shards=list(index), states=states, counts=[len(r) for r in rows], rows=np.concatenate(rows))
         temporary.replace(file)
     except OSError as error:
-        print(f"{file} cannot be written ({error.strerror}): shards are indexed at every start", file=sys.stderr)
+        print(f"{file} cannot be written ({error.strerror}): every start indexes the shards anew", file=sys.stderr)
 
 
-def indexed(paths: Sequence[Path]) -> list[np.ndarray]:
-    """Rows of each shard; index.npz beside the first is made, and renewed for the shards that changed."""
+def index_shards(paths: Sequence[Path]) -> list[np.ndarray]:
+    """Rows of `scan_shard` for each shard, cached in index.npz beside the first; new and changed shards are scanned."""
     folder, wanted = paths[0].parent, {}
     known = load_index(folder / "index.npz")
     for path in paths:
         try:
             status = path.stat()
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"--data_path: there is no shard {path}; copy it there or name fewer") from error
+            raise FileNotFoundError(f"--data_path: there is no shard {path}; copy it there or list fewer") from error
         name, state = os.path.relpath(path, folder), [status.st_size, status.st_mtime_ns]
         before, rows = known.get(name, (None, None))
-        wanted[name] = (state, rows if rows is not None and before == state else scan(path))
+        wanted[name] = (state, rows if rows is not None and before == state else scan_shard(path))
     if any(rows is not known.get(name, (None, None))[1] for name, (_, rows) in wanted.items()):
         others = {name: entry for name, entry in known.items() if (folder / name).exists()}
         save_index(folder / "index.npz", others | wanted)
@@ -131,12 +123,12 @@ def indexed(paths: Sequence[Path]) -> list[np.ndarray]:
 
 
 class Tars(Source):
-    """Uncompressed shards on this machine, read at random: batches are those of the folder that was packed."""
+    """Images of local shards. Batches equal those of the folder that was packed."""
 
     def __init__(self, paths: Sequence[Path]):
+        self.files: dict[int, Any] = {}  # open shards, the last used last
         self.paths = list(paths)
-        self.files: dict[int, Any] = {}  # open ones, the last used last
-        rows = indexed(self.paths)
+        rows = index_shards(self.paths)
         self.ends = np.cumsum([len(r) for r in rows])  # (S,) images up to the end of each shard
         self.places = np.concatenate([r[:, :2] for r in rows])  # (N, 2) offset and size
         labels = np.concatenate([r[:, 2] for r in rows])
@@ -151,44 +143,42 @@ class Tars(Source):
         self.close()
 
     def close(self) -> None:
-        while vars(self).get("files"):  # a shard that could not be indexed leaves an object without
+        while self.files:
             self.files.popitem()[1].close()
 
     def name(self, i: int) -> str:
         shard, offset = self.paths[np.searchsorted(self.ends, i, "right")], self.places[i, 0]
         with suppress(OSError, tarfile.TarError), tarfile.open(shard, "r:") as tar:
-            return next(f"{shard}: {m.name}" for m in regular(tar) if m.offset_data == offset)
+            return next(f"{shard}: {m.name}" for m in iter_files(tar) if m.offset_data == offset)
         return f"{shard}: byte {offset}"
 
     def read(self, i: int, in_chans: int) -> list[Image.Image]:
         shard = int(np.searchsorted(self.ends, i, "right"))
         file = self.files.pop(shard, None) or self.paths[shard].open("rb", buffering=0)
         self.files[shard] = file
-        if len(self.files) > OPEN:
+        if len(self.files) > MAX_OPEN:
             self.files.pop(next(iter(self.files))).close()
         offset, size = self.places[i].tolist()
         return read_image(BytesIO(os.pread(file.fileno(), size, offset)), in_chans)
 
 
 def local_tars(data_path: str, split: str | None = None, classes: Sequence[str] | None = None) -> Tars | None:
-    """Shards of DIR/split, or, unlabelled, of DIR/train, DIR, a .tar or {..} of them; None if there are none."""
+    """Labelled shards of DIR/split; without split those of DIR/train, DIR, a .tar or a list in braces; None if none."""
     folder = Path(data_path) / (split or "train")
     if split is None and not folder.is_dir():
         folder = Path(data_path)
     if folder.is_dir():
-        found = (path for path in folder.iterdir() if NAMES.fullmatch(path.name) and path.is_file())
-        paths = sorted(found, key=lambda path: path.stem)  # dog before dog-house, as the folders they were
+        found = (path for path in folder.iterdir() if TAR_NAME.fullmatch(path.name) and path.is_file())
+        paths = sorted(found, key=lambda path: path.stem)  # dog before dog-house, as for class folders
         if paths and list_images(folder):
-            raise ValueError(
-                f"--data_path: {folder} holds {paths[0].name} as well as image files; move one kind elsewhere"
-            )
+            raise ValueError(f"--data_path: {folder} holds {paths[0].name} and image files; move one kind elsewhere")
     else:
-        paths = [Path(path) for path in expand(data_path)] if split is None and NAMES.fullmatch(data_path) else []
+        paths = [Path(path) for path in expand_braces(data_path)] if not split and TAR_NAME.fullmatch(data_path) else []
     if not paths:
         return None
     tars = Tars(paths)
     if split and not tars.classes:
-        raise ValueError(f"--data_path: the shards of {folder} lack a .cls, the number of its class, beside each image")
+        raise ValueError(f"--data_path: the shards of {folder} need beside each image a .cls with its class number")
     if classes is not None:
         if len(tars.classes) > len(classes):
             raise ValueError(f"--data_path: {folder} has class {tars.classes[-1]}, train has 0 to {len(classes) - 1}")

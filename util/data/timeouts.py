@@ -1,4 +1,4 @@
-"""Time limits for reads from a disk that does not answer."""
+"""Time limit for reading from a disk that does not answer."""
 
 import signal
 import threading
@@ -7,13 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-def in_main_thread() -> bool:
-    """True in a process's main thread, the one that a signal can interrupt; loaders of images decode in it."""
-    return threading.current_thread() is threading.main_thread()
-
-
 class DiskTimeout(TimeoutError):
-    """A disk took too long."""
+    """A read exceeded its time limit."""
 
 
 def raise_timeout(number: int, frame: FrameType | None) -> None:
@@ -22,10 +17,11 @@ def raise_timeout(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """DiskTimeout inside if it takes longer, where that is possible."""
-    if not in_main_thread():
+    """Raise DiskTimeout in the block after this time; only in a main thread, because only it receives signals."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is PixMIM without one of the levers that make its step short? The same numbers, by the common way."""
+"""Ablations: PixMIM without one of its optimisations, each computing the same loss and gradients the common way."""
 
 from copy import deepcopy
 
@@ -10,7 +10,7 @@ from models_pixmim import MaskedViT, PixMIM, ShortAttention, mask_from_noise, ta
 
 
 class ProjectAll(MaskedViT):
-    """Projects every patch and takes the visible ones."""
+    """Projects all patches, then selects the visible ones."""
 
     def embed_visible(self, images, mask):
         x = take(self.patch_embed(images) + self.pos_embed[:, 1:], mask.keep)
@@ -18,7 +18,7 @@ class ProjectAll(MaskedViT):
 
 
 class PredictAll(PixMIM):
-    """Predicts every patch, normalises every patch of the target and masks the loss."""
+    """Predicts all patches, normalises all patches of the target, then masks the loss."""
 
     def forward(self, images, noise=None):
         mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
@@ -27,24 +27,24 @@ class PredictAll(PixMIM):
         return masked_loss(prediction, self.target(images), self.encoder.patch, mask.removed), prediction, mask
 
 
-LEVERS = {  # name -> the class that has the lever, the one that has not
+ABLATIONS = {  # name -> (optimised class, common class)
     "attention": (ShortAttention, Attention),
     "projection": (MaskedViT, ProjectAll),
     "prediction": (PixMIM, PredictAll),
 }
 
 
-def levers_of(model: PixMIM) -> list[str]:
-    """Those that this model has."""
+def applicable_ablations(model: PixMIM) -> list[str]:
+    """Names of the optimisations that this model uses."""
     kinds = {type(module) for module in model.modules()}
-    return [lever for lever, (with_it, _) in LEVERS.items() if with_it in kinds]
+    return [name for name, (optimised, _) in ABLATIONS.items() if optimised in kinds]
 
 
-def without(lever: str, model: PixMIM) -> PixMIM:
-    """A copy of the model that has all levers but this one."""
-    twin = deepcopy(model)
-    with_it, without_it = LEVERS[lever]
-    for module in twin.modules():
-        if type(module) is with_it:
-            module.__class__ = without_it
-    return twin
+def ablate(model: PixMIM, name: str) -> PixMIM:
+    """A copy of the model without this optimisation."""
+    copy = deepcopy(model)
+    optimised, common = ABLATIONS[name]
+    for module in copy.modules():
+        if type(module) is optimised:
+            module.__class__ = common
+    return copy

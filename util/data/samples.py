@@ -1,0 +1,85 @@
+"""Samples: the images of a source, decoded, cropped and stacked to parts of a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate, get_worker_info
+
+from util.data.folders import Source
+from util.data.timeouts import DiskTimeout, time_limit
+from util.rng import CROP, MASK, SampleRng
+
+
+class Samples(Dataset):
+    """Images of a source by (epoch, index). An unreadable image is reported in the result, not raised."""
+
+    def __init__(
+        self, source: Source, transform: Callable, args, *, flip=False, noise_length: int = 0, skip_bad: bool = False
+    ):
+        self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
+        self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, skip_bad
+        self.timeout_s = 60 * args.timeout_minutes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """(epoch, index) of B samples -> images (B, H, W, C) uint8, flip (B,) bool, noise (B, U) float32, label, index.
+
+        `bad` lists (name, reason) of unreadable images. A result without `images` ends the run; the reason is `stop`,
+        else the last of `bad`. It is not raised here because exceptions of workers arrive with a traceback.
+        """
+        bad: list[tuple[str, str]] = []
+        try:
+            self.source.start_epoch(keys[0][0])
+            self.source.prefetch([i for _, i in keys])
+        except (ValueError, OSError) as error:
+            return {"bad": bad, "stop": str(error)}
+        crops, masks = SampleRng(self.seed, CROP), SampleRng(self.seed, MASK)
+        flips, index = [], []
+        noise = np.empty((len(keys), self.noise_length), np.float32)
+        images = None
+        for n, (epoch, i) in enumerate(keys):
+            rng = crops.at(epoch, i)
+            sample = self.read_sample(i, rng, None if images is None else images[n], bad)
+            if sample is None:
+                return {"bad": bad}
+            pixels, used = sample
+            if images is None:
+                stacked = alloc_batch(len(keys), pixels.shape)
+                images = stacked.numpy()
+                images[0] = pixels
+            index.append(used)
+            flips.append(rng.random() < 0.5)
+            masks.at(epoch, i).random(out=noise[n], dtype=np.float32)
+        batch = {
+            "images": stacked,
+            "noise": torch.from_numpy(noise),
+            "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
+            "index": torch.tensor(index),
+        }
+        return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
+
+    def read_sample(self, i: int, rng: Any, out: np.ndarray | None, bad: list) -> tuple[np.ndarray, int] | None:
+        """(pixels, index) of image i, or with `skip_bad` of the next readable one, else None. Appends to `bad`."""
+        for candidate in range(i, i + (len(self) if self.skip_bad else 1)):
+            index = candidate % len(self)
+            try:
+                with time_limit(self.timeout_s):
+                    return self.transform(self.source.read(index, self.in_chans), rng, out), index
+            except Exception as error:  # decoders raise everything from OSError to struct.error
+                name = self.source.name(index).replace("\n", "\\n")
+                bad.append((name, " ".join(str(error).split()) or type(error).__name__))
+                if isinstance(error, DiskTimeout):  # the next image would time out as well
+                    return None
+        return None
+
+
+def alloc_batch(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised (count, *shape) uint8; in a worker process in shared memory, which saves a copy."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty((count, *shape), np.uint8))  # NumPy asks for huge pages, torch does not
+    return default_collate([torch.zeros((), dtype=torch.uint8).expand(count, *shape)])[0]
