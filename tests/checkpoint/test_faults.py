@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -91,23 +90,22 @@ def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch
             ["build", "--data_path", str(images), "--out", str(tmp_path / "c"), "--input_size", "16"]
         )
     )
-    asleep = threading.Event()
+    released, waited = threading.Event(), []
     read = Cache.read
 
     def slow(self, i, in_chans):
         if threading.current_thread() is not threading.main_thread():
-            asleep.wait(40)
+            waited.append(released.wait(60))
         return read(self, i, in_chans)
 
     monkeypatch.setattr(Cache, "read", slow)
     try:
-        began = time.monotonic()
         with pytest.raises(RuntimeError) as error:
             pretrain(tmp_path / "c", tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
-        assert time.monotonic() - began < 20
+        assert not waited  # the reader is still busy
         assert "a loader process ended or did not answer: DataLoader timed out after 1 s" in explained(error.value)
     finally:
-        asleep.set()
+        released.set()
 
 
 def test_large_photographs_are_read_without_a_warning(tmp_path):
@@ -187,9 +185,8 @@ def test_a_signal_to_the_process_group_lets_the_step_finish(photos, tmp_path):
         if line.startswith("epoch 2.0"):
             break
     os.killpg(process.pid, signal.SIGINT)
-    began = time.monotonic()
     status, out, err = ended(process)
     assert status == 130, err
-    assert time.monotonic() - began < 30
+    assert weights(tmp_path)["progress"]["epoch"] < 499  # it did not train to its end
     assert "saved; the same command goes on" in out
     assert "Traceback" not in err
