@@ -10,6 +10,7 @@ from conftest import CPU, PRETRAIN, call, one_rank, pretrain
 import main_pretrain
 from engine_pretrain import pretrain_loss
 from models import ENCODERS, build_model
+from util.args import resolve_defaults
 from util.checkpoint.resume import Progress
 from util.data.batches import DevicePrefetcher, Samples, TrainSampler
 from util.data.transforms import Normalize
@@ -25,11 +26,11 @@ def products(tokens: int, dim: int, depth: int) -> int:
 @pytest.mark.parametrize("flags", ["", "--grad_checkpointing", "--amp bf16", "--lowpass_radius 0"])
 def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     words = [*PRETRAIN, "--input_size", "64", *flags.split(), "--data_path", "x"]
-    args = main_pretrain.get_parser().parse_args(words)
+    args = resolve_defaults(main_pretrain.get_parser().parse_args(words))
     model = build_model(args)
     batch = {"images": torch.zeros(3, 64, 64, 3, dtype=torch.uint8), "noise": torch.rand(3, 64)}
-    forward = products(17, 192, 12) + 2 * 16 * 192 * 192  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
-    forward += products(65, 32, 1) + 2 * 17 * 192 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
+    forward = products(17, 48, 2) + 2 * 16 * 192 * 48  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
+    forward += products(65, 32, 1) + 2 * 17 * 48 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
     assert step_flops(model, pretrain_loss(Normalize(args, CPU)), batch, args.amp) == 3 * forward
     assert model.training
 
@@ -84,7 +85,7 @@ def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeyp
     assert share > 50  # two steps of a second of waiting and far less of work
     assert "of epoch 1 went into waiting for data: raise --num_workers (0 now); pre-training can read" in warning
     (first,) = [line for line in said if line.startswith("first step: ")]
-    assert float(first.split()[2]) > 1
+    assert float(first.split()[2]) >= 1  # its batch took a second
 
 
 def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):

@@ -592,6 +592,7 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(photos, tmp_path):
     assert "another rank ended or did not answer within --timeout_minutes" in err
 
 
+@pytest.mark.slow  # five interpreters
 def test_torchrun_restarts_after_a_rank_was_killed_and_the_run_is_the_unbroken_one(photos, tmp_path):
     flags = [*TWO, "--data_path", photos, "--output_dir"]
     script = tmp_path / "dies.py"
