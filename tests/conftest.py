@@ -85,6 +85,13 @@ def pretrained(tmp_path_factory, photos) -> Path:
     return pretrain(photos, tmp_path_factory.mktemp("pretrained") / "run", "--save_every", 1, "--image_every", 1)
 
 
+@pytest.fixture(scope="session")
+def pretrained_tiny(tmp_path_factory, photos) -> Path:
+    """As `pretrained`, of vit_tiny: its heads are 64 wide, which formats without a number of heads take for granted."""
+    torch.set_num_threads(1)
+    return pretrain(photos, tmp_path_factory.mktemp("pretrained_tiny") / "run", "--model", "vit_tiny")
+
+
 def pretrain(photos: Path, output: Path, *words) -> Path:
     """Output folder of a tiny pre-training in this process."""
     sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
