@@ -180,7 +180,7 @@ def held(pretrained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", IMPOSSIBLE)
-def test_what_cannot_be_is_refused_before_a_run_that_is_there_is_touched(words, held, photos):
+def test_impossible_flags_are_refused_before_an_existing_run_is_changed(words, held, photos):
     sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--data_path", photos]
     may = [] if words.startswith("--resume") else ["--resume", "none", "--overwrite"]
     before = files(held)
@@ -204,7 +204,7 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("words", CLASSIFIERS)
-def test_what_cannot_be_measured_is_refused(words, pretrained, photos, tmp_path):
+def test_impossible_evaluations_are_refused(words, pretrained, photos, tmp_path):
     name, *flags = words.split()
     sizes = ["--epochs", "1", "--warmup_epochs", "0", "--output_dir", tmp_path]
     given = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--batch_size", "4", *DEVICE]
@@ -232,7 +232,7 @@ def test_what_cannot_be_measured_is_refused(words, pretrained, photos, tmp_path)
         ("util.plots.curves", "--output", "picture"),
     ],
 )
-def test_numbers_that_are_none_and_names_that_fit_no_format_are_named(name, flag, value, capsys):
+def test_errors_name_the_flag_and_the_invalid_value(name, flag, value, capsys):
     with pytest.raises(SystemExit) as end:
         call(name, flag, value)
     assert end.value.code == 2
@@ -247,7 +247,7 @@ def test_a_batch_that_ranks_do_not_divide_is_refused():
         split_effective_batch(args, 2)
 
 
-def test_a_learning_rate_that_never_falls_is_said(photos, tmp_path):
+def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
     words = [
         "--data_path",
         photos,
@@ -283,7 +283,7 @@ def test_help_explains_every_flag_and_prints_its_default(name, capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FloatingPointError])
-def test_a_mistake_is_one_line_and_status_1(error, monkeypatch):
+def test_a_user_error_is_one_line_and_status_1(error, monkeypatch):
     def main():
         raise error("--flag 3 is too much")
 
@@ -303,7 +303,7 @@ def test_a_mistake_is_one_line_and_status_1(error, monkeypatch):
 @pytest.mark.parametrize(
     "reason", ["CUDA out of memory. Tried", "[enforce fail at alloc_cpu.cpp:127] can't allocate memory"]
 )
-def test_too_little_memory_is_a_line(reason, monkeypatch, capsys):
+def test_out_of_memory_is_one_line(reason, monkeypatch, capsys):
     def main():
         raise RuntimeError(reason)
 
@@ -312,7 +312,7 @@ def test_too_little_memory_is_a_line(reason, monkeypatch, capsys):
     assert f"error: {reason}; a smaller --batch_size" in capsys.readouterr().err
 
 
-def test_our_own_slips_keep_their_traceback():
+def test_an_assertion_error_keeps_its_traceback():
     def main():
         raise AssertionError("the encoder changed")
 

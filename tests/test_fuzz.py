@@ -97,7 +97,7 @@ def place(tmp_path_factory):
 @seed(SEED)
 @settings(max_examples=25 * TRIES, **SETTINGS)
 @given(how=DAMAGE)
-def test_a_broken_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
+def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
     broken = place / "broken.pth"
     broken.write_bytes(damaged(whole.read_bytes(), how))
     for read in (read_checkpoint, _read):

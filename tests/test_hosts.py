@@ -526,7 +526,7 @@ class Scaled(MaskedViT):
         return self.scale * super().encode(images, mask)
 
 
-def test_a_host_of_somebody_else_needs_no_rule(photos, tmp_path, monkeypatch):
+def test_a_custom_encoder_needs_no_conversion_rule(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(ENCODERS, "scaled_vit", partial(Scaled, embed_dim=48, depth=2, num_heads=3))
     words = ["--model", "scaled_vit"]
     whole, broken = pretrain(photos, tmp_path / "whole", *words, "--save_every", 1), tmp_path / "broken"

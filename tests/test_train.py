@@ -63,14 +63,14 @@ def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monk
     assert peak_tflops(amp, CPU) is None
 
 
-def test_the_log_says_which_share_of_the_peak_is_used(tmp_path):
+def test_the_log_has_the_share_of_the_peak_flops(tmp_path):
     run = one_rank(tmp_path, size=2)
     meter = Meter(run, Progress(0, 0), TrainSampler(16, run), DevicePrefetcher([], CPU), str)
     run.log.flops, meter.peak = 2e9, 100
     assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
 
 
-def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeypatch, capsys):
+def test_warns_if_training_waits_for_data(photos, tmp_path, monkeypatch, capsys):
     read = Samples.__getitems__
 
     def slow(self, keys):
@@ -88,7 +88,7 @@ def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeyp
     assert float(first.split()[2]) >= 1  # its batch took a second
 
 
-def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):
+def test_no_warning_if_training_does_not_wait_for_data(tmp_path, capsys):
     run = one_rank(tmp_path)
     run.log.active = True
     for waited, warnings in ((0.05, 0), (0.2, 1)):

@@ -54,7 +54,7 @@ def run(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
-def test_a_save_that_is_killed_anywhere_leaves_a_whole_file_to_go_on_from(where, run):
+def test_a_save_killed_at_any_point_leaves_a_complete_checkpoint(where, run):
     before = read_checkpoint(run / "last.pth")
     status, _, err = ended(spawn("-c", KILLED, *where.split(), run))
     if (
@@ -71,7 +71,7 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_file_to_go_on_from(where,
     assert {path.name for path in run.glob(".*")} <= {".lock", ".new.pth", ".epoch-0009.pth.tmp"}
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_so(run):
+def test_a_full_disk_leaves_the_old_file_and_raises_an_error(run):
     before, limits = read_checkpoint(run / "last.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -172,7 +172,7 @@ def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tm
         pretrain(photos, run, "--resume", tmp_path / "nowhere.pth")
 
 
-def test_a_run_goes_on_from_the_file_that_is_named(run, photos, pretrained):
+def test_resume_takes_the_named_file(run, photos, pretrained):
     (run / "last.pth").unlink()
     pretrain(photos, run, "--resume", run / "epoch-0001.pth", "--image_every", 0)
     assert_same(weights(run)["model"], weights(pretrained)["model"])

@@ -59,7 +59,7 @@ WICKED = {
 
 
 @pytest.mark.parametrize("kind", WICKED)
-def test_a_wicked_file_stops_the_run_by_its_name_or_is_replaced(kind, images, tmp_path):
+def test_an_unreadable_file_stops_the_run_or_is_replaced(kind, images, tmp_path):
     WICKED[kind](images / "x.jpg")
     words = ONE_EPOCH + {
         "a pipe": ["--timeout_minutes", 0.005],
@@ -122,7 +122,7 @@ def test_a_line_of_pixels_does_not_become_gigabytes():
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("parent", ["alive", "killed"])
-def test_a_loader_process_does_not_outlive_who_was_killed_while_it_was_made(parent):
+def test_a_loader_process_ends_if_its_parent_was_killed_during_the_fork(parent):
     loader = multiprocessing.get_context("fork").Process(
         target=init_worker, args=(os.getpid() if parent == "alive" else 1, 0)
     )

@@ -145,7 +145,7 @@ def test_a_run_of_one_step_an_epoch_stops_too(photos, tmp_path, monkeypatch):
     assert_same_run(reference, tmp_path / "broken")
 
 
-def test_ranks_leave_together_when_all_is_written(photos, tmp_path, monkeypatch):
+def test_ranks_exit_together_after_the_checkpoint_is_written(photos, tmp_path, monkeypatch):
     events, store, gather = [], store_checkpoint, World.gather
 
     def slow(*given):
@@ -345,7 +345,7 @@ def test_a_full_disk_ends_the_run_if_that_is_chosen(photos, tmp_path, full_at):
     assert read_checkpoint(tmp_path / "last.pth")["progress"]["step"] == 1
 
 
-def test_the_last_save_waits_for_room_until_it_is_told_not_to(photos, tmp_path, full_at, monkeypatch):
+def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, full_at, monkeypatch):
     calls, close = full_at(first=1, failures=1000), Saver.close
     monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
     tries = []
@@ -679,7 +679,7 @@ def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
         ({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
     ],
 )
-def test_only_who_began_a_run_goes_on_with_it_whatever_resume_says(environ, own, photos, tmp_path, monkeypatch):
+def test_only_a_restart_of_the_same_job_ignores_resume_none(environ, own, photos, tmp_path, monkeypatch):
     first, again = ["--epochs", 1, "--warmup_epochs", 0], ["--resume", "none", "--overwrite"]
     with monkeypatch.context() as began:
         began.setenv("TORCHELASTIC_RUN_ID", "a")
@@ -692,7 +692,7 @@ def test_only_who_began_a_run_goes_on_with_it_whatever_resume_says(environ, own,
     assert any(line.startswith("resumed from") for line in said) == own
 
 
-def test_a_start_from_a_named_file_is_what_a_restart_goes_on_from(photos, tmp_path, monkeypatch):
+def test_a_restart_resumes_from_the_file_given_at_the_start(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, "--save_every", 1)
     monkeypatch.setattr(main_pretrain, "train_one_epoch", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
