@@ -1,13 +1,21 @@
-# make demo | test | lint. PYTHON=python3.12 chooses the interpreter that .venv is made with.
+# make demo | test | test-all | lint. PYTHON=python3.12 chooses the interpreter that .venv is made with.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# The output of pip is kept in a log, which is shown if pip fails.
+install = @echo "installing $< into .venv"; \
+	$(BIN)/python -m pip install --quiet $(1) -r $< > $(@:.done=.log) 2>&1 || { cat $(@:.done=.log); exit 1; }; \
+	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 demo: .venv/demo.done
 	$(BIN)/python -m demo.digits
 
 test: .venv/dev.done .venv/demo.done
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/dev.done .venv/demo.done
+	FUZZ=40 $(PYTEST)
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -15,15 +23,14 @@ lint: .venv/dev.done
 	$(BIN)/mypy
 	$(BIN)/pylint --recursive=y .
 
-.venv/run.done: requirements.txt
+$(BIN)/python:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	touch $@
+
+.venv/run.done: requirements.txt | $(BIN)/python
+	$(call install)
 
 .venv/dev.done: requirements-dev.txt .venv/run.done
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	touch $@
+	$(call install)
 
 .venv/demo.done: requirements-demo.txt .venv/run.done
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
-	touch $@
+	$(call install,--no-deps)

@@ -8,17 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import traceback
 from argparse import Namespace
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from forkserver import ForkServer, Process
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint.saver import Saver
@@ -29,7 +32,7 @@ from util.run import Run
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 DEVICE = ["--amp", "off", "--num_workers", "0", "--device", "cpu"]
-MODEL = ["--model", "vit_tiny", "--patch_size", "8", "--input_size", "16"]
+MODEL = ["--model", "vit_pico", "--patch_size", "8", "--input_size", "16"]
 PRETRAIN = [
     *MODEL,
     *DEVICE,
@@ -82,6 +85,13 @@ def pretrained(tmp_path_factory, photos) -> Path:
     return pretrain(photos, tmp_path_factory.mktemp("pretrained") / "run", "--save_every", 1, "--image_every", 1)
 
 
+@pytest.fixture(scope="session")
+def pretrained_tiny(tmp_path_factory, photos) -> Path:
+    """As `pretrained`, of vit_tiny: its heads are 64 wide, which formats without a number of heads take for granted."""
+    torch.set_num_threads(1)
+    return pretrain(photos, tmp_path_factory.mktemp("pretrained_tiny") / "run", "--model", "vit_tiny")
+
+
 def pretrain(photos: Path, output: Path, *words) -> Path:
     """Output folder of a tiny pre-training in this process."""
     sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
@@ -107,16 +117,28 @@ def result(*words) -> dict:
     return json.loads(call(*words)[-1])
 
 
-def spawn(*words, **environment) -> subprocess.Popen:
-    """Python with these words and one thread, in the project's folder."""
+FORKS = ForkServer()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server():
+    yield
+    FORKS.close()
+
+
+def spawn(*words, **environment) -> subprocess.Popen | Process:
+    """Python with these words and one thread, in the project's folder: a fork of the server where that is the same."""
+    words = list(map(str, words))
+    python = any(name.startswith("PYTHON") for name in environment)  # what an interpreter reads at its start
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
-    command = [sys.executable, *map(str, words)]
+    if sys.platform == "linux" and words[0] != "-m" and not python:
+        return FORKS.start(words, environment, ROOT)
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def ended(process: subprocess.Popen) -> tuple[int | None, str, str]:
+def ended(process: subprocess.Popen | Process) -> tuple[int | None, str, str]:
     """(exit status, stdout, stderr) of a process; None for one that does not end, which is killed."""
     try:
         out, err = process.communicate(timeout=120)
@@ -128,13 +150,18 @@ def ended(process: subprocess.Popen) -> tuple[int | None, str, str]:
     return process.returncode, out, err
 
 
-def ranks(count: int, *words) -> list[tuple[int | None, str, str]]:
-    """`ended` of each of several ranks that find each other as torchrun's do."""
+def start_ranks(count: int, *words) -> list[subprocess.Popen | Process]:
+    """Ranks that find each other as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [ended(p) for p in [spawn(*words, RANK=r, LOCAL_RANK=r, **group) for r in range(count)]]
+    return [spawn(*words, RANK=r, LOCAL_RANK=r, **group) for r in range(count)]
+
+
+def ranks(count: int, *words) -> list[tuple[int | None, str, str]]:
+    """`ended` of each of several ranks."""
+    return [ended(process) for process in start_ranks(count, *words)]
 
 
 def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
@@ -167,13 +194,8 @@ def interrupted(monkeypatch, step: int, main, number=signal.SIGTERM) -> int:
         patched.setattr(Saver, "after_step", after_step)
         with pytest.raises(SystemExit) as ending:
             main()
-    next_second()
+    traceback.clear_frames(ending.tb)  # ends loader processes now: as garbage they would be waited for, 5 s each
     return ending.value.code
-
-
-def next_second() -> None:
-    """Wait: TensorBoard orders the files of a run by the second in which they were begun."""
-    time.sleep(1 - time.time() % 1)
 
 
 def records(folder: Path, key: str = "loss") -> list[dict]:
@@ -201,12 +223,25 @@ def assert_same(a, b) -> None:
         assert a == b
 
 
+CLOCKED = ("images_per_s", "data_wait", "tflops", "memory_gib")  # what depends on the clock
+
+
 def board(folder: Path) -> dict:
-    """{(name, step): what TensorBoard shows}, without what depends on the clock."""
-    shown = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0}).Reload()
+    """{(name, step): value on TensorBoard}, without what depends on the clock.
+
+    TensorBoard reads the event files of a run by their names, which have the second of their start. The runs of a test restart
+    within one, so their files are named here by the time of their first event.
+    """
+
+    def begun(path: Path) -> float:
+        return next(iter(EventFileLoader(str(path)).Load())).wall_time
+
+    with TemporaryDirectory() as ordered:
+        for i, path in enumerate(sorted((folder / "tensorboard").iterdir(), key=begun)):
+            Path(ordered, f"{i:04d}.tfevents").symlink_to(path.absolute())
+        shown = EventAccumulator(ordered, size_guidance={"images": 0, "scalars": 0}).Reload()
     tags = shown.Tags()
-    clocked = ("images_per_s", "data_wait", "tflops", "memory_gib")
-    scalars = {(t, e.step): e.value for t in tags["scalars"] if t not in clocked for e in shown.Scalars(t)}
+    scalars = {(t, e.step): e.value for t in tags["scalars"] if t not in CLOCKED for e in shown.Scalars(t)}
     return scalars | {(t, e.step): e.encoded_image_string for t in tags["images"] for e in shown.Images(t)}
 
 
@@ -215,8 +250,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     one, other = weights(a), weights(b)
     for part in ("model", "optimizer", "scaler", "statistics", "progress"):
         assert_same(one[part], other[part])
-    clocked = ("images_per_s", "data_wait", "tflops", "memory_gib")
-    logs = ([{k: v for k, v in x.items() if k not in clocked} for x in records(f, "epoch")] for f in (a, b))
+    logs = ([{k: v for k, v in x.items() if k not in CLOCKED} for x in records(f, "epoch")] for f in (a, b))
     for x, y in zip(*logs, strict=True):
         assert x == y
     assert board(a) == board(b)

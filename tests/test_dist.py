@@ -18,7 +18,7 @@ world.close()
 """
 
 
-def test_a_bare_python_is_alone_even_inside_an_sbatch_job():
+def test_python_without_srun_is_a_single_process_inside_an_sbatch_job():
     assert rank_from_env({}) == (0, 1, 0)
     assert rank_from_env({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}) == (0, 1, 0)
     assert rank_from_env({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == (0, 1, 0)
@@ -61,7 +61,7 @@ def test_one_rank_sums_and_gathers_what_it_has():
     world.close()
 
 
-def test_a_device_that_is_not_there_is_named():
+def test_a_missing_gpu_is_an_error_that_names_the_device():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="--device cuda:3: torch sees no GPU here"):

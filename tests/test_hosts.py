@@ -50,10 +50,11 @@ from util.plots.reconstruction import panel, reconstruct
 from visualize import find_images
 
 HOSTS = {  # patches of 8 px; the stages of ConvMAE have patches of 2 and 4 px
-    "convvit": "--model convvit_tiny --input_size 32 48",
-    "mff": "--model mff_vit_tiny --input_size 32",
-    "lsmae": "--model vit_tiny --input_size 40 56 --mask_unit 2 --decoder_dim 48 --decoder_heads 3",  # grid 5 x 7
+    "convvit": "--model convvit_pico --input_size 32 48",
+    "mff": "--model mff_vit_pico --input_size 32",
+    "lsmae": "--model vit_pico --input_size 40 56 --mask_unit 2 --decoder_dim 48 --decoder_heads 3",  # grid 5 x 7
 }
+DEEP = {"deep": "--model mff_vit_tiny --input_size 32"}  # MFF with twelve layers
 METHODS = {"PixMIM": "", "alone": "--lowpass_radius 0 --crop rrc"}
 every_host = pytest.mark.parametrize("host", HOSTS)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -65,14 +66,14 @@ def trained(photos, tmp_path_factory):
 
     @cache
     def run(host: str, flags: str = ""):
-        words = f"{HOSTS[host]} --knn_every 2 {flags}".split()
+        words = f"{(HOSTS | DEEP)[host]} --knn_every 2 {flags}".split()
         return pretrain(photos, tmp_path_factory.mktemp(host), *words)
 
     return run
 
 
 def parsed(host: str, flags: str = "") -> Namespace:
-    words = [*PRETRAIN, *HOSTS[host].split(), *flags.split()]
+    words = [*PRETRAIN, *(HOSTS | DEEP)[host].split(), *flags.split()]
     return resolve_defaults(main_pretrain.get_parser().parse_args([*words, "--data_path", "x"]))
 
 
@@ -146,7 +147,7 @@ def test_every_block_is_computed_twice_where_activations_are_recomputed(host, fl
 
         model.get_submodule(name).register_forward_pre_hook(count)
     model(images, noise)[0].backward()
-    assert len(calls) == 1 + {"convvit": 2 + 2 + 11}.get(host, 12)
+    assert len(calls) == 1 + (1 + 1 + 2 if host == "convvit" else 2)
     assert set(calls.values()) == {2 if flag else 1}
 
 
@@ -214,11 +215,12 @@ def test_two_ranks_fine_tune_every_parameter_of_ConvMAE_as_one_does(on_two_ranks
 def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, int]) -> Encoder:
     """timm's ViT, or ConvViT as it is built by hand, with a checkpoint's encoder trained at another `grid`."""
     if host == "convvit":
-        model: Encoder = ConvViT(size, 8, embed_dim=(64, 96, 192), depth=(2, 2, 11), num_heads=3)
+        model: Encoder = ConvViT(size, 8, embed_dim=(16, 24, 48), depth=(1, 1, 2), num_heads=3)
         del model.stage1_output_decode, model.stage2_output_decode
     else:
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-        model = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=8, num_classes=0, depth=depth)
+        sizes = {"img_size": size, "patch_size": 8, "embed_dim": state["pos_embed"].shape[-1], "depth": depth}
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
     own = {name: value for name, value in state.items() if name in model.state_dict()}
     place = own["pos_embed"][:, -grid[0] * grid[1] :].unflatten(1, grid).permute(0, 3, 1, 2)
     place = F.interpolate(place, [side // 8 for side in size], mode="bicubic", align_corners=False)
@@ -230,7 +232,7 @@ def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, in
 def pooled(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
     """Feature of images by its definition."""
     if isinstance(model, ConvViT):
-        return F.layer_norm(model.stages(images, None)[2].mean(1), (192,), eps=1e-6)
+        return F.layer_norm(model.stages(images, None)[2].mean(1), (48,), eps=1e-6)
     tokens = model.forward_features(images)
     return tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
 
@@ -309,10 +311,10 @@ def test_a_probe_of_a_probe_keeps_its_pooling(trained, photos, tmp_path):
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("convvit", "--model vit_tiny", "a convvit, does not fit --model vit_tiny: missing: .* and .* more; unknown: "),
-        ("lsmae", "--model convvit_tiny", "a vit, does not fit --model convvit_tiny: missing: "),
+        ("convvit", "--model vit_pico", "a convvit, does not fit --model vit_pico: missing: .* and .* more; unknown: "),
+        ("lsmae", "--model convvit_pico", "a vit, does not fit --model convvit_pico: missing: "),
         ("lsmae", "--patch_size 16 --input_size 32", "of another shape: patch_embed.proj.weight"),
-        ("convvit", "--model vit_tiny --input_size 48 48", "a convvit, does not fit --model vit_tiny"),
+        ("convvit", "--model vit_pico --input_size 48 48", "a convvit, does not fit --model vit_pico"),
     ],
 )
 def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, flags, message, trained, photos):
@@ -324,8 +326,8 @@ def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, fla
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("mff", "--fuse_layers 3 11", "fuses 6 layers, not 2; say which by --fuse_layers"),
-        ("convvit", "--model vit_tiny", "does not fit --model vit_tiny with --input_size"),
+        ("deep", "--fuse_layers 3 11", "fuses 6 layers, not 2; say which by --fuse_layers"),
+        ("convvit", "--model vit_pico", "does not fit --model vit_pico with --input_size"),
         ("lsmae", "--decoder_dim 96", "these --decoder_[*] flags: size mismatch for decoder.mask_token"),
     ],
 )
@@ -380,6 +382,7 @@ def test_a_fine_tuned_classifier_gives_the_same_logits_in_timm(host, tuned):
     path = tuned(host)[0] / "classifier.pth"
     size = (24, 32) if host == "lsmae" else (32, 32)
     options = {"img_size": size, "patch_size": 8, "num_classes": 3, "global_pool": "avg"}
+    options |= {"embed_dim": 48, "depth": 2}
     theirs = timm.create_model("vit_tiny_patch16_224", **options, checkpoint_path=str(path)).eval()
     file = read_weights(path)
     assert file.state.keys() == theirs.state_dict().keys()
@@ -421,7 +424,7 @@ def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndar
 
 @pytest.mark.parametrize(
     ("host", "flags"),
-    [(host, flags) for host in HOSTS for flags in METHODS.values()] + [("mff", "--fuse_layers 3 7 11")],
+    [(host, flags) for host in HOSTS for flags in METHODS.values()] + [("deep", "--fuse_layers 3 7 11")],
 )
 def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, flags, trained, photos, tmp_path):
     args = parsed(host, flags)
@@ -435,7 +438,7 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
     assert np.array_equal(picture, panel(reconstruct(model, Normalize(args, CPU)(batch), batch["noise"], args)))
 
     columns = cells(picture, args.input_size, rows=3)
-    pixels, filtered = columns[0], not args.lowpass_radius and args.lowpass_radius != 0
+    pixels, filtered = columns[0], args.lowpass_radius != 0
     masked, prediction = columns[2:4] if filtered else columns[1:]
     removed = mask_from_noise(batch["noise"], 0.75, model.encoder.grid, args.mask_unit).removed
     removed = removed.unflatten(1, model.encoder.grid).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
@@ -454,8 +457,8 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
 
 
 def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos, tmp_path):
-    pretrain(photos, tmp_path, *HOSTS["mff"].split(), "--model", "vit_tiny")
-    alone = trained("mff", "--fuse_layers 11")
+    pretrain(photos, tmp_path, *DEEP["deep"].split(), "--model", "vit_tiny")
+    alone = trained("deep", "--fuse_layers 11")
     state = weights(alone)["model"]
     assert state.pop("proj_weights").shape == (1, 1, 1, 1)
     assert_same(state, weights(tmp_path)["model"])
@@ -464,23 +467,23 @@ def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos,
 
 def test_the_decoder_reads_the_layers_that_are_named(trained):
     """The same weights, other layers: another loss. The number of layers is that of the weights of the sum."""
-    state = pixmim_names(weights(trained("mff", "--fuse_layers 3 7 11"))["model"])
+    state = pixmim_names(weights(trained("deep", "--fuse_layers 3 7 11"))["model"])
     found = []
     for layers in ("3 7 11", "3 8 11", "2 7 11"):
-        model, images, noise = built(parsed("mff", f"--fuse_layers {layers}"))
+        model, images, noise = built(parsed("deep", f"--fuse_layers {layers}"))
         model.load_state_dict(state)
         found.append(model(images, noise)[0].item())
     assert min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5  # float32 losses of about 1 are told apart at 1e-7
-    assert len(weights(trained("mff"))["model"]["proj_weights"]) == 6
+    assert len(weights(trained("deep"))["model"]["proj_weights"]) == 6
 
 
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("lsmae", "--fuse_layers 11", "--fuse_layers: --model vit_tiny fuses no layers"),
-        ("convvit", "--fuse_layers 11", "--fuse_layers: --model convvit_tiny fuses no layers"),
+        ("lsmae", "--fuse_layers 11", "--fuse_layers: --model vit_pico fuses no layers"),
+        ("convvit", "--fuse_layers 11", "--fuse_layers: --model convvit_pico fuses no layers"),
         *[
-            ("mff", f"--fuse_layers {layers}", f"--fuse_layers {layers}: they must ascend from 0 and end with the last, 11")
+            ("deep", f"--fuse_layers {layers}", f"--fuse_layers {layers}: they must ascend from 0 and end with the last, 11")
             for layers in ("7 3 11", "11 3", "3 3 11", "3 7", "3 7 11 12", "12")
         ],
         ("convvit", "--patch_size 6", "ConvMAE halves a patch twice: a patch size of 6 must be a multiple of 4"),
@@ -490,20 +493,20 @@ def test_the_decoder_reads_the_layers_that_are_named(trained):
 )  # fmt: skip
 def test_settings_that_do_not_fit_the_host_are_refused_in_one_line(host, flags, message, photos, tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        pretrain(photos, tmp_path, *HOSTS[host].split(), *flags.split())
+        pretrain(photos, tmp_path, *(HOSTS | DEEP)[host].split(), *flags.split())
     assert not (tmp_path / "last.pth").exists()
 
 
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("mff", "--fuse_layers 3 7 11", r"with --fuse_layers None, not \[3, 7, 11\]; give the same flag"),
-        ("mff", "--model vit_tiny", "with --model mff_vit_tiny, not vit_tiny; give the same flag"),
+        ("deep", "--fuse_layers 3 7 11", r"with --fuse_layers None, not \[3, 7, 11\]; give the same flag"),
+        ("mff", "--model vit_pico", "with --model mff_vit_pico, not vit_pico; give the same flag"),
         ("lsmae", "--mask_unit 1", "with --mask_unit 2, not 1; give the same flag"),
     ],
 )
 def test_a_run_is_not_resumed_with_another_host(host, flags, message, trained, photos, tmp_path):
-    words = [*HOSTS[host].split(), *flags.split(), "--resume", trained(host) / "last.pth"]
+    words = [*(HOSTS | DEEP)[host].split(), *flags.split(), "--resume", trained(host) / "last.pth"]
     with pytest.raises(ValueError, match=message):
         pretrain(photos, tmp_path, *words)
 
@@ -524,15 +527,15 @@ class Scaled(MaskedViT):
         return self.scale * super().encode(images, mask)
 
 
-def test_a_host_of_somebody_else_needs_no_rule(photos, tmp_path, monkeypatch):
-    monkeypatch.setitem(ENCODERS, "scaled_vit", partial(Scaled, embed_dim=192, depth=2, num_heads=3))
+def test_a_custom_encoder_needs_no_conversion_rule(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS, "scaled_vit", partial(Scaled, embed_dim=48, depth=2, num_heads=3))
     words = ["--model", "scaled_vit"]
     whole, broken = pretrain(photos, tmp_path / "whole", *words, "--save_every", 1), tmp_path / "broken"
     pretrain(photos, broken, *words, "--resume", whole / "epoch-0001.pth")
     state = weights(whole)["model"]
     assert_same(state, weights(broken)["model"])
     assert [x["epoch"] for x in records(broken)] == [1.5, 2]  # the second epoch alone
-    assert not torch.equal(state["scale"], torch.ones(192))
+    assert not torch.equal(state["scale"], torch.ones(48))
     assert rename("scale", "mae", "mae") is None
 
     checkpoint = whole / "last.pth"

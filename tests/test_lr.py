@@ -41,7 +41,7 @@ def test_a_run_without_warm_up_begins_at_the_peak_and_one_of_warm_up_alone_ends_
     assert warmup_cosine(9.5, 1.0, 0, 10, 10) == 0.95
 
 
-def test_groups_get_their_share():
+def test_set_lr_applies_the_scale_of_each_group():
     tensors = [torch.zeros(1, requires_grad=True) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": tensors[:1], "lr_scale": 0.25}, {"params": tensors[1:]}], lr=1)
     set_lr(optimizer, 0.1)

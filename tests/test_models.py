@@ -127,9 +127,10 @@ def test_encoder_loads_strictly_into_timm_and_gives_its_features():
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_has_the_keys_and_shapes_of_timm(name):
-    patch = 14 if name == "vit_huge" else 16
+    theirs_of = {"vit_huge": "vit_huge_patch14_224", "vit_pico": "vit_tiny_patch16_224"}
+    sizes = {"embed_dim": 48, "depth": 2} if name == "vit_pico" else {}
     with torch.device("meta"):
-        theirs = timm.create_model(f"{name}_patch{patch}_224", num_classes=0)
+        theirs = timm.create_model(theirs_of.get(name, f"{name}_patch16_224"), num_classes=0, **sizes)
         ours = ENCODERS[name]()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads

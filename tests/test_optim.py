@@ -10,6 +10,7 @@ import main_linprobe
 import main_pretrain
 from models import build_model
 from models_pixmim import ENCODERS
+from util.args import resolve_defaults
 from util.evaluate.probes import Probe
 from util.lr_sched import set_lr
 
@@ -75,7 +76,7 @@ def test_layer_decay_and_weight_decay_are_those_of_mae_for_every_parameter(name,
 
 
 def test_pre_training_decays_weights_alone_and_leaves_fixed_position_embeddings_out():
-    args = main_pretrain.get_parser().parse_args([*MODEL, "--data_path", "x", "--decoder_depth", "2"])
+    args = resolve_defaults(main_pretrain.get_parser().parse_args([*MODEL, "--data_path", "x", "--decoder_depth", "2"]))
     model = build_model(args)
     groups = param_groups_weight_decay(model, args.weight_decay)
     names = {p: name for name, p in model.named_parameters()}

@@ -33,6 +33,7 @@ def script(launcher: str, flags: list) -> str:
     return text.replace("--nproc_per_node=8", "--nproc_per_node=2")
 
 
+@pytest.mark.slow  # six interpreters
 @pytest.mark.parametrize(("launcher", "told"), [("srun", "tasks"), (".venv/bin/torchrun", "script")])
 def test_a_job_that_reaches_its_limit_is_requeued_and_goes_on_to_the_unbroken_end(launcher, told, photos, tmp_path):
     flags = [*PRETRAIN, *EPOCHS, "--effective_batch", 4, "--data_path", photos, "--output_dir", tmp_path / "run"]

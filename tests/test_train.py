@@ -31,8 +31,8 @@ def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     args = resolve_defaults(main_pretrain.get_parser().parse_args(words))
     model = build_model(args)
     batch = {"images": torch.zeros(3, 64, 64, 3, dtype=torch.uint8), "noise": torch.rand(3, 64)}
-    forward = products(17, 192, 12) + 2 * 16 * 192 * 192  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
-    forward += products(65, 32, 1) + 2 * 17 * 192 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
+    forward = products(17, 48, 2) + 2 * 16 * 192 * 48  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
+    forward += products(65, 32, 1) + 2 * 17 * 48 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
     assert step_flops(model, pretrain_loss(Normalize(args, CPU)), batch, args.amp) == 3 * forward
     assert model.training
 
@@ -65,14 +65,14 @@ def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monk
     assert peak_tflops(amp, CPU) is None
 
 
-def test_the_log_says_which_share_of_the_peak_is_used(tmp_path):
+def test_the_log_has_the_share_of_the_peak_flops(tmp_path):
     run = one_rank(tmp_path, size=2)
     meter = Meter(run, Progress(0, 0), TrainSampler(16, run), DevicePrefetcher([], CPU), str)
     run.log.flops, meter.peak = 2e9, 100
     assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
 
 
-def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeypatch, capsys):
+def test_warns_if_training_waits_for_data(photos, tmp_path, monkeypatch, capsys):
     read = Samples.__getitems__
 
     def slow(self, keys):
@@ -87,10 +87,10 @@ def test_waiting_for_data_is_warned_of_with_its_remedy(photos, tmp_path, monkeyp
     assert share > 50  # two steps of a second of waiting and far less of work
     assert "of epoch 1 went into waiting for data: raise --num_workers (0 now); pre-training can read" in warning
     (first,) = [line for line in said if line.startswith("first step: ")]
-    assert float(first.split()[2]) > 1
+    assert float(first.split()[2]) >= 1  # its batch took a second
 
 
-def test_a_run_that_does_not_wait_is_not_warned(tmp_path, capsys):
+def test_no_warning_if_training_does_not_wait_for_data(tmp_path, capsys):
     run = one_rank(tmp_path)
     run.log.active = True
     for waited, warnings in ((0.05, 0), (0.2, 1)):

@@ -17,6 +17,7 @@ KILLED = """
 import io, os, signal, sys
 from pathlib import Path
 import torch
+from util.checkpoint.state import store_checkpoint
 
 real = torch.save
 def half(content, file):
@@ -53,7 +54,7 @@ def run(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
-def test_a_save_that_is_killed_anywhere_leaves_a_whole_file_to_go_on_from(where, run):
+def test_a_save_killed_at_any_point_leaves_a_complete_checkpoint(where, run):
     before = read_checkpoint(run / "last.pth")
     status, _, err = ended(spawn("-c", KILLED, *where.split(), run))
     if (
@@ -70,7 +71,7 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_file_to_go_on_from(where,
     assert {path.name for path in run.glob(".*")} <= {".lock", ".new.pth", ".epoch-0009.pth.tmp"}
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_so(run):
+def test_a_full_disk_leaves_the_old_file_and_raises_an_error(run):
     before, limits = read_checkpoint(run / "last.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -90,7 +91,7 @@ def numbered(names) -> set[str]:
 def test_last_pth_holds_tensors_under_the_names_of_mae_and_everything_needed_to_go_on(pretrained):
     content = weights(pretrained)  # read with weights_only
     assert numbered(content["model"]) == numbered(reference("mae")["checkpoint"]["model"])
-    assert len(content["model"]) == 4 + 5 * 2 + 13 * 12  # tokens and positions; embeddings, norms, head; blocks
+    assert len(content["model"]) == 4 + 5 * 2 + 3 * 12  # tokens and positions; embeddings, norms, head; blocks
     assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # but for its evaluation
     assert content["batch"] == 8
     assert content["args"]["input_size"] == [16, 16]
@@ -136,8 +137,26 @@ def test_other_images_are_refused(change, message, run, photos, tmp_path):
         pretrain(data, run)
 
 
-def test_the_same_batch_in_smaller_parts_is_the_same_run(run, photos):
-    pretrain(photos, run, "--batch_size", 4, "--accum_iter", 2, "--log_every", 5)
+def test_a_run_is_resumed_with_the_same_batch_in_smaller_parts(pretrained, photos, tmp_path):
+    """Of the second epoch: other parts of the batch and other log lines change no sample, mask or learning rate."""
+    parts = ["--batch_size", 4, "--accum_iter", 2, "--log_every", 2]
+    resumed = pretrain(photos, tmp_path / "resumed", *parts, "--resume", pretrained / "epoch-0001.pth")
+    (second,) = records(resumed)  # the mean of its two steps
+    expected = records(pretrained)[2:]
+    assert (second["step"], second["lr"]) == (4, expected[1]["lr"])
+    assert second["loss"] == pytest.approx(sum(x["loss"] for x in expected) / 2, rel=1e-6)
+    assert second["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-4)
+    before = torch.load(pretrained / "epoch-0001.pth", weights_only=True)["model"]
+    after, unchanged = weights(resumed)["model"], weights(pretrained)["model"]
+    for name, value in unchanged.items():
+        # the gradient of the keys' bias is noise, which Adam scales
+        ours, theirs = (x.chunk(3)[::2] if name.endswith("qkv.bias") else [x] for x in (after[name], value))
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
+    moved = max((value - before[name]).abs().max() for name, value in unchanged.items())
+    assert moved > 100 * 2e-6  # the tolerance is small beside what the epoch changes
+    with pytest.raises(ValueError, match=r"--batch_size"):  # another batch is another run
+        pretrain(photos, tmp_path / "other", "--batch_size", 4, "--resume", pretrained / "epoch-0001.pth")
 
 
 def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tmp_path):
@@ -153,7 +172,7 @@ def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tm
         pretrain(photos, run, "--resume", tmp_path / "nowhere.pth")
 
 
-def test_a_run_goes_on_from_the_file_that_is_named(run, photos, pretrained):
+def test_resume_takes_the_named_file(run, photos, pretrained):
     (run / "last.pth").unlink()
     pretrain(photos, run, "--resume", run / "epoch-0001.pth", "--image_every", 0)
     assert_same(weights(run)["model"], weights(pretrained)["model"])

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,7 @@ WICKED = {
 
 
 @pytest.mark.parametrize("kind", WICKED)
-def test_a_wicked_file_stops_the_run_by_its_name_or_is_replaced(kind, images, tmp_path):
+def test_an_unreadable_file_stops_the_run_or_is_replaced(kind, images, tmp_path):
     WICKED[kind](images / "x.jpg")
     words = ONE_EPOCH + {
         "a pipe": ["--timeout_minutes", 0.005],
@@ -89,23 +88,22 @@ def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch
             ["build", "--data_path", str(images), "--out", str(tmp_path / "c"), "--input_size", "16"]
         )
     )
-    asleep = threading.Event()
+    released, waited = threading.Event(), []
     read = Cache.read
 
     def slow(self, i, in_chans):
         if threading.current_thread() is not threading.main_thread():
-            asleep.wait(40)
+            waited.append(released.wait(60))
         return read(self, i, in_chans)
 
     monkeypatch.setattr(Cache, "read", slow)
     try:
-        began = time.monotonic()
         with pytest.raises(RuntimeError) as error:
             pretrain(tmp_path / "c", tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
-        assert time.monotonic() - began < 20
+        assert not waited  # the reader is still busy
         assert "a loader process ended or did not answer: DataLoader timed out after 1 s" in explained(error.value)
     finally:
-        asleep.set()
+        released.set()
 
 
 def test_large_photographs_are_read_without_a_warning(tmp_path):
@@ -122,7 +120,7 @@ def test_a_line_of_pixels_does_not_become_gigabytes():
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("parent", ["alive", "killed"])
-def test_a_loader_process_does_not_outlive_who_was_killed_while_it_was_made(parent):
+def test_a_loader_process_ends_if_its_parent_was_killed_during_the_fork(parent):
     loader = multiprocessing.get_context("fork").Process(
         target=init_worker, args=(os.getpid() if parent == "alive" else 1, 0)
     )
@@ -185,9 +183,8 @@ def test_a_signal_to_the_process_group_lets_the_step_finish(photos, tmp_path):
         if line.startswith("epoch 2.0"):
             break
     os.killpg(process.pid, signal.SIGINT)
-    began = time.monotonic()
     status, out, err = ended(process)
     assert status == 130, err
-    assert time.monotonic() - began < 30
+    assert weights(tmp_path)["progress"]["epoch"] < 499  # it did not train to its end
     assert "saved; the same command goes on" in out
     assert "Traceback" not in err

@@ -35,6 +35,7 @@ from util.rng import seed_everything
 
 ALONE = World(0, 1, CPU)
 TIMM = {"img_size": 16, "patch_size": 8, "num_classes": 3}
+PICO = {"embed_dim": 48, "depth": 2}
 PROBE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "0", "--pool", "mean"]
 TUNE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.003"]
 
@@ -96,7 +97,7 @@ def knn(checkpoint, photos, *words) -> dict:
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_knn_of_a_checkpoint_is_that_of_its_features_one_by_one(pool, pretrained, photos):
-    encoder = MaskedViT(**TIMM | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3).eval()
+    encoder = MaskedViT(**TIMM | PICO | {"num_classes": 0}, num_heads=3).eval()
     encoder.load_state_dict(to_timm(weights(pretrained)["model"]))
     args = Namespace(in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, timeout_minutes=1)
     sets = []
@@ -143,12 +144,12 @@ def test_foreign_checkpoints_are_taken_as_they_are(source, pretrained, photos, t
 
 
 @pytest.mark.parametrize("options", [{"target": "hf"}, {"target": "timm", "folder": True}])
-def test_folders_of_transformers_and_timm_are_taken_as_they_are(options, pretrained, photos, tmp_path):
-    convert.convert(pretrained / "last.pth", tmp_path / "x", **options)
-    ours = knn(pretrained / "last.pth", photos)
+def test_folders_of_transformers_and_timm_are_taken_as_they_are(options, pretrained_tiny, photos, tmp_path):
+    convert.convert(pretrained_tiny / "last.pth", tmp_path / "x", **options)
+    ours = knn(pretrained_tiny / "last.pth", photos)
     assert knn(tmp_path / "x", photos) == ours
     assert knn(tmp_path / "x", photos, "--input_size", 32, 24) == knn(
-        pretrained / "last.pth", photos, "--input_size", 32, 24
+        pretrained_tiny / "last.pth", photos, "--input_size", 32, 24
     )
     said = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
     assert result("main_linprobe", *said)["n"] == 9
@@ -201,7 +202,7 @@ def test_resampling_to_a_square_of_as_many_patches_is_done():
 
 
 def test_a_foreign_checkpoint_that_is_no_square_asks_for_its_size(photos, tmp_path):
-    state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=192, depth=12, num_heads=3).state_dict()
+    state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=48, depth=2, num_heads=3).state_dict()
     torch.save({"model": state}, tmp_path / "foreign.pth")
     with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches are no square; give --input_size H W"):
         knn(tmp_path / "foreign.pth", photos)
@@ -210,7 +211,7 @@ def test_a_foreign_checkpoint_that_is_no_square_asks_for_its_size(photos, tmp_pa
 
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_list(pretrained, photos):
     with pytest.raises(
-        ValueError, match=r"last\.pth, a vit, does not fit --model vit_small: of another shape: blocks\.0"
+        ValueError, match=r"last\.pth, a vit, does not fit --model vit_small: .*of another shape: blocks\.0"
     ):
         knn(pretrained / "last.pth", photos, "--model", "vit_small")
 
@@ -293,8 +294,8 @@ def test_ranks_probe_together_even_where_one_has_nothing_to_evaluate(pretrained,
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_the_folded_classifier_is_the_probe_inside_timm(pool, pretrained, photos, tmp_path):
     probe(tmp_path, photos, pretrained / "last.pth", "--pool", pool, "--blr", 3)
-    options = TIMM | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
-    encoder = MaskedViT(**options | {"num_classes": 0}, embed_dim=192, depth=12, num_heads=3)
+    options = TIMM | PICO | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
+    encoder = MaskedViT(**options | {"num_classes": 0}, num_heads=3)
     ours = Probe(encoder, 3, 1).eval()
     state = weights(tmp_path)["model"]
     ours.load_state_dict({k if k.split(".")[0] in ("bn", "heads") else f"encoder.{k}": v for k, v in state.items()})
@@ -384,7 +385,7 @@ def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(tuned, 
 
 def test_a_fine_tuned_classifier_loads_into_timm_and_scores_the_same_there(tuned, photos):
     folder, last = tuned
-    options = TIMM | {"global_pool": "avg", "checkpoint_path": str(folder / "classifier.pth")}
+    options = TIMM | PICO | {"global_pool": "avg", "checkpoint_path": str(folder / "classifier.pth")}
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     source, args = labelled_sources(str(photos))[1], one_rank(folder).args
     score = Score(3, CPU)

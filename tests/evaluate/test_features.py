@@ -40,7 +40,7 @@ def names_of(output: Path) -> list[str]:
 
 def one_by_one(folder: Path, names: list[str], run: Path, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
     """Tokens of each image alone, (N, 1 + L, D)."""
-    encoder = MaskedViT(img_size=size, patch_size=8, embed_dim=192, depth=12, num_heads=3).eval()
+    encoder = MaskedViT(img_size=size, patch_size=8, embed_dim=48, depth=2, num_heads=3).eval()
     encoder.load_state_dict(resize_weights(read_weights(run / "last.pth"), size).state, strict=False)
     tokens = []
     for name in names:
@@ -129,7 +129,7 @@ def test_grey_images_and_an_untrained_encoder_will_do(tmp_path):
     said = result(
         "main_features", "--data_path", tmp_path / "in", "--checkpoint", "none", "--output", tmp_path / "x.npy", *words
     )
-    assert said["shape"] == [1, 192]
+    assert said["shape"] == [1, 48]
 
 
 @pytest.mark.parametrize(
