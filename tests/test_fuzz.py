@@ -20,7 +20,7 @@ from util.args import run_main
 from util.checkpoint.state import read_checkpoint, write_checkpoint
 from util.files import content_hash
 from util.formats.read import read_weights
-from util.formats.unpickle import _read
+from util.formats.unpickle import load_content
 
 TRIES = int(os.environ.get("FUZZ", 40))  # commands; and 25 times as many broken files
 SETTINGS = {"deadline": None, "database": None, "derandomize": TRIES == 40, "suppress_health_check": list(HealthCheck)}
@@ -84,7 +84,7 @@ def place(tmp_path_factory):
 def test_a_broken_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
     broken = place / "broken.pth"
     broken.write_bytes(damaged(whole.read_bytes(), how))
-    for read in (read_checkpoint, _read):
+    for read in (read_checkpoint, load_content):
         content = content_of(read, broken)
         assert content is None or content_hash(content) == content_hash(read_checkpoint(whole))
 
@@ -104,7 +104,7 @@ def theirs(pretrained, place):
 def test_a_broken_file_of_somebody_else_is_read_or_refused(how, suffix, theirs):
     broken = theirs.with_name(f"broken{suffix}")
     broken.write_bytes(damaged(theirs.with_suffix(suffix).read_bytes(), how))
-    content = content_of(_read, broken)
+    content = content_of(load_content, broken)
     if suffix == ".pth" and content is not None:
         assert_same(content, torch.load(theirs.with_suffix(suffix), weights_only=True))
 

@@ -23,18 +23,18 @@ from models_pixmim import MaskedEncoder, MaskedViT, PixMIM
 from util import convert
 from util.formats.commands import load_command
 from util.formats.keys import (
-    HOMES,
-    Weights,
-    architecture,
+    FORMATS,
     default_format,
     family,
     mae_names,
     pixmim_names,
     rename,
+    tensor_sizes,
     to_timm,
 )
-from util.formats.read import _map, read_weights
-from util.formats.unpickle import _Inert, _read
+from util.formats.read import _map_names, read_weights
+from util.formats.unpickle import Placeholder, load_content
+from util.formats.weights import Weights
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
@@ -174,7 +174,7 @@ def test_a_fine_tuned_classifier_keeps_norm_and_head(pooled, mae, tmp_path):
     state = classifier(mae, pooled)
     weights = read_weights(saved(tmp_path, {"state_dict": mm_of(state), "meta": {}}))
     assert same(weights.state, state)
-    facts = architecture(weights.state)
+    facts = tensor_sizes(weights.state)
     assert (facts["num_classes"], facts["pooled"]) == (5, pooled)
 
 
@@ -199,22 +199,22 @@ def test_batch_norm_of_a_linear_probe_is_folded_into_the_head(family, mae, tmp_p
     assert set(weights.dropped) == set(stats)
 
 
-def test_architecture_of_a_pretrained_model(mae):
-    assert architecture(mae) == {
+def test_tensor_sizes_of_a_pretrained_model(mae):
+    assert tensor_sizes(mae) == {
         "family": "vit", "embed_dim": 192, "depth": 2, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16, "class_token": True,
         "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
     }  # fmt: skip
-    assert "decoder_dim" not in architecture(to_timm(mae))
+    assert "decoder_dim" not in tensor_sizes(to_timm(mae))
 
 
 @pytest.mark.parametrize(("host", "sizes"), [
     ("convvit", {"embed_dim": (8, 16, 192), "depth": (1, 2, 2), "class_token": False}),
     ("mff_vit", {"embed_dim": 192, "depth": 3, "class_token": True}),
 ])  # fmt: skip
-def test_architecture_and_family_of_a_host(host, sizes):
+def test_tensor_sizes_and_family_of_a_host(host, sizes):
     state = state_of(host)
     assert family(state) == host
-    assert architecture(state) == sizes | {
+    assert tensor_sizes(state) == sizes | {
         "family": host, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16,
         "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
     }  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_file_of_the_reference_comes_back_as_it_was(name, target, tmp_path):
 def test_what_is_written_is_read_again_as_it_was(host, tuned, tmp_path):
     state = classifier(state_of(host)) if tuned else state_of(host)
     path = saved(tmp_path, {"format": "pixmim-1", "model": state})
-    for target in {"mae", "mmpretrain"} & {*HOMES[family(state)]}:
+    for target in {"mae", "mmpretrain"} & {*FORMATS[family(state)]}:
         report = convert.convert(path, tmp_path / "out.pth", target)
         again = read_weights(tmp_path / "out.pth")
         assert same(again.state, state)
@@ -304,20 +304,22 @@ CONVMAE_LINE = (
 )
 def test_the_line_for_ConvMAE_names_the_sizes_of_all_stages(size, args, given):
     encoder = ConvViT(size, 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
-    weights = Weights(mae_names(method(encoder).state_dict()), args, "mae", [])
+    weights = Weights.from_state(mae_names(method(encoder).state_dict()), args, "mae", [])
     assert load_command(weights, "mae", "x.pth") == CONVMAE_LINE.format(*given)
 
 
 def test_no_line_loads_a_pre_training_of_ConvMAE_that_is_no_square_but_one_loads_its_encoder():
     encoder = ConvViT((32, 64), 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
     state, args = mae_names(method(encoder).state_dict()), {"input_size": [32, 64]}
-    assert "pre-trains squares alone" in load_command(Weights(state, args, "mae", []), "mae", "x.pth")
-    line = load_command(Weights(to_timm(state), args, "mae", []), "mae", "x.pth")
+    assert "models_convvit takes the encoder" in load_command(
+        Weights.from_state(state, args, "mae", []), "mae", "x.pth"
+    )
+    line = load_command(Weights.from_state(to_timm(state), args, "mae", []), "mae", "x.pth")
     assert "models_convvit.ConvViT(img_size=[(32, 64), (8, 16), (4, 8)], patch_size=[4, 2, 2]" in line
 
 
 def test_the_line_for_an_encoder_of_ConvMAE_alone_asks_for_the_norm_that_the_file_has():
-    weights = Weights(to_timm(state_of("convvit")), {}, "mae", [])
+    weights = Weights.from_state(to_timm(state_of("convvit")), {}, "mae", [])
     assert "models_convvit.ConvViT(" in (line := load_command(weights, "mae", "x.pth"))
     assert "num_classes=0, global_pool=False" in line
 
@@ -328,7 +330,7 @@ def test_the_line_for_an_encoder_of_ConvMAE_alone_asks_for_the_norm_that_the_fil
      ("mff_vit", "mae", "timm or mmpretrain or hf or mmseg or detectron2 or onnx")],
 )  # fmt: skip
 def test_a_format_without_a_place_for_the_host_is_refused(host, target, remedy, tmp_path):
-    with pytest.raises(ValueError, match=rf"--to {target} has no place for a {host}: .*; use --to {remedy}$"):
+    with pytest.raises(ValueError, match=rf"--to {target} .*{host}.* --to {remedy}$"):
         convert.convert(saved(tmp_path, {"model": state_of(host)}), tmp_path / "out.pth", target)
     assert not (tmp_path / "out.pth").exists()
 
@@ -406,7 +408,7 @@ def test_MFF_without_its_fusion_is_the_vit_of_timm(tmp_path):
 
 def test_defaults_of_timm_are_not_repeated_in_the_line():
     model = MaskedViT(embed_dim=768, depth=12, num_heads=12)
-    weights = Weights(model.state_dict(), {}, "mae", [])
+    weights = Weights.from_state(model.state_dict(), {}, "mae", [])
     line = "timm.create_model('vit_base_patch16_224', num_classes=0, checkpoint_path='x.pth')"
     assert load_command(weights, "timm", "x.pth") == line
 
@@ -469,8 +471,8 @@ def test_one_key_too_many_is_an_error_that_names_it(key, value, mae, tmp_path):
 def test_every_single_key_is_missed(host, tmp_path):
     state = state_of(host)
     for key in state:
-        with pytest.raises(ValueError, match=rf"names\.RULES describe: missing: {re.escape(key)}$"):
-            _map(tmp_path, {k: v for k, v in state.items() if k != key}, "mae")
+        with pytest.raises(ValueError, match=rf"py: missing: {re.escape(key)}$"):
+            _map_names(tmp_path, {k: v for k, v in state.items() if k != key}, "mae")
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -478,7 +480,7 @@ def test_every_single_shape_is_checked(host, tmp_path):
     state = state_of(host)
     for key, value in state.items():
         with pytest.raises(ValueError, match="mis-shaped"):
-            _map(tmp_path, state | {key: torch.cat([value, value], -1)}, "mae")
+            _map_names(tmp_path, state | {key: torch.cat([value, value], -1)}, "mae")
 
 
 @pytest.mark.parametrize(
@@ -498,7 +500,7 @@ def test_every_single_shape_is_checked(host, tmp_path):
 def test_a_key_that_does_not_fit_its_host_is_named(host, key, value, problem, tmp_path):
     state = state_of(host)
     content = {"model": state | {key: value}} if host == "convvit" else {"state_dict": mm_of(state) | {key: value}}
-    with pytest.raises(ValueError, match=rf"in\.pth .* describe: {re.escape(problem)}$"):
+    with pytest.raises(ValueError, match=rf"in\.pth .*py: {re.escape(problem)}$"):
         read_weights(saved(tmp_path, content))
 
 
@@ -506,13 +508,13 @@ def test_a_key_that_does_not_fit_its_host_is_named(host, key, value, problem, tm
 def test_a_layer_of_the_fusion_that_is_not_there_is_named(host, part, tmp_path):
     state = state_of(host)
     gone = [key for key in state if key.startswith(part)]
-    with pytest.raises(ValueError, match=rf"describe: missing: {re.escape(', '.join(gone))}$"):
+    with pytest.raises(ValueError, match=rf"py: missing: {re.escape(', '.join(gone))}$"):
         read_weights(saved(tmp_path, {"model": {key: state[key] for key in state.keys() - gone}}))
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [({"conv1.weight": torch.ones(1)}, "not one of its 1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
+    [({"conv1.weight": torch.ones(1)}, "none of its 1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
      ({"epoch": 3, "loss": 0.1}, "a dict of epoch, loss"), (torch.ones(3), "a Tensor"), ({"model": {}}, "a dict of model")],
 )  # fmt: skip
 def test_a_file_without_a_known_vit_says_what_it_holds(content, found, tmp_path):
@@ -575,7 +577,7 @@ def test_code_in_a_pickle_is_refused_and_not_executed(new_format, mae, tmp_path)
     victim = tmp_path / "victim"
     content = {"model": mae, "args": Evil(f"touch {victim}")}
     torch.save(content, tmp_path / "in.pth", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(ValueError, match=r"in\.pth holds .*system, .*refused"):
+    with pytest.raises(ValueError, match=r"in\.pth holds .*system"):
         read_weights(tmp_path / "in.pth")
     assert not victim.exists()
     torch.load(tmp_path / "in.pth", weights_only=False)
@@ -591,8 +593,8 @@ class EvilGetattr:
 
 def test_what_is_allowed_by_name_is_never_the_real_thing(mae, tmp_path):
     path = saved(tmp_path, {"model": mae, "x": EvilGetattr(), "y": np.float64(3), "z": np.arange(3)})
-    content = _read(path)
-    assert {type(content[key]) for key in "xyz"} == {_Inert}
+    content = load_content(path)
+    assert {type(content[key]) for key in "xyz"} == {Placeholder}
     assert not any(vars(content[key]) for key in "xyz")
 
 
@@ -680,7 +682,7 @@ def test_a_run_of_a_host_without_rules_is_loaded_as_it_is_and_not_converted(mae,
     assert family(state) is default_format(state) is None
     result = run(path, tmp_path / "out.pth", module=True)
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(r"error: no rule knows gate\.weight: .*\n", result.stderr)
+    assert re.fullmatch(r"error: gate\.weight: .*\n", result.stderr)
     assert not (tmp_path / "out.pth").exists()
 
 

@@ -27,8 +27,9 @@ from util import convert
 from util.data.decode import read_image
 from util.data.transforms import eval_transform
 from util.formats.commands import load_command
-from util.formats.keys import Weights, mae_names, to_hf, to_timm
+from util.formats.keys import mae_names, to_hf, to_timm
 from util.formats.read import read_weights
+from util.formats.weights import Weights
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -243,12 +244,14 @@ def test_the_check_of_the_page_names_what_did_not_arrive(mae):
 def test_a_norm_as_wide_as_the_pyramid_is_refused_by_detectron2(tmp_path):
     state = MaskedViT(img_size=32, patch_size=8, embed_dim=256, depth=1, num_heads=4).state_dict()
     assert "backbone.simfp_2.4.norm.weight" in matched(vitdet(256, 1, 8, 17, 16), shapes(state))
-    with pytest.raises(ValueError, match="would put a final norm 256 wide into the pyramid"):
+    with pytest.raises(ValueError, match="--to detectron2: width 256"):
         written(state, tmp_path, "detectron2")
 
 
 def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
-    weights = Weights(MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", [])
+    weights = Weights.from_state(
+        MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", []
+    )
     assert load_command(weights, "detectron2", "/x.pth") == (
         "'train.init_checkpoint=\"/x.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size=448"
     )
@@ -451,7 +454,7 @@ def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
     assert close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES), ours)
     assert json.loads((folder / "config.json").read_text())["label_names"] == classes
     weights = read_weights(folder)
-    assert (same(weights.state, state), weights.args.get("pool"), weights.args["classes"]) == (True, pool, classes)
+    assert (same(weights.state, state), weights.pool, weights.classes) == (True, pool, classes)
     session = onnxruntime.InferenceSession(
         written(state, tmp_path, "onnx", args=args), providers=["CPUExecutionProvider"]
     )
@@ -464,7 +467,7 @@ def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
         assert [*model.config.id2label.values()] == classes
     else:
         for encoder_only in (False, True):
-            with pytest.raises(ValueError, match="classifies by the class token, this one by the mean: use --to timm"):
+            with pytest.raises(ValueError, match=r"--to hf.* use --to timm"):
                 written(state, tmp_path, "hf", args=args, encoder_only=encoder_only)
 
 
@@ -513,15 +516,15 @@ def test_the_same_input_size_changes_nothing(mae, tmp_path):
         ({"target": "timm", "input_size": (30, 32)}, "--input_size 30 32 is not a multiple of the patch size 8"),
         (
             {"target": "hf", "input_size": (32, 64)},
-            "--input_size 32 is needed: transformers' ViTMAE takes squares, not 32 x 64",
+            "--input_size 32 .* ViTMAE .* 32 x 64",
         ),
         (
             {"target": "detectron2", "input_size": (32, 64)},
-            "--input_size 32 is needed: ViTDet takes squares, not 32 x 64",
+            "--input_size 32 .* ViTDet .* 32 x 64",
         ),
-        ({"target": "mae", "folder": True}, "--folder is for --to timm"),
-        ({"target": "timm", "encoder_only": True}, "--encoder_only is for --to hf, not for --to timm"),
-        ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer is for --to mmseg"),
+        ({"target": "mae", "folder": True}, "--folder .*--to timm"),
+        ({"target": "timm", "encoder_only": True}, "--encoder_only .*--to hf.*--to timm"),
+        ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer .*--to mmseg"),
     ],
 )
 def test_flags_that_make_no_sense_together_are_one_line(flags, words, mae, tmp_path):
@@ -532,10 +535,10 @@ def test_flags_that_make_no_sense_together_are_one_line(flags, words, mae, tmp_p
 
 
 def test_an_encoder_alone_asks_for_encoder_only(mae, tmp_path):
-    with pytest.raises(ValueError, match="no decoder for a ViTMAEForPreTraining: add --encoder_only"):
+    with pytest.raises(ValueError, match=r"--to hf.*ViTMAEForPreTraining.* --encoder_only"):
         written(to_timm(mae), tmp_path, "hf")
     mff = mae_names(method(HOSTS["mff_vit"]()).state_dict())
-    with pytest.raises(ValueError, match=r"no place for the decoder of a mff_vit: .*; add --encoder_only"):
+    with pytest.raises(ValueError, match=r"--to hf .*mff_vit: .*--encoder_only"):
         written(mff, tmp_path, "hf")
 
 
@@ -544,7 +547,7 @@ def test_a_shape_that_nobody_tells_is_asked_for(kind, needs, tmp_path):
     encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
     options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
     if needs:
-        with pytest.raises(ValueError, match="--input_size is needed: 12 patches are no square"):
+        with pytest.raises(ValueError, match=r"--input_size .* 12 patches"):
             written(encoder.state_dict(), tmp_path, **options)
     assert written(encoder.state_dict(), tmp_path, input_size=(16, 48), **options).exists()
 
@@ -572,7 +575,7 @@ def written_from(path: Path, target: str, **options) -> Path:
 
 def test_statistics_of_other_channels_must_be_known(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
-    with pytest.raises(ValueError, match="does not tell mean and std of its 5 channels"):
+    with pytest.raises(ValueError, match="mean and std of its 5 channels"):
         written(state, tmp_path, "timm", folder=True)
     five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
     folder = written(state, tmp_path, "timm", folder=True, args=five_channels)
@@ -601,7 +604,7 @@ LIES = {
 def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=rf"config\.json says .*{value}.*: it belongs to other weights") as error:
+    with pytest.raises(ValueError, match=rf"config\.json .*{value}") as error:
         read_weights(folder)
     assert "\n" not in str(error.value)
 
@@ -612,7 +615,7 @@ def test_so_is_one_of_timm(key, mae, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["model_args"][key] = 7
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.json says .*7.*: it belongs to other weights"):
+    with pytest.raises(ValueError, match=r"config\.json .*7"):
         read_weights(folder)
 
 
@@ -624,9 +627,7 @@ def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=rf"config\.json says {key} .*\(the weights: 3 channels\): it belongs to other weights"
-    ):
+    with pytest.raises(ValueError, match=rf"config\.json .*{key} .*\(the weights: 3 channels\)"):
         read_weights(folder)
 
 
@@ -654,7 +655,7 @@ def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
     victim = folder.parent / "victim"
     (folder / "model.safetensors").unlink()
     torch.save(to_hf(mae) | {"x": Evil(f"touch {victim}")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds .*system, .*refused"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds .*system"):
         read_weights(folder)
     assert not victim.exists()
     torch.save(to_hf(mae), folder / "pytorch_model.bin")
@@ -682,7 +683,7 @@ def test_a_header_that_lies_about_offsets_is_named(folder):
 
 def test_a_foreign_safetensors_says_what_it_holds(folder):
     save_file({"conv1.weight": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not one of its 1 keys \(conv1\.weight"):
+    with pytest.raises(ValueError, match=r"none of its 1 keys \(conv1\.weight"):
         read_weights(folder)
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="git lfs pull"):
@@ -709,20 +710,20 @@ def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="save it in one part"):
         read_weights(folder)
     (tmp_path / "x.onnx").write_bytes(b"\x08\x0a")
-    with pytest.raises(ValueError, match="is a graph, in which tensors need no names"):
+    with pytest.raises(ValueError, match=r"x\.onnx is an ONNX graph"):
         read_weights(tmp_path / "x.onnx")
 
 
 def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
     state = mae_names(method(HOSTS["convvit"]()).state_dict())
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="holds a ConvMAE, which neither transformers nor timm has"):
+    with pytest.raises(ValueError, match="holds a ConvMAE"):
         read_weights(folder)
     assert same(read_weights(folder / "model.safetensors").state, state)
 
 
 def test_a_host_without_rules_is_refused_at_any_size(mae, tmp_path):
-    with pytest.raises(ValueError, match="no rule knows gate"):
+    with pytest.raises(ValueError, match=r"^gate"):
         written(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
 
 
@@ -773,7 +774,7 @@ def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, 
 
 def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
     path = saved(tmp_path, {"model": mae})
-    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x uploads folders: add --folder, or use --to hf"):
+    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_args, **_kwargs: 1 / 0)
     with pytest.raises(
