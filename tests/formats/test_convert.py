@@ -17,10 +17,12 @@ from reference.make import read
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from models import ENCODERS
 from models_convmae import ConvViT
 from models_mff import MFFViT
 from models_pixmim import MaskedEncoder, MaskedViT, PixMIM
 from util import convert
+from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.formats.commands import load_command
 from util.formats.keys import (
     FORMATS,
@@ -162,7 +164,7 @@ def test_files_from_before_torch_1_6_and_safetensors_are_read(mae, tmp_path):
     assert same(read_weights(tmp_path / "x.safetensors").state, to_timm(mae))
 
 
-def test_filter_and_preprocessor_of_the_release_are_dropped_by_rule_and_named(mae, tmp_path):
+def test_filter_and_preprocessor_of_the_release_are_reported_as_dropped(mae, tmp_path):
     extra = {"target_generator.low_pass_filter": torch.ones(3, 32, 32), "data_preprocessor.mean": torch.ones(3, 1, 1)}
     weights = read_weights(saved(tmp_path, {"state_dict": mm_of(mae) | extra, "meta": {}}))
     assert same(weights.state, mae)
@@ -220,6 +222,21 @@ def test_tensor_sizes_and_family_of_a_host(host, sizes):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["vit_pico", "mff_vit_pico", "convvit_pico"])
+def test_weights_hold_every_fact_of_a_run_begun_with_defaults(name):
+    """Runs of earlier versions hold None for defaults that are resolved after parsing today."""
+    encoder = ENCODERS[name](img_size=(64, 64))
+    args = {"model": name, "input_size": [64, 64], "in_chans": 3, "mean": None, "std": None, "lowpass_radius": None}
+    weights = Weights.from_state(mae_names(method(encoder).state_dict()), args)
+    assert (weights.model, weights.num_heads, weights.input_size, weights.grid) == (name, 3, (64, 64), (4, 4))
+    assert (weights.mean, weights.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert weights.lowpass_radius == 40 * 64 / 224
+    assert weights.has_decoder
+    assert (weights.decoder_dim, weights.decoder_depth, weights.decoder_heads) == (64, 1, 2)
+    encoder_only = weights.with_state(to_timm(weights.state))
+    assert (encoder_only.has_decoder, encoder_only.decoder_dim, encoder_only.decoder_heads) == (False, None, None)
+
+
 def test_biases_of_query_and_value_are_read_as_one_with_none_for_the_keys(mae, tmp_path):
     """As long_seq_mae saves them, in encoder and decoder."""
     state, joined = dict(mae), {}
@@ -242,7 +259,7 @@ def test_biases_of_query_and_value_are_read_as_one_with_none_for_the_keys(mae, t
 
 
 @pytest.mark.parametrize(("name", "target"), [("lsmae", "mae"), ("convmae", "mae"), ("mff", "mmpretrain")])
-def test_a_file_of_the_reference_comes_back_as_it_was(name, target, tmp_path):
+def test_round_trip_of_a_reference_checkpoint(name, target, tmp_path):
     theirs = read(name)["checkpoint"]
     modules = pixmim_names(read_weights(saved(tmp_path, theirs)).state)
     ours = saved(tmp_path, {"format": "pixmim-1", "model": mae_names(modules)})
@@ -252,7 +269,7 @@ def test_a_file_of_the_reference_comes_back_as_it_was(name, target, tmp_path):
 
 @pytest.mark.parametrize("tuned", [False, True])
 @pytest.mark.parametrize("host", HOSTS)
-def test_what_is_written_is_read_again_as_it_was(host, tuned, tmp_path):
+def test_reads_back_what_it_writes(host, tuned, tmp_path):
     state = classifier(state_of(host)) if tuned else state_of(host)
     path = saved(tmp_path, {"format": "pixmim-1", "model": state})
     for target in {"mae", "mmpretrain"} & {*FORMATS[family(state)]}:
@@ -263,7 +280,7 @@ def test_what_is_written_is_read_again_as_it_was(host, tuned, tmp_path):
         assert "dropped  nothing" in report
 
 
-def test_a_fine_tuned_ConvMAE_comes_back_with_the_keys_of_a_classifier(tmp_path):
+def test_round_trip_of_a_fine_tuned_ConvMAE(tmp_path):
     model = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg"))
     fusion = {key for key in model.state_dict() if key.startswith(model.pretraining_only)}
     state = {key: value for key, value in model.state_dict().items() if key not in fusion}
@@ -329,7 +346,7 @@ def test_the_line_for_an_encoder_of_ConvMAE_alone_asks_for_the_norm_that_the_fil
     [("convvit", "timm", "mae"), ("convvit", "mmpretrain", "mae"), ("convvit", "hf", "mae"), ("convvit", "onnx", "mae"),
      ("mff_vit", "mae", "timm or mmpretrain or hf or mmseg or detectron2 or onnx")],
 )  # fmt: skip
-def test_a_format_without_a_place_for_the_host_is_refused(host, target, remedy, tmp_path):
+def test_refuses_a_format_that_cannot_hold_the_host(host, target, remedy, tmp_path):
     with pytest.raises(ValueError, match=rf"--to {target} .*{host}.* --to {remedy}$"):
         convert.convert(saved(tmp_path, {"model": state_of(host)}), tmp_path / "out.pth", target)
     assert not (tmp_path / "out.pth").exists()
@@ -468,7 +485,7 @@ def test_one_key_too_many_is_an_error_that_names_it(key, value, mae, tmp_path):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_every_single_key_is_missed(host, tmp_path):
+def test_each_missing_key_is_reported(host, tmp_path):
     state = state_of(host)
     for key in state:
         with pytest.raises(ValueError, match=rf"py: missing: {re.escape(key)}$"):
@@ -497,7 +514,7 @@ def test_every_single_shape_is_checked(host, tmp_path):
          "mis-shaped: backbone.proj_layers.1.weight is [192, 64], expected [192, 192]"),
     ],
 )  # fmt: skip
-def test_a_key_that_does_not_fit_its_host_is_named(host, key, value, problem, tmp_path):
+def test_error_names_a_key_that_does_not_fit_the_host(host, key, value, problem, tmp_path):
     state = state_of(host)
     content = {"model": state | {key: value}} if host == "convvit" else {"state_dict": mm_of(state) | {key: value}}
     with pytest.raises(ValueError, match=rf"in\.pth .*py: {re.escape(problem)}$"):
@@ -517,7 +534,7 @@ def test_a_layer_of_the_fusion_that_is_not_there_is_named(host, part, tmp_path):
     [({"conv1.weight": torch.ones(1)}, "none of its 1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
      ({"epoch": 3, "loss": 0.1}, "a dict of epoch, loss"), (torch.ones(3), "a Tensor"), ({"model": {}}, "a dict of model")],
 )  # fmt: skip
-def test_a_file_without_a_known_vit_says_what_it_holds(content, found, tmp_path):
+def test_error_names_the_content_of_an_unknown_file(content, found, tmp_path):
     with pytest.raises(ValueError, match=re.escape(found)) as error:
         read_weights(saved(tmp_path, content))
     assert "in.pth" in str(error.value)
@@ -536,7 +553,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_file_that_is_no_checkpoint_is_one_line_with_a_remedy(kind, tmp_path):
+def test_error_of_a_broken_file_is_one_line(kind, tmp_path):
     content, words = BROKEN[kind]
     path = tmp_path / "in.pth"
     path.write_bytes(content)
@@ -674,7 +691,7 @@ def test_a_failed_command_is_one_line_status_1_and_leaves_out_alone(mae, tmp_pat
     assert out.read_bytes() == b"precious"
 
 
-def test_a_run_of_a_host_without_rules_is_loaded_as_it_is_and_not_converted(mae, tmp_path):
+def test_host_without_rules_is_read_unchanged_and_not_converted(mae, tmp_path):
     state = mae | {"gate.weight": torch.ones(3)}
     path = saved(tmp_path, {"format": "pixmim-1", "model": state, "args": {"model": "gated"}})
     weights = read_weights(path)

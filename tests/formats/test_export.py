@@ -76,7 +76,7 @@ PAIRS = [(one, two) for one, two in product(FORMATS, FORMATS) if one in WHOLE or
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_from_any_format_to_any_other_no_number_changes(first, second, mae, tmp_path):
+def test_conversion_between_any_two_formats_keeps_every_tensor(first, second, mae, tmp_path):
     one = written(mae, tmp_path, **FORMATS[first])
     report = convert.convert(one, tmp_path / "two", **FORMATS[second])
     whole = first in WHOLE and second in WHOLE
@@ -88,7 +88,7 @@ def test_from_any_format_to_any_other_no_number_changes(first, second, mae, tmp_
 
 
 @pytest.mark.parametrize("kind", [k for k in FORMATS if k not in WHOLE])
-def test_of_MFF_every_format_gets_the_plain_encoder(kind, tmp_path):
+def test_MFF_is_exported_as_a_plain_encoder(kind, tmp_path):
     state = mae_names(method(HOSTS["mff_vit"]()).state_dict())
     assert same(read_weights(written(state, tmp_path, **FORMATS[kind])).state, to_timm(state))
 
@@ -113,7 +113,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("bare", [False, True])
-def test_every_spelling_of_transformers_is_read(spelling, bare, mae, tmp_path):
+def test_reads_tensor_names_of_all_transformers_versions(spelling, bare, mae, tmp_path):
     theirs = to_hf(to_timm(mae) if bare else mae)
     state = {SPELLINGS[spelling](name): value for name, value in theirs.items()}
     if bare:
@@ -310,20 +310,31 @@ LIBRARIES: dict[str, tuple[Callable, dict]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def onnx_graph(tmp_path_factory) -> tuple[PixMIM, Path]:
+    """A model and the ONNX graph of its encoder; the export takes seconds."""
+    model = method(HOSTS["vit"]())
+    return model, written(mae_names(model.state_dict()), tmp_path_factory.mktemp("onnx"), "onnx")
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_features_are_ours_and_a_slip_would_be_seen(library, model, mae, tmp_path):
+def test_features_equal_ours_and_a_wrong_tensor_differs(library, model, mae, tmp_path, onnx_graph):
     use, options = LIBRARIES[library]
+    if library == "onnxruntime":
+        model, path = onnx_graph
+        mae = mae_names(model.state_dict())
+    else:
+        path = written(mae, tmp_path, **options)
     ours = model.encoder.forward_features(IMAGES)
-    theirs = use(written(mae, tmp_path, **options), IMAGES)
-    assert close(theirs, ours)
+    assert close(use(path, IMAGES), ours)
     for slip, state in slips(mae).items():
         if library != "onnxruntime" or slip == "query and key":  # tracing takes a second
             assert not close(use(written(state, tmp_path, **options), IMAGES), ours), slip
 
 
 @torch.no_grad()
-def test_eps_is_ours_where_it_matters(mae, tmp_path):
+def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
     """Tokens of 1e-3: eps 1e-6 halves what the first norm gives, transformers' 1e-12 does not."""
     faint = mae | {
         name: mae[name] * 1e-3
@@ -445,7 +456,7 @@ def scores(state: dict[str, Tensor], kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", PROBES)
 @torch.no_grad()
-def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
+def test_classifiers_give_the_same_logits_in_every_library(kind, mae, tmp_path):
     pooled, pool = PROBES[kind]
     state, classes = classifier(mae, pooled), ["ant", "bee", "cat", "dog", "eel"]
     args = {"pool": pool, "classes": classes}
@@ -472,8 +483,8 @@ def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
 
 
 @torch.no_grad()
-def test_an_onnx_graph_takes_batches_of_any_size(model, mae, tmp_path):
-    path = written(mae, tmp_path, "onnx")
+def test_an_onnx_graph_takes_batches_of_any_size(onnx_graph):
+    model, path = onnx_graph
     for images in (IMAGES[:1], torch.cat([IMAGES] * 3)):
         assert close(in_onnxruntime(path, images), model.encoder.forward_features(images))
 
@@ -527,14 +538,14 @@ def test_the_same_input_size_changes_nothing(mae, tmp_path):
         ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer .*--to mmseg"),
     ],
 )
-def test_flags_that_make_no_sense_together_are_one_line(flags, words, mae, tmp_path):
+def test_conflicting_flags_are_refused_in_one_line(flags, words, mae, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         written(mae, tmp_path, **flags)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
-def test_an_encoder_alone_asks_for_encoder_only(mae, tmp_path):
+def test_encoder_without_decoder_requires_encoder_only(mae, tmp_path):
     with pytest.raises(ValueError, match=r"--to hf.*ViTMAEForPreTraining.* --encoder_only"):
         written(to_timm(mae), tmp_path, "hf")
     mff = mae_names(method(HOSTS["mff_vit"]()).state_dict())
@@ -543,7 +554,7 @@ def test_an_encoder_alone_asks_for_encoder_only(mae, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "needs"), [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)])
-def test_a_shape_that_nobody_tells_is_asked_for(kind, needs, tmp_path):
+def test_requires_input_size_if_the_grid_is_unknown(kind, needs, tmp_path):
     encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
     options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
     if needs:
@@ -786,7 +797,7 @@ def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 
-def test_onnx_says_which_packages_it_needs(mae, tmp_path, monkeypatch):
+def test_onnx_error_names_missing_packages(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="--to onnx needs onnxscript: pip install onnx onnxscript"):
         written(mae, tmp_path, "onnx")

@@ -38,11 +38,8 @@ def _timm_line(weights: Weights, out: Path | str) -> str:
 
 
 def _decoder_options(weights: Weights) -> dict[str, Any]:
-    return {
-        "decoder_embed_dim": weights.decoder_dim,
-        "decoder_depth": weights.decoder_depth,
-        "decoder_num_heads": weights.decoder_heads,
-    }
+    sizes = {"decoder_embed_dim": weights.decoder_dim, "decoder_depth": weights.decoder_depth}
+    return sizes | {"decoder_num_heads": weights.decoder_heads}
 
 
 def _load_line(constructor: str, options: dict[str, Any], out: Path | str) -> str:
@@ -85,11 +82,8 @@ def _mm_options(weights: Weights) -> list[str]:
     """Overrides of an OpenMMLab backbone that differs from ViT-B/16."""
     names = {"embed_dim": "embed_dims", "depth": "num_layers", "patch_size": "patch_size", "in_chans": "in_channels"}
     usual = {"embed_dim": 768, "depth": 12, "patch_size": 16, "in_chans": 3, "num_heads": 12, "mlp_ratio": 4}
-    return [
-        f"model.backbone.{names.get(key, key)}={getattr(weights, key)}"
-        for key, value in usual.items()
-        if getattr(weights, key) != value
-    ]
+    own = {key: getattr(weights, key) for key in usual}
+    return [f"model.backbone.{names.get(key, key)}={own[key]}" for key in usual if own[key] != usual[key]]
 
 
 def _detectron2_line(weights: Weights, out: Path | str) -> str:

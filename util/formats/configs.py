@@ -7,8 +7,6 @@ from util.formats.resize import known_size, square_side
 from util.formats.weights import HEADS, Weights
 
 EPS = 1e-6  # of every LayerNorm; transformers' default is 1e-12, mmsegmentation's 1e-5
-
-
 ENTRIES = {  # width -> timm's entry point, its patch size and depth
     192: ("vit_tiny_patch16_224", 16, 12),
     384: ("vit_small_patch16_224", 16, 12),

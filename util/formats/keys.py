@@ -27,11 +27,7 @@ class Rule(NamedTuple):
 
 
 VIT, MFF, CONV = ("vit", "mff_vit"), ("mff_vit",), ("convvit",)
-
-
 ALL = (*VIT, *CONV)
-
-
 TENSORS = (
     Rule("cls_token", "backbone.cls_token", "vit.embeddings.cls_token", "1 1 D", VIT),
     Rule("pos_embed", "backbone.pos_embed", "vit.embeddings.position_embeddings", "1 T D", ALL),
@@ -39,8 +35,6 @@ TENSORS = (
     Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
     Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
 )
-
-
 LAYERS = (  # shape of the weight; the bias is as long as its first side
     Rule(
         "patch_embed.proj",
@@ -68,14 +62,10 @@ LAYERS = (  # shape of the weight; the bias is as long as its first side
     Rule("decoder_pred", "neck.decoder_pred", "decoder.decoder_pred", "PPC E", VIT),
     Rule("decoder_pred", None, None, "QQRRSSC E", CONV),
 )
-
-
 CONV_BLOCK = (  # layers of a block of ConvMAE's first stage
     ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
     ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
 )  # fmt: skip
-
-
 BLOCK = (  # layers of a block
     ("norm1", "ln1", "layernorm_before", "D"),
     ("attn.qkv", "attn.qkv", "attention.attention.{query,key,value}", "3D D"),
@@ -103,22 +93,12 @@ def _expand() -> Iterator[Rule]:
 
 
 RULES = tuple(_expand())
-
-
 DROPPED = re.compile(
     r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
 )
-
-
 DECODER = re.compile(r"mask_token|decoder_.*")
-
-
 FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")  # MFF's, ConvMAE's: not for features
-
-
 THIRDS = "{query,key,value}"
-
-
 HF_NAMES = (  # of transformers 5.x and of models without a head -> 4.x
     (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -130,14 +110,10 @@ HF_NAMES = (  # of transformers 5.x and of models without a head -> 4.x
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-
-
 IN_PROJ = (  # mmpretrain's and mmsegmentation's MAE's -> torch's attention, as mmsegmentation's VisionTransformer has it
     (".attn.qkv.", ".attn.attn.in_proj_"),
     (".attn.proj.", ".attn.attn.out_proj."),
 )
-
-
 FORMATS = {  # host -> the formats that can hold it
     "vit": ("timm", "mae", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
     "mff_vit": ("timm", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),

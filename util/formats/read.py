@@ -25,14 +25,8 @@ from util.formats.unpickle import load_content
 from util.formats.weights import Weights
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
-
-
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
-
-
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
 COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of keys.RULES, by source; others: "mae"
 
 

@@ -24,8 +24,6 @@ WHY = {
     "convvit": "these formats have no convolution stages",
     "mff_vit": "the format has no fused layers, which the decoder needs",
 }
-
-
 PYRAMID = 256  # width of the norms of Detectron2's feature pyramid
 
 
@@ -110,10 +108,7 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif target == "onnx":
         save_onnx(path, weights, state)
     else:
-        wrapped = {
-            "mae": {"model": state},
-            "detectron2": {"model": state},
-            "mmpretrain": {"state_dict": state, "meta": {}},
-        }
-        wrapped["mmseg"] = wrapped["mmpretrain"] | {"state_dict": state}
-        torch.save(wrapped.get(target, state), path)
+        wrapped = {"model": state}
+        mm = {"state_dict": state, "meta": {}}
+        contents = {"mae": wrapped, "detectron2": wrapped, "mmpretrain": mm, "mmseg": mm}
+        torch.save(contents.get(target, state), path)
