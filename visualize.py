@@ -27,8 +27,9 @@ from util.data.folders import Folder, list_images
 from util.data.samples import Samples
 from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
-from util.evaluate.encoder import MODEL_FLAGS, load_encoder, own_arguments, pooling, read_architecture
-from util.formats.keys import Weights, architecture, decoder_heads, pixmim_names
+from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
+from util.formats.keys import pixmim_names
+from util.formats.weights import Weights
 from util.plots.features import attention_picture, pca_picture
 from util.plots.reconstruction import filter_picture, masks_picture, panel, reconstruct, spectrum
 from util.rng import MASK, generator
@@ -63,24 +64,6 @@ def get_parser() -> argparse.ArgumentParser:
     add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False)
     return parser
-
-
-def has_decoder(weights: Weights | None) -> bool:
-    return weights is not None and "decoder_pred.weight" in weights.state
-
-
-def foreign_method(weights: Weights | None) -> dict:
-    """Method flags of a checkpoint that does not tell them: MAE's, and PixMIM's target if it brought its filter."""
-    if weights is None or not has_decoder(weights):
-        return METHOD
-    facts = architecture(weights.state)
-    filtered = any("low_pass_filter" in key for key in weights.dropped)
-    return METHOD | {
-        "lowpass_radius": None if filtered else 0,
-        "decoder_dim": facts["decoder_dim"],
-        "decoder_depth": facts["decoder_depth"],
-        "decoder_heads": decoder_heads(weights),
-    }
 
 
 def find_images(names: list[str], count: int) -> Folder:
@@ -154,15 +137,13 @@ def pixels(batch: dict) -> Tensor:
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
     of_encoder = args.attention or args.pca
-    if not (of_encoder or args.masks or args.filter is not None or has_decoder(weights)):
+    if not (of_encoder or args.masks or args.filter is not None or (weights and weights.has_decoder)):
         raise ValueError(
             f"--checkpoint {args.checkpoint} has no decoder; what it reconstructs needs a pre-training checkpoint, "
             "--attention, --pca, --masks and --filter do not"
         )
-    if not own_arguments(weights):
-        foreign = foreign_method(weights)
-        args = Namespace(**vars(args) | {name: foreign[name] for name in METHOD if getattr(args, name) is None})
-    args = resolve_defaults(args)
+    unset = {name: value for name, value in METHOD.items() if getattr(args, name) is None}
+    args = resolve_defaults(Namespace(**vars(args) | unset))
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
     batch = load_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)

@@ -27,7 +27,7 @@ from util.args import picture, run_main
 from util.checkpoint.state import read_checkpoint, write_checkpoint
 from util.files import content_hash
 from util.formats.read import read_weights
-from util.formats.unpickle import _read
+from util.formats.unpickle import load_content
 
 TRIES = int(os.environ.get("FUZZ", 10))
 SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32)))
@@ -100,7 +100,7 @@ def place(tmp_path_factory):
 def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
     broken = place / "broken.pth"
     broken.write_bytes(damaged(whole.read_bytes(), how))
-    for read in (read_checkpoint, _read):
+    for read in (read_checkpoint, load_content):
         content = content_of(read, broken)
         assert content is None or content_hash(content) == content_hash(read_checkpoint(whole))
 
@@ -138,10 +138,10 @@ def test_a_damaged_file_of_another_project_is_refused_or_loads_as_it_was(how, su
     path, broken = theirs.with_suffix(suffix), place / f"broken{suffix}"
     whole = path.read_bytes()
     broken.write_bytes(damaged(whole, how))
-    content = content_of(_read, broken)
+    content = content_of(load_content, broken)
     if content is None:
         return
-    found, expected = tensors_of(content), tensors_of(_read(path))
+    found, expected = tensors_of(content), tensors_of(load_content(path))
     if suffix == ".pth" or len(broken.read_bytes()) != len(whole):
         assert_same(found, expected)
     elif {k: (x.shape, x.dtype) for k, x in found.items()} == {k: (x.shape, x.dtype) for k, x in expected.items()}:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from models_convmae import ConvViT
 from models_mff import MFFViT
 from models_pixmim import Decoder, LowPass, MaskedViT, PixMIM, patch_statistics, patchify, take
-from util.formats.keys import State, Weights, architecture, mae_names, pixmim_names, rename
+from util.formats.keys import mae_names, pixmim_names, rename
 from util.formats.read import read_weights
+from util.formats.weights import Weights
 
 SHARED = Path(__file__).parents[2] / "shared" / "reference"
 EXTRACTS = ["mae", "pixmim", *SEEDS]
@@ -44,14 +45,13 @@ def noise_of(answers: dict) -> Tensor:
     return -nn.functional.max_pool2d(-ranks, unit).flatten(1)
 
 
-def encoder_of(cfg: dict, state: State) -> MaskedViT | ConvViT:
+def encoder_of(cfg: dict, weights: Weights) -> MaskedViT | ConvViT:
     """The host whose weights these are."""
-    facts = architecture(state)
-    sizes = {key: facts[key] for key in ("patch_size", "embed_dim", "depth")}
+    sizes = {key: getattr(weights, key) for key in ("patch_size", "embed_dim", "depth")}
     sizes |= {"img_size": (cfg["img_size"],) * 2, "num_heads": cfg["num_heads"]}
-    if facts["family"] == "convvit":
+    if weights.family == "convvit":
         return ConvViT(**sizes)
-    return MFFViT(cfg["out_indices"], **sizes) if facts["family"] == "mff_vit" else MaskedViT(**sizes)
+    return MFFViT(cfg["out_indices"], **sizes) if weights.family == "mff_vit" else MaskedViT(**sizes)
 
 
 def model_of(answers: dict, folder: Path) -> tuple[PixMIM, Weights]:
@@ -61,7 +61,7 @@ def model_of(answers: dict, folder: Path) -> tuple[PixMIM, Weights]:
     weights = read_weights(folder / "reference.pth")
     radius = answers.get("radius", cfg.get("radius"))
     model = PixMIM(
-        encoder_of(cfg, weights.state),
+        encoder_of(cfg, weights),
         low_pass(answers["imgs"], radius) if "target" in answers else nn.Identity(),
         decoder_dim=cfg["decoder_embed_dim"],
         decoder_depth=cfg["decoder_depth"],

@@ -12,7 +12,7 @@ if not __package__:  # python util/convert.py
 from util.args import SizeAction, number
 from util.formats.commands import load_command
 from util.formats.hub import push
-from util.formats.keys import DECODER, HOMES
+from util.formats.keys import DECODER, FORMATS
 from util.formats.read import read_weights
 from util.formats.resize import resize_weights
 from util.formats.write import rename_tensors, select_tensors, write_weights
@@ -30,7 +30,7 @@ def convert(
 ) -> str:
     """Write `out`, a file or folder of tensors only, in the format of `target`; returns the report."""
     if source.resolve() == out.resolve():
-        raise ValueError(f"OUT is IN ({out}): choose another name, the original is not overwritten")
+        raise ValueError(f"OUT is IN ({out}): choose another name")
     _check_flags(target, folder, encoder_only, backbone)
     folder = folder or target == "hf"
     occupied = any(out.iterdir()) if folder and out.is_dir() else out.exists() if folder else out.is_dir()
@@ -38,24 +38,24 @@ def convert(
         what = "new or empty folder" if folder else "file"
         raise ValueError(f"cannot write {out}: it must be a {what} in an existing folder")
     weights = read_weights(source)
-    select_tensors(weights, target, encoder_only)  # a host without a place there is refused before it is looked at
+    select_tensors(weights, target, encoder_only)  # refuses a host that the format cannot hold, before resampling
     weights = weights if input_size is None else resize_weights(weights, input_size)
     line = load_command(weights, target, out, folder, encoder_only, backbone)
     chosen = select_tensors(weights, target, encoder_only)
     state = rename_tensors(chosen, target, backbone)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        write_weights(temporary, weights._replace(state=chosen), state, target, folder)
+        write_weights(temporary, weights.with_state(chosen), state, target, folder)
         if folder and out.is_dir():
             out.rmdir()
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
-    gone = [key for key in weights.state if key not in chosen]
-    decoder = sum(1 for key in gone if DECODER.fullmatch(key))
+    removed = [key for key in weights.state if key not in chosen]
+    decoder = sum(1 for key in removed if DECODER.fullmatch(key))
     dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
-    dropped += [key for key in gone if not DECODER.fullmatch(key)]
+    dropped += [key for key in removed if not DECODER.fullmatch(key)]
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
@@ -66,11 +66,11 @@ def convert(
 
 def _check_flags(target: str, folder: bool, encoder_only: bool, backbone: str) -> None:
     if folder and target not in ("timm", "hf"):
-        raise ValueError(f"--folder is for --to timm (--to hf always is one), not for --to {target}")
+        raise ValueError(f"--folder requires --to timm (--to hf always writes a folder), not --to {target}")
     if encoder_only and target != "hf":
-        raise ValueError(f"--encoder_only is for --to hf, not for --to {target}")
+        raise ValueError(f"--encoder_only requires --to hf, not --to {target}")
     if backbone != "MAE" and target != "mmseg":
-        raise ValueError(f"--backbone {backbone} is for --to mmseg, not for --to {target}")
+        raise ValueError(f"--backbone {backbone} requires --to mmseg, not --to {target}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -79,15 +79,15 @@ def get_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain / mmsegmentation, timm or transformers; "
-                              "of the last two also a folder")
+                              "or a folder of timm or transformers")
     add("OUT", type=Path, help="file to write; with --folder and --to hf a new folder")
-    add("--to", choices=HOMES["vit"], default="timm", help="format; mae is Alpha-VL/ConvMAE's as well")
+    add("--to", choices=FORMATS["vit"], default="timm", help="format; mae includes Alpha-VL/ConvMAE")
     add("--folder", action="store_true", help="timm: a folder with config.json, for local-dir: and the Hugging Face Hub")
-    add("--encoder_only", action="store_true", help="hf: a ViTModel, without decoder; else a ViTMAEForPreTraining")
-    add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: whose names the attention has")
+    add("--encoder_only", action="store_true", help="hf: write a ViTModel without decoder instead of a ViTMAEForPreTraining")
+    add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: class whose names the attention layers have")
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
         help="resample position embeddings for images of this side in pixels, or H W")
-    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository, which is made private if it is new")
+    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository, a new one is private")
     # fmt: on
     return parser
 
@@ -97,7 +97,7 @@ def main() -> None:
     options = {"folder": args.folder, "encoder_only": args.encoder_only, "backbone": args.backbone}
     try:
         if args.push_to_hub and not (args.folder or args.to == "hf"):
-            raise ValueError(f"--push_to_hub {args.push_to_hub} uploads folders: add --folder, or use --to hf")
+            raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")
         print(convert(args.IN, args.OUT, args.to, input_size=args.input_size, **options))
         if args.push_to_hub:
             push(args.OUT, args.push_to_hub)

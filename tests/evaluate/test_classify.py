@@ -126,7 +126,7 @@ def test_a_rank_without_images_has_no_features_of_the_right_shape(photos):
 
 def test_an_untrained_encoder_is_the_control_and_needs_a_model(photos):
     assert knn("none", photos, *MODEL)["n"] == 9
-    with pytest.raises(ValueError, match="--checkpoint none is an untrained encoder; say which with --model"):
+    with pytest.raises(ValueError, match=r"--checkpoint none .* --model"):
         knn("none", photos)
 
 
@@ -204,7 +204,7 @@ def test_resampling_to_a_square_of_as_many_patches_is_done():
 def test_a_foreign_checkpoint_that_is_no_square_asks_for_its_size(photos, tmp_path):
     state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=48, depth=2, num_heads=3).state_dict()
     torch.save({"model": state}, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches are no square; give --input_size H W"):
+    with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches .*--input_size H W"):
         knn(tmp_path / "foreign.pth", photos)
     assert knn(tmp_path / "foreign.pth", photos, "--input_size", 16, 24)["n"] == 9
 
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_the_list(pretraine
 
 def test_eval_of_a_pre_trained_checkpoint_says_that_there_is_no_classifier(pretrained, photos, tmp_path):
     for main in ("main_linprobe", "main_finetune"):
-        with pytest.raises(ValueError, match=r"last\.pth has no classifier; train one, or use main_knn\.py"):
+        with pytest.raises(ValueError, match=r"last\.pth has no classifier"):
             result(main, "--eval", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE)
 
 

@@ -27,8 +27,9 @@ from util import convert
 from util.data.decode import read_image
 from util.data.transforms import eval_transform
 from util.formats.commands import load_command
-from util.formats.keys import Weights, mae_names, to_hf, to_timm
+from util.formats.keys import mae_names, to_hf, to_timm
 from util.formats.read import read_weights
+from util.formats.weights import Weights
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -75,7 +76,7 @@ PAIRS = [(one, two) for one, two in product(FORMATS, FORMATS) if one in WHOLE or
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_from_any_format_to_any_other_no_number_changes(first, second, mae, tmp_path):
+def test_conversion_between_any_two_formats_keeps_every_tensor(first, second, mae, tmp_path):
     one = written(mae, tmp_path, **FORMATS[first])
     report = convert.convert(one, tmp_path / "two", **FORMATS[second])
     whole = first in WHOLE and second in WHOLE
@@ -87,7 +88,7 @@ def test_from_any_format_to_any_other_no_number_changes(first, second, mae, tmp_
 
 
 @pytest.mark.parametrize("kind", [k for k in FORMATS if k not in WHOLE])
-def test_of_MFF_every_format_gets_the_plain_encoder(kind, tmp_path):
+def test_MFF_is_exported_as_a_plain_encoder(kind, tmp_path):
     state = mae_names(method(HOSTS["mff_vit"]()).state_dict())
     assert same(read_weights(written(state, tmp_path, **FORMATS[kind])).state, to_timm(state))
 
@@ -112,7 +113,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("bare", [False, True])
-def test_every_spelling_of_transformers_is_read(spelling, bare, mae, tmp_path):
+def test_reads_tensor_names_of_all_transformers_versions(spelling, bare, mae, tmp_path):
     theirs = to_hf(to_timm(mae) if bare else mae)
     state = {SPELLINGS[spelling](name): value for name, value in theirs.items()}
     if bare:
@@ -243,12 +244,14 @@ def test_the_check_of_the_page_names_what_did_not_arrive(mae):
 def test_a_norm_as_wide_as_the_pyramid_is_refused_by_detectron2(tmp_path):
     state = MaskedViT(img_size=32, patch_size=8, embed_dim=256, depth=1, num_heads=4).state_dict()
     assert "backbone.simfp_2.4.norm.weight" in matched(vitdet(256, 1, 8, 17, 16), shapes(state))
-    with pytest.raises(ValueError, match="would put a final norm 256 wide into the pyramid"):
+    with pytest.raises(ValueError, match="--to detectron2: width 256"):
         written(state, tmp_path, "detectron2")
 
 
 def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
-    weights = Weights(MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", [])
+    weights = Weights.from_state(
+        MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", []
+    )
     assert load_command(weights, "detectron2", "/x.pth") == (
         "'train.init_checkpoint=\"/x.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size=448"
     )
@@ -307,20 +310,31 @@ LIBRARIES: dict[str, tuple[Callable, dict]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def onnx_graph(tmp_path_factory) -> tuple[PixMIM, Path]:
+    """A model and the ONNX graph of its encoder; the export takes seconds."""
+    model = method(HOSTS["vit"]())
+    return model, written(mae_names(model.state_dict()), tmp_path_factory.mktemp("onnx"), "onnx")
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_features_are_ours_and_a_slip_would_be_seen(library, model, mae, tmp_path):
+def test_features_equal_ours_and_a_wrong_tensor_differs(library, model, mae, tmp_path, onnx_graph):
     use, options = LIBRARIES[library]
+    if library == "onnxruntime":
+        model, path = onnx_graph
+        mae = mae_names(model.state_dict())
+    else:
+        path = written(mae, tmp_path, **options)
     ours = model.encoder.forward_features(IMAGES)
-    theirs = use(written(mae, tmp_path, **options), IMAGES)
-    assert close(theirs, ours)
+    assert close(use(path, IMAGES), ours)
     for slip, state in slips(mae).items():
         if library != "onnxruntime" or slip == "query and key":  # tracing takes a second
             assert not close(use(written(state, tmp_path, **options), IMAGES), ours), slip
 
 
 @torch.no_grad()
-def test_eps_is_ours_where_it_matters(mae, tmp_path):
+def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
     """Tokens of 1e-3: eps 1e-6 halves what the first norm gives, transformers' 1e-12 does not."""
     faint = mae | {
         name: mae[name] * 1e-3
@@ -442,7 +456,7 @@ def scores(state: dict[str, Tensor], kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", PROBES)
 @torch.no_grad()
-def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
+def test_classifiers_give_the_same_logits_in_every_library(kind, mae, tmp_path):
     pooled, pool = PROBES[kind]
     state, classes = classifier(mae, pooled), ["ant", "bee", "cat", "dog", "eel"]
     args = {"pool": pool, "classes": classes}
@@ -451,7 +465,7 @@ def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
     assert close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES), ours)
     assert json.loads((folder / "config.json").read_text())["label_names"] == classes
     weights = read_weights(folder)
-    assert (same(weights.state, state), weights.args.get("pool"), weights.args["classes"]) == (True, pool, classes)
+    assert (same(weights.state, state), weights.pool, weights.classes) == (True, pool, classes)
     session = onnxruntime.InferenceSession(
         written(state, tmp_path, "onnx", args=args), providers=["CPUExecutionProvider"]
     )
@@ -464,13 +478,13 @@ def test_classifiers_give_the_same_scores_everywhere(kind, mae, tmp_path):
         assert [*model.config.id2label.values()] == classes
     else:
         for encoder_only in (False, True):
-            with pytest.raises(ValueError, match="classifies by the class token, this one by the mean: use --to timm"):
+            with pytest.raises(ValueError, match=r"--to hf.* use --to timm"):
                 written(state, tmp_path, "hf", args=args, encoder_only=encoder_only)
 
 
 @torch.no_grad()
-def test_an_onnx_graph_takes_batches_of_any_size(model, mae, tmp_path):
-    path = written(mae, tmp_path, "onnx")
+def test_an_onnx_graph_takes_batches_of_any_size(onnx_graph):
+    model, path = onnx_graph
     for images in (IMAGES[:1], torch.cat([IMAGES] * 3)):
         assert close(in_onnxruntime(path, images), model.encoder.forward_features(images))
 
@@ -513,38 +527,38 @@ def test_the_same_input_size_changes_nothing(mae, tmp_path):
         ({"target": "timm", "input_size": (30, 32)}, "--input_size 30 32 is not a multiple of the patch size 8"),
         (
             {"target": "hf", "input_size": (32, 64)},
-            "--input_size 32 is needed: transformers' ViTMAE takes squares, not 32 x 64",
+            "--input_size 32 .* ViTMAE .* 32 x 64",
         ),
         (
             {"target": "detectron2", "input_size": (32, 64)},
-            "--input_size 32 is needed: ViTDet takes squares, not 32 x 64",
+            "--input_size 32 .* ViTDet .* 32 x 64",
         ),
-        ({"target": "mae", "folder": True}, "--folder is for --to timm"),
-        ({"target": "timm", "encoder_only": True}, "--encoder_only is for --to hf, not for --to timm"),
-        ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer is for --to mmseg"),
+        ({"target": "mae", "folder": True}, "--folder .*--to timm"),
+        ({"target": "timm", "encoder_only": True}, "--encoder_only .*--to hf.*--to timm"),
+        ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer .*--to mmseg"),
     ],
 )
-def test_flags_that_make_no_sense_together_are_one_line(flags, words, mae, tmp_path):
+def test_conflicting_flags_are_refused_in_one_line(flags, words, mae, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         written(mae, tmp_path, **flags)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
-def test_an_encoder_alone_asks_for_encoder_only(mae, tmp_path):
-    with pytest.raises(ValueError, match="no decoder for a ViTMAEForPreTraining: add --encoder_only"):
+def test_encoder_without_decoder_requires_encoder_only(mae, tmp_path):
+    with pytest.raises(ValueError, match=r"--to hf.*ViTMAEForPreTraining.* --encoder_only"):
         written(to_timm(mae), tmp_path, "hf")
     mff = mae_names(method(HOSTS["mff_vit"]()).state_dict())
-    with pytest.raises(ValueError, match=r"no place for the decoder of a mff_vit: .*; add --encoder_only"):
+    with pytest.raises(ValueError, match=r"--to hf .*mff_vit: .*--encoder_only"):
         written(mff, tmp_path, "hf")
 
 
 @pytest.mark.parametrize(("kind", "needs"), [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)])
-def test_a_shape_that_nobody_tells_is_asked_for(kind, needs, tmp_path):
+def test_requires_input_size_if_the_grid_is_unknown(kind, needs, tmp_path):
     encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
     options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
     if needs:
-        with pytest.raises(ValueError, match="--input_size is needed: 12 patches are no square"):
+        with pytest.raises(ValueError, match=r"--input_size .* 12 patches"):
             written(encoder.state_dict(), tmp_path, **options)
     assert written(encoder.state_dict(), tmp_path, input_size=(16, 48), **options).exists()
 
@@ -572,7 +586,7 @@ def written_from(path: Path, target: str, **options) -> Path:
 
 def test_statistics_of_other_channels_must_be_known(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
-    with pytest.raises(ValueError, match="does not tell mean and std of its 5 channels"):
+    with pytest.raises(ValueError, match="mean and std of its 5 channels"):
         written(state, tmp_path, "timm", folder=True)
     five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
     folder = written(state, tmp_path, "timm", folder=True, args=five_channels)
@@ -601,7 +615,7 @@ LIES = {
 def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
-    with pytest.raises(ValueError, match=rf"config\.json says .*{value}.*: it belongs to other weights") as error:
+    with pytest.raises(ValueError, match=rf"config\.json .*{value}") as error:
         read_weights(folder)
     assert "\n" not in str(error.value)
 
@@ -612,7 +626,7 @@ def test_so_is_one_of_timm(key, mae, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["model_args"][key] = 7
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.json says .*7.*: it belongs to other weights"):
+    with pytest.raises(ValueError, match=r"config\.json .*7"):
         read_weights(folder)
 
 
@@ -624,9 +638,7 @@ def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError, match=rf"config\.json says {key} .*\(the weights: 3 channels\): it belongs to other weights"
-    ):
+    with pytest.raises(ValueError, match=rf"config\.json .*{key} .*\(the weights: 3 channels\)"):
         read_weights(folder)
 
 
@@ -654,7 +666,7 @@ def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
     victim = folder.parent / "victim"
     (folder / "model.safetensors").unlink()
     torch.save(to_hf(mae) | {"x": Evil(f"touch {victim}")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds .*system, .*refused"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin holds .*system"):
         read_weights(folder)
     assert not victim.exists()
     torch.save(to_hf(mae), folder / "pytorch_model.bin")
@@ -682,7 +694,7 @@ def test_a_header_that_lies_about_offsets_is_named(folder):
 
 def test_a_foreign_safetensors_says_what_it_holds(folder):
     save_file({"conv1.weight": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not one of its 1 keys \(conv1\.weight"):
+    with pytest.raises(ValueError, match=r"none of its 1 keys \(conv1\.weight"):
         read_weights(folder)
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="git lfs pull"):
@@ -709,20 +721,20 @@ def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="save it in one part"):
         read_weights(folder)
     (tmp_path / "x.onnx").write_bytes(b"\x08\x0a")
-    with pytest.raises(ValueError, match="is a graph, in which tensors need no names"):
+    with pytest.raises(ValueError, match=r"x\.onnx is an ONNX graph"):
         read_weights(tmp_path / "x.onnx")
 
 
 def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
     state = mae_names(method(HOSTS["convvit"]()).state_dict())
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="holds a ConvMAE, which neither transformers nor timm has"):
+    with pytest.raises(ValueError, match="holds a ConvMAE"):
         read_weights(folder)
     assert same(read_weights(folder / "model.safetensors").state, state)
 
 
 def test_a_host_without_rules_is_refused_at_any_size(mae, tmp_path):
-    with pytest.raises(ValueError, match="no rule knows gate"):
+    with pytest.raises(ValueError, match=r"^gate"):
         written(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
 
 
@@ -773,7 +785,7 @@ def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, 
 
 def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
     path = saved(tmp_path, {"model": mae})
-    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x uploads folders: add --folder, or use --to hf"):
+    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_args, **_kwargs: 1 / 0)
     with pytest.raises(
@@ -785,7 +797,7 @@ def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 
-def test_onnx_says_which_packages_it_needs(mae, tmp_path, monkeypatch):
+def test_onnx_error_names_missing_packages(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="--to onnx needs onnxscript: pip install onnx onnxscript"):
         written(mae, tmp_path, "onnx")

@@ -1,4 +1,4 @@
-"""What pre-trained encoders are worth.
+"""Evaluation of pre-trained encoders.
 
 classifier     classifier.pth: writing a trained classifier, evaluating a saved one.
 encoder        Encoders with the weights of a checkpoint, and their features.

@@ -10,10 +10,11 @@ from util.data.batches import eval_loader
 from util.data.sources import labelled_source
 from util.data.transforms import eval_transform
 from util.dist import init_world
-from util.evaluate.encoder import load_encoder, own_arguments, pooling
+from util.evaluate.encoder import load_encoder, pooling
 from util.evaluate.scores import evaluate, print_result
 from util.formats.commands import load_command
-from util.formats.keys import Weights, default_format, to_mae
+from util.formats.keys import default_format, to_mae
+from util.formats.weights import Weights
 from util.run import Run, args_to_dict
 
 
@@ -23,21 +24,22 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> N
         args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(on_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := default_format(state):
-            run.log.info(f"load it: {load_command(Weights(state, args, 'pixmim', []), target, path)}")
+            run.log.info(f"load with: {load_command(Weights.from_state(state, args), target, path)}")
 
 
 def evaluate_classifier(
     args: Namespace, build_encoder: Callable, weights: Weights | None, interpolation: str = "bicubic"
 ) -> None:
     """--eval: print the accuracy of a saved classifier on DIR/val."""
-    classes = own_arguments(weights).get("classes")
-    count = len(weights.state.get("head.weight", ())) if weights else 0
-    if not count:
-        raise ValueError(f"--eval: --checkpoint {args.checkpoint} has no classifier; train one, or use main_knn.py")
-    val = labelled_source(args.data_path, "val", classes)
+    count = weights.num_classes if weights else 0
+    if weights is None or not count:
+        raise ValueError(
+            f"--eval: --checkpoint {args.checkpoint} has no classifier; use one written by main_linprobe.py or main_finetune.py"
+        )
+    val = labelled_source(args.data_path, "val", weights.classes if weights.source == "pixmim" else None)
     if len(val.classes) != count:
         raise ValueError(
-            f"--checkpoint {args.checkpoint} knows {count} classes, {args.data_path}/val has {len(val.classes)}"
+            f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
         )
     world = init_world(args.device, args.amp, args.timeout_minutes)
     model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)

@@ -12,9 +12,10 @@ from util.args import channel_statistics
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
-from util.formats.keys import Weights, architecture, family, to_timm
+from util.formats.keys import to_timm
 from util.formats.read import read_weights, weights_file
-from util.formats.resize import image_size, resample_pos_embed
+from util.formats.resize import resample_pos_embed
+from util.formats.weights import Weights
 
 # timm's VisionTransformer, or a host with its forward_features, forward_head, num_prefix_tokens, embed_dim
 Encoder = Any
@@ -23,80 +24,56 @@ Encoder = Any
 MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "pool")
 
 
-def own_arguments(weights: Weights | None) -> dict:
-    """Arguments of the run that wrote the weights, {} unless it was one of ours."""
-    return weights.args if weights and weights.source == "pixmim" else {}
-
-
 def read_architecture(
     args: Namespace, encoders, flags: tuple[str, ...] = MODEL_FLAGS
 ) -> tuple[Namespace, Weights | None]:
-    """(args with each of `flags` that is None filled from --checkpoint, its weights); none is an untrained encoder.
+    """(args with each of `flags` that is None filled from --checkpoint, its weights); "none" is an untrained encoder.
 
-    Flags that were given win: another --input_size resamples the position embedding.
+    Flags on the command line win: another --input_size resamples the position embedding.
     """
     if args.checkpoint == "none":
         if args.model is None:
-            raise ValueError("--checkpoint none is an untrained encoder; say which with --model")
-        found: dict = {"input_size": (224, 224), "in_chans": 3}
-        weights = None
+            raise ValueError("--checkpoint none is an untrained encoder; add --model")
+        found: dict[str, Any] = {"input_size": (224, 224), "in_chans": 3}
+        weights, file = None, args.checkpoint
     else:
-        weights = read_weights(args.checkpoint)
-        found = own_arguments(weights) or infer_architecture(weights, args, encoders)
-        found = found | {"input_size": tuple(found["input_size"])}
+        weights, file = read_weights(args.checkpoint), str(weights_file(args.checkpoint))
+        found = {name: getattr(weights, name) for name in flags}
+        if weights.model:
+            found["patch_size"] = weights.args.get("patch_size")  # None = the model's own, as in the run's config.json
+        else:
+            found["model"] = find_model(weights, args, encoders)
     filled = {name: found.get(name) for name in flags if getattr(args, name, "") is None}
-    file = args.checkpoint if weights is None else str(weights_file(args.checkpoint))
     args = Namespace(**vars(args) | filled | {"checkpoint": file})
     args.mean, args.std = channel_statistics(args.in_chans, args.mean, args.std)
     return args, weights
 
 
-def infer_architecture(weights: Weights, args: Namespace, encoders) -> dict:
-    """Model flags that the shapes of a foreign checkpoint, and the config.json beside it, tell."""
-    facts = architecture(weights.state)
-    family, width, depth = facts["family"], facts["embed_dim"], facts["depth"]
+def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
+    """Name in `encoders` of the encoder of a foreign checkpoint; ValueError if there is none or --model contradicts it."""
     sizes = {name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()}  # of partials
     known = {(name.rpartition("_")[0], size.get("embed_dim"), size.get("depth")): name for name, size in sizes.items()}
-    if args.model is None and (family, width, depth) not in known:
-        raise ValueError(f"--checkpoint {args.checkpoint}: no {family} here is {width} wide and {depth} deep")
-    size = image_size(weights)
-    if args.input_size is None and size is None:
+    model = known.get((weights.family, weights.embed_dim, weights.depth))
+    where = f"--checkpoint {args.checkpoint}"
+    if args.model is None and model is None:
         raise ValueError(
-            f"--checkpoint {args.checkpoint}: {facts['num_patches']} patches are no square; give --input_size H W"
+            f"{where}: no {weights.family} of width {weights.embed_dim}, depth {weights.depth}; add --model"
         )
-    model = known.get((family, width, depth))
-    told, own = weights.args.get("num_heads"), sizes.get(args.model or model, {}).get("num_heads")
-    if told and own and told != own:
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} has {told} attention heads, --model {args.model or model} {own}"
-        )
-    return {
-        "model": model,
-        "patch_size": facts["patch_size"],
-        "input_size": size or args.input_size,
-        "in_chans": facts["in_chans"],
-        "mean": weights.args.get("mean"),
-        "std": weights.args.get("std"),
-    }
+    if args.input_size is None and weights.input_size is None:
+        raise ValueError(f"{where}: {weights.num_patches} patches are not a square; add --input_size H W")
+    heads, expected = weights.args.get("num_heads"), sizes.get(args.model or model, {}).get("num_heads")
+    if heads and expected and heads != expected:
+        raise ValueError(f"{where} has {heads} attention heads, --model {args.model or model} {expected}")
+    return model
 
 
-def old_grid(weights: Weights, model: Encoder) -> tuple[int, int]:
-    """Grid of the weights' position embedding: that of the run or config.json, else a square, else the model's."""
-    run = own_arguments(weights)
-    if run:
-        height, width = (side // (run["patch_size"] or model.patch) for side in run["input_size"])
-        return height, width
-    size = image_size(weights)
-    return (size[0] // model.patch, size[1] // model.patch) if size else model.grid
-
-
-def listed(names: set[str]) -> str:
-    """The first of many names."""
+def _join(names: set[str]) -> str:
+    """The first three names and the number of others."""
     return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | None, **options) -> Encoder:
-    """The encoder or classifier with the weights of --checkpoint; fresh is what pre-training has not: fc_norm, head."""
+    """The encoder or classifier with the weights of --checkpoint; fc_norm and head stay fresh unless they fit."""
     torch.manual_seed(args.seed)
     model = build_encoder(args, **options)
     for name in model.pretraining_only:
@@ -104,7 +81,8 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
     if weights is None:
         return model
     state, own = to_timm(weights.state), model.state_dict()
-    old, prefix = old_grid(weights, model), model.num_prefix_tokens
+    size, prefix = weights.input_size, model.num_prefix_tokens
+    old = weights.grid or ((size[0] // model.patch, size[1] // model.patch) if size else model.grid)
     if old != model.grid and old[0] * old[1] + prefix == state["pos_embed"].shape[1]:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid, prefix)
     fresh = {name for name in own if name.split(".")[0] in ("fc_norm", "head")}
@@ -115,8 +93,8 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
         "of another shape": {n for n in set(own) & set(state) - fresh if own[n].shape != state[n].shape},
     }
     if any(problems.values()):
-        kind = family(weights.state) or "host without rules"
-        what = "; ".join(f"{problem}: {listed(names)}" for problem, names in problems.items() if names)
+        kind = weights.family or "host without rules"
+        what = "; ".join(f"{problem}: {_join(names)}" for problem, names in problems.items() if names)
         raise ValueError(f"--checkpoint {args.checkpoint}, a {kind}, does not fit --model {args.model}: {what}")
     kept = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(own | kept)
@@ -124,24 +102,24 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
 
 
 def pooling(weights: Weights | None, pool: str | None = None) -> dict:
-    """timm's options of an encoder whose feature is `pool`; None = as the weights were probed, else the encoder's own."""
-    if weights and "fc_norm.weight" in weights.state:
+    """timm's options of an encoder with this `pool`; None = as in the checkpoint, else the encoder's default."""
+    if weights and weights.pooled:
         if pool == "token":
-            raise ValueError("--pool token: --checkpoint was fine-tuned on the mean of the patches; use --pool mean")
+            raise ValueError("--pool token: --checkpoint was fine-tuned with the mean of the patches; use --pool mean")
         return {"global_pool": "avg"}
-    pool = pool or own_arguments(weights).get("pool")
+    pool = pool or (weights.pool if weights else None)
     if pool == "mean":
         return {"global_pool": "avg", "fc_norm": False}  # of a ViT's normalised patches
     return {"global_pool": pool} if pool else {}
 
 
 def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """What a classifier would see of whole images, (B, D): the class token or the mean of the patches (`pooling`)."""
+    """Pooled features (B, D) of images (B, C, H, W): the class token or the mean of the patches (see `pooling`)."""
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
 def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, what=features) -> Iterator:
-    """(float32 `what(encoder, images)`, the batch) of each batch of this rank."""
+    """(float32 `what(encoder, images)`, batch) for each batch of this rank."""
     normalize = Normalize(args, world.device)
     for batch in DevicePrefetcher(loader, world.device):
         with torch.inference_mode(), autocast(args.amp, world.device):
@@ -151,7 +129,7 @@ def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: Data
 
 @torch.no_grad()
 def patch_features(encoder: Any, images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, D, h, w): features of each patch, as a classifier would average them."""
+    """(B, C, H, W) -> (B, D, h, w): normalised features of each patch, before averaging."""
     x = encoder.forward_features(images)
     if isinstance(x, list):  # ConvMAE's maps
         return x[-1]

@@ -1,12 +1,13 @@
 """Weight files of this project and of other repositories.
 
-commands       The line of code or the overrides that load a converted file.
+commands       Commands that load a converted file.
 configs        Configuration files of timm and transformers folders.
 hub            Upload to the Hugging Face Hub.
-keys           Tensor names of MAE, OpenMMLab and transformers side by side, with their shapes.
+keys           Tensor names of MAE, OpenMMLab and transformers side by side, and their shapes.
 onnx           ONNX graphs of an encoder.
 read           Weights of a checkpoint of any supported repository.
 resize         Image size of a checkpoint, and its position embedding at another size.
 unpickle       Content of a checkpoint file without executing anything in it.
+weights        Tensors of a checkpoint and every fact that its file states.
 write          Weights in the file formats of other repositories.
 """

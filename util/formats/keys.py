@@ -1,4 +1,4 @@
-"""Tensor names of MAE, OpenMMLab and transformers side by side, with their shapes."""
+"""Tensor names of MAE, OpenMMLab and transformers side by side, and their shapes."""
 
 import math
 import re
@@ -10,15 +10,6 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-
-
-class Weights(NamedTuple):
-    """What a checkpoint holds for us."""
-
-    state: State  # names of facebookresearch/mae: encoder, and decoder, fc_norm, head where the file has them
-    args: dict[str, Any]  # arguments of the run that wrote the file, {} if it keeps none
-    source: str  # "pixmim", "mae", "mm", "mmseg", "hf" or "timm"
-    dropped: list[str]  # keys that a rule leaves out
 
 
 class Rule(NamedTuple):
@@ -36,11 +27,7 @@ class Rule(NamedTuple):
 
 
 VIT, MFF, CONV = ("vit", "mff_vit"), ("mff_vit",), ("convvit",)
-
-
 ALL = (*VIT, *CONV)
-
-
 TENSORS = (
     Rule("cls_token", "backbone.cls_token", "vit.embeddings.cls_token", "1 1 D", VIT),
     Rule("pos_embed", "backbone.pos_embed", "vit.embeddings.position_embeddings", "1 T D", ALL),
@@ -48,8 +35,6 @@ TENSORS = (
     Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
     Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
 )
-
-
 LAYERS = (  # shape of the weight; the bias is as long as its first side
     Rule(
         "patch_embed.proj",
@@ -77,14 +62,10 @@ LAYERS = (  # shape of the weight; the bias is as long as its first side
     Rule("decoder_pred", "neck.decoder_pred", "decoder.decoder_pred", "PPC E", VIT),
     Rule("decoder_pred", None, None, "QQRRSSC E", CONV),
 )
-
-
 CONV_BLOCK = (  # layers of a block of ConvMAE's first stage
     ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
     ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
 )  # fmt: skip
-
-
 BLOCK = (  # layers of a block
     ("norm1", "ln1", "layernorm_before", "D"),
     ("attn.qkv", "attn.qkv", "attention.attention.{query,key,value}", "3D D"),
@@ -112,23 +93,13 @@ def _expand() -> Iterator[Rule]:
 
 
 RULES = tuple(_expand())
-
-
 DROPPED = re.compile(
     r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
 )
-
-
 DECODER = re.compile(r"mask_token|decoder_.*")
-
-
 FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")  # MFF's, ConvMAE's: not for features
-
-
 THIRDS = "{query,key,value}"
-
-
-SPELLINGS = (  # of transformers 5.x and of models without a head -> 4.x
+HF_NAMES = (  # of transformers 5.x and of models without a head -> 4.x
     (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
@@ -139,15 +110,11 @@ SPELLINGS = (  # of transformers 5.x and of models without a head -> 4.x
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-
-
 IN_PROJ = (  # mmpretrain's and mmsegmentation's MAE's -> torch's attention, as mmsegmentation's VisionTransformer has it
     (".attn.qkv.", ".attn.attn.in_proj_"),
     (".attn.proj.", ".attn.attn.out_proj."),
 )
-
-
-HOMES = {  # host -> the formats that have a place for it
+FORMATS = {  # host -> the formats that can hold it
     "vit": ("timm", "mae", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
     "mff_vit": ("timm", "mmpretrain", "hf", "mmseg", "detectron2", "onnx"),
     "convvit": ("mae",),
@@ -174,9 +141,9 @@ def family(state: State) -> str | None:
 
 
 def default_format(state: State) -> str | None:
-    """The format in which a classifier of this host is read best; None for a host that RULES do not know."""
+    """The preferred format of a classifier of this host; None for a host that RULES do not know."""
     host = family(state)
-    return HOMES[host][0] if host else None
+    return FORMATS[host][0] if host else None
 
 
 def pixmim_names(state: State) -> State:
@@ -213,12 +180,12 @@ def to_mm(state: State) -> State:
 def to_mmseg(state: State, backbone: str = "MAE") -> State:
     """An encoder, as mmsegmentation's backbone MAE or VisionTransformer names it."""
     named = {key.removeprefix("backbone."): value for key, value in to_mm(state).items()}
-    return _respelled(named, [(re.escape(old), new) for old, new in IN_PROJ]) if backbone != "MAE" else named
+    return _replace_names(named, [(re.escape(old), new) for old, new in IN_PROJ]) if backbone != "MAE" else named
 
 
 def from_mmseg(state: State) -> State:
     """mmsegmentation's names -> mmpretrain's."""
-    return _respelled(state, [(r"^(?!backbone\.)", "backbone."), *((re.escape(new), old) for old, new in IN_PROJ)])
+    return _replace_names(state, [(r"^(?!backbone\.)", "backbone."), *((re.escape(new), old) for old, new in IN_PROJ)])
 
 
 def to_hf(state: State) -> State:
@@ -233,7 +200,7 @@ def to_hf(state: State) -> State:
 
 def from_hf(state: State) -> State:
     """transformers' names, of 4.x or 5.x, with a head or a decoder or bare -> column `hf` of RULES."""
-    named = _respelled(state, SPELLINGS)
+    named = _replace_names(state, HF_NAMES)
     for key in [key for key in named if ".attention.attention.query." in key]:
         three = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if len({tuple(named[name].shape) if name in named else name for name in three}) == 1:  # else they stay, unknown
@@ -241,12 +208,12 @@ def from_hf(state: State) -> State:
     return named
 
 
-def _respelled(state: State, spellings: Iterable[tuple[str, str]]) -> State:
-    """State with patterns replaced in its names, in this order; a name that would be there twice stays as it is."""
+def _replace_names(state: State, replacements: Iterable[tuple[str, str]]) -> State:
+    """State with patterns replaced in its names, in this order; a name that would occur twice stays unchanged."""
     named: State = {}
     for key, value in state.items():
         name = key
-        for pattern, replacement in spellings:
+        for pattern, replacement in replacements:
             name = re.sub(pattern, replacement, name)
         named[key if name in named or (name != key and name in state) else name] = value
     return named
@@ -276,19 +243,21 @@ def expected_shapes(state: State) -> dict[str, str]:
 
 
 def misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Name and complaint; the first tensor that has a letter in its shape decides what it stands for."""
+    """Name and error of each tensor; the first tensor with a letter in its shape defines the letter's size."""
     sizes = {str(n): n for n in range(1, 6)}
     for name in (name for name in expected if name in state):
         shape, factors = list(state[name].shape), expected[name].split()
         if len(shape) == len(factors):
             sizes = dict(zip(factors, shape, strict=True)) | sizes
-        wanted = [math.prod(sizes[c] for c in x) if sizes.keys() >= set(x) else x for x in factors]
-        if len(shape) != len(wanted) or any(n != m for n, m in zip(shape, wanted, strict=True) if isinstance(m, int)):
-            yield name, f"is {shape}, expected [{', '.join(map(str, wanted))}]"
+        expected_shape = [math.prod(sizes[c] for c in x) if sizes.keys() >= set(x) else x for x in factors]
+        if len(shape) != len(expected_shape) or any(
+            n != m for n, m in zip(shape, expected_shape, strict=True) if isinstance(m, int)
+        ):
+            yield name, f"is {shape}, expected [{', '.join(map(str, expected_shape))}]"
 
 
-def architecture(state: State) -> dict[str, Any]:
-    """Sizes that a checked state in facebookresearch/mae's names implies; heads leave no trace in it."""
+def tensor_sizes(state: State) -> dict[str, Any]:
+    """Sizes implied by the shapes of a checked state in facebookresearch/mae's names; attention heads are not among them."""
     tokens, width = state["pos_embed"].shape[1:]
     host = family(state)
     stages = ("1", "2", "3") if host == "convvit" else ("",)
@@ -309,8 +278,3 @@ def architecture(state: State) -> dict[str, Any]:
     if "mask_token" in state:
         sizes |= {"decoder_dim": state["mask_token"].shape[-1], "decoder_depth": _depth(state, "decoder_blocks")}
     return sizes
-
-
-def decoder_heads(weights: Weights) -> int:
-    """As the run that wrote the file says, else 32 wide each, as MAE's and LSMAE's are."""
-    return weights.args.get("decoder_heads") or max(1, weights.state["mask_token"].shape[-1] // 32)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from util.formats.configs import timm_model
-from util.formats.keys import State, Weights, architecture
+from util.formats.keys import State
 from util.formats.resize import known_size
+from util.formats.weights import Weights
 
 
 class _Features(nn.Module):
-    """timm's model -> what a classifier sees (B, D), all tokens (B, T, D), and where there is a head its scores (B, K)."""
+    """timm's model: images -> pooled features (B, D), all tokens (B, T, D) and, with a head, logits (B, K)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -24,15 +25,15 @@ class _Features(nn.Module):
         return (features, tokens, self.model.head(features)) if self.model.num_classes else (features, tokens)
 
 
-def _outputs(weights: Weights) -> list[str]:
-    return ["features", "tokens", "logits"] if "head.weight" in weights.state else ["features", "tokens"]
+def output_names(weights: Weights) -> list[str]:
+    return ["features", "tokens", "logits"] if weights.num_classes else ["features", "tokens"]
 
 
-def _save_onnx(path: Path, weights: Weights, state: State) -> None:
-    """A graph for batches of any size."""
+def save_onnx(path: Path, weights: Weights, state: State) -> None:
+    """Write an ONNX graph that takes batches of any size."""
     size, (entry, options) = known_size(weights), timm_model(weights)
     if sum(value.nbytes for value in state.values()) > 2**31 - 2**20:
-        raise ValueError("--to onnx: a graph holds less than 2 GiB: use --to timm")
+        raise ValueError("--to onnx: the graph is limited to 2 GiB; use --to timm")
     try:
         import onnxscript  # noqa: F401 - torch.onnx asks for it only after it has traced the model
         import timm
@@ -42,10 +43,10 @@ def _save_onnx(path: Path, weights: Weights, state: State) -> None:
     model.load_state_dict({key: value.float() for key, value in state.items()})
     torch.onnx.export(
         _Features(model.eval()).eval(),
-        (torch.zeros(2, architecture(weights.state)["in_chans"], *size),),
+        (torch.zeros(2, weights.in_chans, *size),),
         path,
         input_names=["images"],
-        output_names=_outputs(weights),
+        output_names=output_names(weights),
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         dynamo=True,
         external_data=False,

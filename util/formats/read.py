@@ -13,27 +13,21 @@ from torch import Tensor
 from util.formats.keys import (
     DROPPED,
     State,
-    Weights,
-    architecture,
     expected_shapes,
     family,
     from_hf,
     from_mmseg,
     misshaped,
     rename,
+    tensor_sizes,
 )
-from util.formats.unpickle import _read
+from util.formats.unpickle import load_content
+from util.formats.weights import Weights
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
-
-
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
-
-
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of names.RULES, by source; "mae" is that of the others
+COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of keys.RULES, by source; others: "mae"
 
 
 def weights_file(path: str | os.PathLike) -> Path:
@@ -49,11 +43,11 @@ def weights_file(path: str | os.PathLike) -> Path:
     return file
 
 
-def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+def _load_with_config(path: Path) -> tuple[Any, dict[str, Any]]:
     """Content of a file, or of the weights in a folder of transformers or timm, and that folder's config.json."""
     file = weights_file(path)
     if file == path:
-        return _read(path), {}
+        return load_content(path), {}
     config, about = path / "config.json", {}
     if config.is_file():
         try:
@@ -61,11 +55,11 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{config} is not JSON ({str(error)[:100]}): copy or download it again") from error
     if not about or not isinstance(about, dict):
-        raise ValueError(f"{path} has no config.json that describes the model: download it too, or name {file}")
-    return _read(file), about
+        raise ValueError(f"{path} has no config.json that describes the model: download it, or name {file}")
+    return load_content(file), about
 
 
-# What config.json calls it (transformers, then timm) -> the same in `architecture`
+# Key of config.json (transformers, then timm) -> key of `tensor_sizes`
 CLAIMS = {
     "hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_channels": "in_chans", "patch_size": "patch_size",
     "decoder_hidden_size": "decoder_dim", "decoder_num_hidden_layers": "decoder_depth", "intermediate_size": "hidden",
@@ -74,7 +68,7 @@ CLAIMS = {
 
 
 def _contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
-    """What config.json says that cannot be true of weights with these facts."""
+    """Values in config.json that contradict the sizes of the weights."""
     for key, fact in CLAIMS.items():
         if claims.get(key) is not None and fact in facts and claims[key] not in (facts[fact], [facts[fact]] * 2):
             yield f"{key} {claims[key]} (the weights: {facts[fact]})"
@@ -99,11 +93,11 @@ def _count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of a run that config.json tells, and what of it is not taken; ValueError if the weights contradict it."""
-    facts = architecture(state)
+def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
+    """(Arguments stated by config.json, list of its unused values); ValueError if the weights contradict it."""
+    facts = tensor_sizes(state)
     if facts["family"] == "convvit":
-        raise ValueError(f"{path} holds a ConvMAE, which neither transformers nor timm has: name the weights in it")
+        raise ValueError(f"{path} holds a ConvMAE, which transformers and timm do not have: name the weight file in it")
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
     inner, looks = (
         x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
@@ -118,7 +112,7 @@ def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, An
         "std": looks.get("std"),
     }
     if wrong := [*_contradictions(claims, facts)]:
-        raise ValueError(f"{path / 'config.json'} says {', '.join(wrong)}: it belongs to other weights")
+        raise ValueError(f"{path / 'config.json'} states {', '.join(wrong)}: use the config.json of these weights")
     args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
     args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
     args |= {
@@ -132,22 +126,22 @@ def _told(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, An
 
 
 def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
-    """State with a linear probe's BatchNorm (no affine, eps 1e-6) folded into its head, and the keys that went."""
+    """State with a linear probe's BatchNorm (no affine, eps 1e-6) folded into its head, and the removed keys."""
     for norm, linear, head in BATCH_NORMS:
         rest = dict(state)
         mean, variance, _ = (rest.pop(f"{norm}.{key}", None) for key in BATCH_NORM_KEYS)
         weight, bias = (rest.pop(f"{linear}.{key}", None) for key in ("weight", "bias"))
         if mean is None or variance is None or weight is None or bias is None:
             continue
-        if mean.shape == variance.shape == weight.shape[1:]:  # else they stay, unknown keys
+        if mean.shape == variance.shape == weight.shape[1:]:  # else they stay and are reported as unknown
             weight = weight * (variance + 1e-6).rsqrt()
-            gone = [key for key in state if key.startswith(f"{norm}.") and key not in rest]
-            return rest | {f"{head}.weight": weight, f"{head}.bias": bias - weight @ mean}, gone
+            removed = [key for key in state if key.startswith(f"{norm}.") and key not in rest]
+            return rest | {f"{head}.weight": weight, f"{head}.bias": bias - weight @ mean}, removed
     return state, []
 
 
 def _join_qkv_bias(state: State) -> State:
-    """State with q_bias and v_bias, as long_seq_mae saves them on TPUs, as the one bias of qkv; keys have none."""
+    """State with q_bias and v_bias, as long_seq_mae saves them on TPUs, as one bias of qkv; that of the keys is 0."""
     joined = dict(state)
     for key in state:
         block = key.removesuffix("q_bias")
@@ -157,8 +151,8 @@ def _join_qkv_bias(state: State) -> State:
     return joined
 
 
-def _spelled(box: dict, state: State) -> tuple[str, State]:
-    """Who wrote it, and the state in the names of one column of RULES."""
+def _detect_source(box: dict, state: State) -> tuple[str, State]:
+    """(source, state in the names of one column of RULES)."""
     if str(box.get("format", "")).startswith("pixmim"):
         return "pixmim", state
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
@@ -177,31 +171,33 @@ def read_weights(path: str | os.PathLike) -> Weights:
     file, what was found in it (all unknown, missing and mis-shaped keys) and the remedy.
     """
     path = Path(path)
-    content, about = _open(path)
+    content, about = _load_with_config(path)
     box = content if isinstance(content, dict) else {}
     state = next((box[key] for key in ("model", "state_dict") if isinstance(box.get(key), dict)), box)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
-        raise ValueError(f'{path} holds {found[:200]}: expected tensors by name, bare or under "model" or "state_dict"')
+        raise ValueError(
+            f'{path} holds {found[:200]}: expected a dict of named tensors, bare or under "model" or "state_dict"'
+        )
     for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     args = box.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, dict) else {}
-    source, state = _spelled(box, state)
+    source, state = _detect_source(box, state)
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
     dropped += [key for key in state if DROPPED.fullmatch(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
-    if source != "pixmim" or family(state):  # a run's own host without rules is left to its model to check
-        state = _map(path, state, source)
+    if source != "pixmim" or family(state):  # load_encoder checks our own runs of hosts without rules
+        state = _map_names(path, state, source)
     if about:
-        args, unused = _told(path, about, state)
+        args, unused = _config_args(path, about, state)
         dropped += unused
-    return Weights(state, args, source, dropped)
+    return Weights.from_state(state, args, source, dropped)
 
 
-def _map(path: Path, state: State, source: str) -> State:
+def _map_names(path: Path, state: State, source: str) -> State:
     """State in facebookresearch/mae's names; ValueError if it is not, key for key, what the tables describe."""
     column = COLUMNS.get(source, "mae")
     native: dict[str, str] = {}
@@ -214,7 +210,7 @@ def _map(path: Path, state: State, source: str) -> State:
             native[name] = key
     if not native:
         raise ValueError(
-            f"{path}: not one of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
+            f"{path}: none of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
             "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain, mmsegmentation's backbone, transformers' or timm's ViT"
         )
     mapped = {name: state[key] for name, key in native.items()}
@@ -222,9 +218,9 @@ def _map(path: Path, state: State, source: str) -> State:
     problems = {
         "unknown": unknown + [native[name] for name in mapped if name not in expected],
         "missing": [str(rename(name, "mae", column)) for name in expected if name not in mapped],
-        "mis-shaped": [f"{native[name]} {complaint}" for name, complaint in misshaped(mapped, expected)],
+        "mis-shaped": [f"{native[name]} {error}" for name, error in misshaped(mapped, expected)],
     }
     if any(problems.values()):
         lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"{path} (read as {source}) is not what names.RULES describe: {lists}")
+        raise ValueError(f"{path} (read as {source}) does not match util/formats/keys.py: {lists}")
     return mapped

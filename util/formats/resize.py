@@ -1,42 +1,26 @@
 """Image size of a checkpoint, and its position embedding at another size."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.formats.keys import Weights, architecture
-
-
-def image_size(weights: Weights) -> tuple[int, int] | None:
-    """(H, W) of the run if it fits the position embedding, else of the square that does; None if the file does not say."""
-    sizes = architecture(weights.state)
-    patch, side = sizes["patch_size"], math.isqrt(sizes["num_patches"])
-    said = weights.args.get("input_size")
-    height, width = (said * 2)[:2] if isinstance(said, list | tuple) and said else (said, said)
-    fits = isinstance(height, int) and isinstance(width, int)
-    if fits and (height // patch) * (width // patch) == sizes["num_patches"]:
-        return height, width
-    return (side * patch, side * patch) if side**2 == sizes["num_patches"] else None
+from util.formats.weights import Weights
 
 
 def known_size(weights: Weights) -> tuple[int, int]:
-    """`image_size`, which must be known."""
-    size = image_size(weights)
-    if size is None:
-        patches = architecture(weights.state)["num_patches"]
-        raise ValueError(
-            f"--input_size is needed: {patches} patches are no square, and the file does not say which shape"
-        )
-    return size
+    """(H, W) of the images in pixels; ValueError if the file does not state it."""
+    if weights.input_size is None:
+        raise ValueError(f"--input_size is required: the file does not state the grid of {weights.num_patches} patches")
+    return weights.input_size
 
 
 def square_side(weights: Weights, whose: str) -> int:
-    """Side of the image, which must be a square."""
+    """Side of a square image in pixels; ValueError for other shapes."""
     height, width = known_size(weights)
     if height != width:
-        raise ValueError(f"--input_size {min(height, width)} is needed: {whose} takes squares, not {height} x {width}")
+        raise ValueError(
+            f"--input_size {min(height, width)} is required: {whose} takes squares, not {height} x {width}"
+        )
     return height
 
 
@@ -51,39 +35,16 @@ def resample_pos_embed(embed: Tensor, old: tuple[int, int], new: tuple[int, int]
 
 
 def resize_weights(weights: Weights, size: tuple[int, int]) -> Weights:
-    """The weights for images of (H, W); the grid changes, the patch does not."""
-    sizes = architecture(weights.state)
-    patch, prefix = sizes["patch_size"], int(sizes["class_token"])
+    """The weights for images of (H, W) pixels: position embeddings of another grid, the same patch size."""
+    patch, state = weights.patch_size, dict(weights.state)
     if any(side % patch for side in size):
         raise ValueError(f"--input_size {size[0]} {size[1]} is not a multiple of the patch size {patch}")
     new = (size[0] // patch, size[1] // patch)
-    state = dict(weights.state)
-    known = image_size(weights) or (size if new[0] * new[1] == sizes["num_patches"] else known_size(weights))
-    old = (known[0] // patch, known[1] // patch)
+    if new[0] * new[1] != weights.num_patches:
+        known_size(weights)
+    old = weights.grid or new
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         if old != new:
-            state[name] = resample_pos_embed(state[name].float(), old, new, prefix).to(state[name].dtype)
-    return weights._replace(state=state, args=weights.args | {"input_size": [*size]})
-
-
-def encoder_heads(weights: Weights) -> int:
-    """As the file says, else as published for this width, else 64 wide each."""
-    width = architecture(weights.state)["embed_dim"]
-    said = weights.args.get("num_heads")
-    return said or (ENTRIES[width][3] if width in ENTRIES else max(1, width // 64))
-
-
-ENTRIES = {  # width -> timm's entry point, its patch, depth and heads
-    192: ("vit_tiny_patch16_224", 16, 12, 3),
-    384: ("vit_small_patch16_224", 16, 12, 6),
-    768: ("vit_base_patch16_224", 16, 12, 12),
-    1024: ("vit_large_patch16_224", 16, 24, 16),
-    1280: ("vit_huge_patch14_224", 14, 32, 16),
-}
-
-
-def averages_normed(weights: Weights) -> bool:
-    """Whether the classifier is a probe of the mean of normalised patches."""
-    return (
-        "head.weight" in weights.state and "fc_norm.weight" not in weights.state and weights.args.get("pool") == "mean"
-    )
+            resampled = resample_pos_embed(state[name].float(), old, new, int(weights.class_token))
+            state[name] = resampled.to(state[name].dtype)
+    return weights.with_state(state, input_size=[*size])

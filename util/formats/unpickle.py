@@ -20,8 +20,8 @@ INERT = re.compile(
 )
 
 
-class _Inert:
-    """Stands for a pickled object that we do not need: takes any arguments and any state and keeps neither."""
+class Placeholder:
+    """Replacement of a pickled object that is not needed; discards arguments and state."""
 
     def __new__(cls, *args):
         return super().__new__(cls)
@@ -32,26 +32,26 @@ class _Inert:
 
 def _refusal(path: Path, names: list[str]) -> ValueError:
     return ValueError(
-        f"{path} holds {', '.join(names)}, which would have to be executed: refused; "
-        'where you trust the file, save {"model": model.state_dict()} alone'
+        f"{path} holds {', '.join(names)}, which reading would execute: refused; "
+        'if you trust the file, save {"model": model.state_dict()} alone'
     )
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever a broken file raises becomes one line that names it."""
+def _report_broken_file(path: Path) -> Iterator[None]:
+    """Context that turns any error of a broken file into a ValueError in one line with its name."""
     try:
         yield
     except Exception as error:
-        if stranger := re.search(r"GLOBAL (\S+)", str(error)):  # in a file from before torch 1.6
-            raise _refusal(path, [stranger[1]]) from error
+        if name := re.search(r"GLOBAL (\S+)", str(error)):  # in a file from before torch 1.6
+            raise _refusal(path, [name[1]]) from error
         with path.open("rb") as file:
             found = f"{path.stat().st_size} bytes, beginning with {file.read(8)!r}; {type(error).__name__}"
         raise ValueError(f"{path} is not a readable checkpoint ({found}): copy or download it again") from error
 
 
 def _check_old(path: Path) -> None:
-    """ValueError for a broken file from before torch 1.6: in its pieces torch would search for a reason for minutes."""
+    """ValueError for a broken file from before torch 1.6: torch would parse it for minutes."""
     with path.open("rb") as file:
         for _ in range(5):  # pickles: magic number, protocol, system, content, names of the storages that follow
             for _, value, _ in pickletools.genops(file):
@@ -59,8 +59,8 @@ def _check_old(path: Path) -> None:
                     raise ValueError("no name is as long")
 
 
-def _read(path: Path) -> Any:
-    """The file's content with nothing executed: objects on the allow-list are empty shells, others are an error."""
+def load_content(path: Path) -> Any:
+    """Content of a file; executes nothing. Objects on the allow-list become placeholders, others raise ValueError."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -68,12 +68,10 @@ def _read(path: Path) -> Any:
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
     if path.suffix == ".onnx":
-        raise ValueError(
-            f"{path} is a graph, in which tensors need no names: convert the checkpoint that it was made of"
-        )
+        raise ValueError(f"{path} is an ONNX graph without tensor names: use the checkpoint that it was exported from")
     if head.lstrip().startswith(b"<") and head[8:9] != b"{":  # safetensors may begin with a length like b" <"
         raise ValueError(f"{path} is a web page, not a checkpoint: download the file itself")
-    with _explained(path):
+    with _report_broken_file(path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file  # timm brings it; no other format needs it
 
@@ -81,11 +79,11 @@ def _read(path: Path) -> Any:
         zipped = zipfile.is_zipfile(path)
         check_zip(path) if zipped else _check_old(path)
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    strangers = sorted(name for name in asked if name != "argparse.Namespace" and not INERT.fullmatch(name))
-    if strangers:
-        raise _refusal(path, strangers)
-    shells = [(_Inert, name) for name in asked if name != "argparse.Namespace"]
-    with _explained(path), torch.serialization.safe_globals([argparse.Namespace, *shells]):
+    refused = sorted(name for name in asked if name != "argparse.Namespace" and not INERT.fullmatch(name))
+    if refused:
+        raise _refusal(path, refused)
+    placeholders = [(Placeholder, name) for name in asked if name != "argparse.Namespace"]
+    with _report_broken_file(path), torch.serialization.safe_globals([argparse.Namespace, *placeholders]):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, dict) and content.get("sha256") and not checksum_matches(content):
         raise ValueError(

@@ -7,11 +7,8 @@ import torch
 
 from util.formats.configs import hf_config, hf_processor, timm_config
 from util.formats.keys import (
-    HOMES,
+    FORMATS,
     State,
-    Weights,
-    architecture,
-    family,
     rename,
     to_hf,
     to_mae,
@@ -19,63 +16,64 @@ from util.formats.keys import (
     to_mmseg,
     to_timm,
 )
-from util.formats.onnx import _save_onnx
-from util.formats.resize import averages_normed, known_size
+from util.formats.onnx import save_onnx
+from util.formats.resize import known_size
+from util.formats.weights import Weights
 
 WHY = {
-    "convvit": "they have no convolution stages below their ViT",
-    "mff_vit": "it has none for the fused layers, without which the decoder is worth nothing",
+    "convvit": "these formats have no convolution stages",
+    "mff_vit": "the format has no fused layers, which the decoder needs",
 }
-
-
 PYRAMID = 256  # width of the norms of Detectron2's feature pyramid
 
 
 def select_tensors(weights: Weights, target: str, encoder_only: bool = False) -> State:
-    """The tensors that the target has a place for, in facebookresearch/mae's names; ValueError if it has none."""
-    state, host = weights.state, family(weights.state)
+    """Tensors that the target format can hold, in facebookresearch/mae's names; ValueError if it cannot hold this host."""
+    state, host = weights.state, weights.family
     if host is None:
-        stranger = next(key for key in state if rename(key, "mae", "mae") is None)
-        raise ValueError(f"no rule knows {stranger}: add the host's tensors to names.RULES, or use the file as it is")
-    if target not in HOMES[host]:
-        homes = " or ".join(HOMES[host])
-        raise ValueError(f"--to {target} has no place for a {host}: {WHY[host]}; use --to {homes}")
-    if target == "mae" and averages_normed(weights):
-        raise ValueError("no model of facebookresearch/mae averages patches after the final norm: use --to timm")
+        unknown = next(key for key in state if rename(key, "mae", "mae") is None)
+        raise ValueError(
+            f"{unknown}: no rule maps it; add the host's tensors to RULES in util/formats/keys.py, or use the file unconverted"
+        )
+    if target not in FORMATS[host]:
+        formats = " or ".join(FORMATS[host])
+        raise ValueError(f"--to {target} cannot hold a {host}: {WHY[host]}; use --to {formats}")
+    if target == "mae" and weights.averages_normed:
+        raise ValueError("--to mae: its models do not average patches after the final norm; use --to timm")
     if target == "hf":
-        return _selected_for_hf(weights, host, encoder_only)
+        return _select_for_hf(weights, host, encoder_only)
     if target in ("mae", "mmpretrain"):
         return to_mae(state) if target == "mae" else dict(state)
-    if target == "detectron2" and architecture(state)["embed_dim"] == PYRAMID:
+    if target == "detectron2" and weights.embed_dim == PYRAMID:
         raise ValueError(
-            f"--to detectron2: its matching of names would put a final norm {PYRAMID} wide into the pyramid"
+            f"--to detectron2: width {PYRAMID} is ambiguous, the final norm would be loaded into the feature pyramid; use --to timm"
         )
-    return to_timm(state) if target in ("timm", "onnx") else _headless(to_timm(state))
+    return to_timm(state) if target in ("timm", "onnx") else _remove_head(to_timm(state))
 
 
-def _selected_for_hf(weights: Weights, host: str, encoder_only: bool) -> State:
+def _select_for_hf(weights: Weights, host: str, encoder_only: bool) -> State:
     if "mask_token" in weights.state and not encoder_only:
         if host == "mff_vit":
-            raise ValueError(f"--to hf has no place for the decoder of a {host}: {WHY[host]}; add --encoder_only")
+            raise ValueError(f"--to hf cannot hold the decoder of a {host}: {WHY[host]}; add --encoder_only")
         return dict(weights.state)
     encoder = to_timm(weights.state)
-    if "fc_norm.weight" in encoder or averages_normed(weights):
+    if "fc_norm.weight" in encoder or weights.averages_normed:
         raise ValueError(
-            "--to hf: transformers' ViT classifies by the class token, this one by the mean: use --to timm"
+            "--to hf: transformers' ViT classifies the class token, this one the mean of the patches; use --to timm"
         )
     if encoder_only:
-        return _headless(encoder)
+        return _remove_head(encoder)
     if "head.weight" not in encoder:
-        raise ValueError("--to hf: there is no decoder for a ViTMAEForPreTraining: add --encoder_only")
+        raise ValueError("--to hf: the file has no decoder for ViTMAEForPreTraining; add --encoder_only")
     return encoder
 
 
-def _headless(encoder: State) -> State:
+def _remove_head(encoder: State) -> State:
     return {key: value for key, value in encoder.items() if key.split(".")[0] not in ("head", "fc_norm")}
 
 
 def rename_tensors(state: State, target: str, backbone: str) -> State:
-    """State in the target's names; of a view only what it shows, and nothing twice."""
+    """State in the target's names; each tensor owns contiguous memory."""
     if target == "hf":
         state = to_hf(state)
         if "decoder.mask_token" not in state and "classifier.weight" not in state:
@@ -88,7 +86,7 @@ def rename_tensors(state: State, target: str, backbone: str) -> State:
 
 
 def _save_folder(folder: Path, state: State, files: dict[str, dict]) -> None:
-    """model.safetensors and JSON files; transformers 4.x asks for the format in the metadata."""
+    """model.safetensors and JSON files; transformers 4.x requires the format in the metadata."""
     from safetensors.torch import save_file  # timm brings it; no other format needs it
 
     folder.mkdir()
@@ -98,7 +96,7 @@ def _save_folder(folder: Path, state: State, files: dict[str, dict]) -> None:
 
 
 def write_weights(path: Path, weights: Weights, state: State, target: str, folder: bool) -> None:
-    """Write `state`, which is in the target's names, to `path`; the weights tell what its configuration says."""
+    """Write `state`, in the target's names, to `path`; configuration files describe `weights`."""
     if target == "hf":
         files = {"config.json": hf_config(weights)}
         size = known_size(weights)
@@ -108,12 +106,9 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif folder:
         _save_folder(path, state, {"config.json": timm_config(weights)})
     elif target == "onnx":
-        _save_onnx(path, weights, state)
+        save_onnx(path, weights, state)
     else:
-        wrapped = {
-            "mae": {"model": state},
-            "detectron2": {"model": state},
-            "mmpretrain": {"state_dict": state, "meta": {}},
-        }
-        wrapped["mmseg"] = wrapped["mmpretrain"] | {"state_dict": state}
-        torch.save(wrapped.get(target, state), path)
+        wrapped = {"model": state}
+        mm = {"state_dict": state, "meta": {}}
+        contents = {"mae": wrapped, "detectron2": wrapped, "mmpretrain": mm, "mmseg": mm}
+        torch.save(contents.get(target, state), path)

@@ -1,0 +1,110 @@
+"""Tensors of a checkpoint and every fact that its file states."""
+
+import math
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from util.args import resolve_defaults
+from util.formats.keys import State, family, tensor_sizes
+
+HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # published attention heads by width
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint. None = the file does not state it; a host without rules has no sizes."""
+
+    state: State  # names of facebookresearch/mae: encoder, and decoder, fc_norm, head where the file has them
+    args: dict[str, Any]  # arguments of the run that wrote the file, or options of its config.json; {} if it has none
+    source: str  # "pixmim", "mae", "mm", "mmseg", "hf" or "timm"
+    dropped: list[str]  # keys that a rule leaves out
+    num_classes: int  # 0 without a head
+    pooled: bool  # the head follows fc_norm, on the mean of the patches
+    family: str | None = None  # as the names in models.ENCODERS begin
+    model: str | None = None  # --model, of our own runs
+    embed_dim: Any = None  # of ConvMAE a tuple over its stages, as depth
+    depth: Any = None
+    num_heads: int = 0
+    mlp_ratio: float = 0
+    patch_size: Any = None  # pixels
+    in_chans: Any = None
+    num_patches: int = 0
+    class_token: bool = False
+    input_size: tuple[int, int] | None = None  # (H, W) pixels
+    grid: tuple[int, int] | None = None  # (h, w) patches
+    mean: Any = None
+    std: Any = None
+    decoder_dim: int | None = None
+    decoder_depth: int | None = None
+    decoder_heads: int | None = None
+    norm_pix_loss: bool | None = None
+    mask_ratio: float | None = None
+    mask_unit: int | None = None
+    lowpass_radius: Any = None  # frequency bins; "auto" = PixMIM's release, in proportion to the input
+    lowpass: str | None = None
+    fuse_layers: Any = None
+    pool: str | None = None  # "token" or "mean": --pool of a probe
+    classes: Any = None  # names of the classes
+
+    @classmethod
+    def from_state(
+        cls, state: State, args: dict[str, Any] | None = None, source: str = "pixmim", dropped: Iterable[str] = ()
+    ) -> "Weights":
+        """Weights whose facts come from the shapes of a checked state and from `args`."""
+        raw, dropped = args or {}, list(dropped)
+        own = source == "pixmim"
+        stated = dict(raw)
+        if own and {"input_size", "in_chans", "mean", "std"} <= raw.keys():
+            stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
+        facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
+        facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
+        for key, kinds in (("norm_pix_loss", bool), ("mask_ratio", float | int)):
+            facts[key] = stated.get(key) if isinstance(stated.get(key), kinds) else None
+        if own:
+            facts |= {key: stated.get(key) for key in OWN}
+        elif "mask_token" in state:
+            facts["lowpass_radius"] = "auto" if any("low_pass_filter" in key for key in dropped) else 0
+        if family(state):
+            facts |= {"decoder_dim": None, "decoder_depth": None, "decoder_heads": None} | tensor_sizes(state)
+            facts["input_size"] = _input_size(stated.get("input_size"), facts["patch_size"], facts["num_patches"])
+            widths = facts["embed_dim"]
+            width = widths[-1] if isinstance(widths, tuple) else widths
+            facts["num_heads"] = stated.get("num_heads") or HEADS.get(width, max(1, width // 64))
+            if facts["decoder_dim"]:  # 32 wide each, as MAE's and LSMAE's are
+                facts["decoder_heads"] = stated.get("decoder_heads") or max(1, facts["decoder_dim"] // 32)
+        elif "input_size" in stated:
+            facts["input_size"] = tuple(stated["input_size"])
+        size, patch = facts.get("input_size"), facts.get("patch_size")
+        facts["grid"] = (size[0] // patch, size[1] // patch) if size and patch else None
+        return cls(state, raw, source, dropped, **facts)
+
+    def with_state(self, state: State, **args: Any) -> "Weights":
+        """The same checkpoint with other tensors or arguments."""
+        return Weights.from_state(state, self.args | args, self.source, self.dropped)
+
+    @property
+    def has_decoder(self) -> bool:
+        return "decoder_pred.weight" in self.state
+
+    @property
+    def averages_normed(self) -> bool:
+        """Whether the classifier is a probe of the mean of normalised patches."""
+        return self.num_classes > 0 and not self.pooled and self.pool == "mean"
+
+
+OWN = (
+    "model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads",
+    "mask_unit", "lowpass_radius", "lowpass", "fuse_layers",
+)  # fmt: skip
+
+
+def _input_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:
+    """(H, W) as stated if it fits the position embedding, else the square that does; None if there is none."""
+    height, width = (stated * 2)[:2] if isinstance(stated, list | tuple) and stated else (stated, stated)
+    fits = isinstance(height, int) and isinstance(width, int)
+    if fits and (height // patch) * (width // patch) == num_patches:
+        return height, width
+    side = math.isqrt(num_patches)
+    return (side * patch, side * patch) if side**2 == num_patches else None
