@@ -24,7 +24,7 @@ from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
-from util.evaluate.health import warning_after, warnings_at_start
+from util.evaluate.health import check_examples, check_loss
 from util.evaluate.knn import knn
 from util.meters import due
 from util.plots.reconstruction import log_pictures, reconstruct
@@ -76,14 +76,14 @@ def main() -> None:
     wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
     saver = Saver(run, model, optimizer, scaler, loader)
     progress = saver.resume()
-    for line in warnings_at_start(model, normalize(examples), args):
+    for line in check_examples(model, normalize(examples), args):
         run.log.info(line)
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
         saver.after_epoch(progress)
         done = epoch + 1
-        if run.world.is_main and (warning := warning_after(done, model, normalize(examples), examples["noise"], args)):
+        if run.world.is_main and (warning := check_loss(done, model, normalize(examples), examples["noise"], args)):
             run.log.info(warning)
         if due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, normalize(examples), examples["noise"], args), done)

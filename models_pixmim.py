@@ -298,17 +298,22 @@ class PixMIM(nn.Module):
         """Trade a second forward pass of every block for the memory of its activations."""
         self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enable
 
+    @torch.no_grad()
+    def targets(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, Tensor, Tensor]:
+        """Target (B, R, P) of the removed patches, float32, and the mean and std that normalised it.
+
+        With norm_pix_loss those of each patch (B, R, 1), else 0 and 1."""
+        target = take(patchify(self.target(images).float(), self.encoder.patch), mask.drop)
+        mean, std = patch_statistics(target) if self.norm_pix_loss else (target.new_zeros(1), target.new_ones(1))
+        return (target - mean) / std, mean, std
+
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, PatchMask]:
         """Normalised images (B, C, H, W), noise (B, U) -> loss (), prediction (B, R, P) of `mask.drop`, mask."""
         if noise is None:
             noise = torch.rand(len(images), self.noise_length, device=images.device)
         mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
         prediction = self.decoder(self.encoder.encode(images, mask), mask).float()
-        with torch.no_grad():
-            target = take(patchify(self.target(images).float(), self.encoder.patch), mask.drop)
-            if self.norm_pix_loss:
-                mean, std = patch_statistics(target)
-                target = (target - mean) / std
+        target, _, _ = self.targets(images, mask)
         return F.mse_loss(prediction, target), prediction, mask
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a model: what it reconstructs, looks at and tells apart, and what its masks and filter do to images."""
+"""Pictures of a model: reconstruction, attention, feature components, spectrum, masks, low-pass filters."""
 
 import argparse
 from argparse import Namespace
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from models import ENCODERS, build_encoder, build_model
-from models_pixmim import PixMIM, mask_from_noise
+from models_pixmim import LowPass, PixMIM, mask_from_noise
 from util.args import (
     METHOD,
     Parser,
@@ -30,36 +30,36 @@ from util.dist import init_world
 from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
 from util.formats.keys import pixmim_names
 from util.formats.weights import Weights
-from util.plots.features import attention_picture, pca_picture
-from util.plots.reconstruction import filter_picture, masks_picture, panel, reconstruct, spectrum
+from util.plots.features import draw_attention, draw_components
+from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
 from util.rng import MASK, generator
 
 MASKS = 6
-RADII = (10, 20, 40, 80, 112)  # of --filter at 224 px
+RADII = (10, 20, 40, 80, 112)  # defaults of --filter at 224 px
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     # fmt: off
     parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
-        help="pre-trained weights in any format that util/convert.py reads, with their decoder unless one of the pictures below "
-             "does without; none = an untrained --model")
-    parser.add_argument("--images", required=True, nargs="+", help="files, or folders of images")
-    parser.add_argument("--output", type=picture, required=True, help="the picture to write, .png or .jpg")
-    parser.add_argument("--count", type=number(int, 1), default=8, help="images shown at most, spread over those found")
+        help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --pca, --masks "
+             "and --filter work; none = an untrained --model")
+    parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images")
+    parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
+    parser.add_argument("--count", type=number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--attention", action="store_true", help="instead of what is reconstructed: what each head of the last block's class token looks at")
-    add("--pca", action="store_true", help="instead: the first three principal components of the patch features, as colours")
-    add("--spectrum", action="store_true", help="instead: power of each frequency of input, target, prediction and error, a chart")
-    add("--masks", action="store_true", help=f"instead: the images under {MASKS} masks each")
+    add("--attention", action="store_true", help="draw the attention of the last block's class token, per head, instead of the reconstruction")
+    add("--pca", action="store_true", help="draw the first three principal components of the patch features as colours")
+    add("--spectrum", action="store_true", help="draw a chart of the power per frequency of input, target, prediction and error")
+    add("--masks", action="store_true", help=f"draw each image under {MASKS} masks")
     add("--filter", nargs="*", type=number(float, 1), metavar="R",
-        help="instead: the images under low-pass filters of these radii, and what they remove; without radii 10 20 40 80 112 "
-             "of 224 px in proportion, and the model's own")
+        help="draw each image under low-pass filters of these radii in bins, and what they remove; without radii: 10 20 40 80 "
+             "112 scaled from 224 px to --input_size, and the model's radius")
     # fmt: on
     add_model_arguments(parser, ENCODERS)
     group = add_method_arguments(parser, **dict.fromkeys(METHOD))
     group.description = (
-        "None = as in --checkpoint; one that does not tell is taken for MAE's, its decoder for one of heads 32 wide"
+        "None = as in --checkpoint. A checkpoint without these settings is read as MAE, with decoder heads 32 wide."
     )
     add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False)
@@ -67,25 +67,25 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def find_images(names: list[str], count: int) -> Folder:
-    """At most `count` images, evenly spread over the files and folders named."""
+    """At most `count` images, at even steps from the files and folders named."""
     paths: list[bytes] = []
     for name in names:
         if not Path(name).exists():
-            raise FileNotFoundError(f"--images {name}: there is no such file or folder")
+            raise FileNotFoundError(f"--images {name}: does not exist; name a file or folder of images")
         paths += list_images(name) if Path(name).is_dir() else [name.encode()]
     if not paths:
-        raise ValueError(f"--images {' '.join(names)}: no images there")
+        raise ValueError(f"--images {' '.join(names)}: no images found; name a file or folder of images")
     chosen = [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
     return Folder(np.array(chosen), np.zeros(len(chosen), np.int64), [])
 
 
 def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
-    """Load the weights, or say what does not fit."""
+    """Load the weights into the model; ValueError if they do not fit."""
     if "proj_weights" in weights.state and (fused := getattr(model.encoder, "fuse_layers", None)):
         count = weights.state["proj_weights"].numel()
         if count != len(fused):
             raise ValueError(
-                f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; say which by --fuse_layers"
+                f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; name them with --fuse_layers"
             )
     try:
         model.load_state_dict(pixmim_names(weights.state))
@@ -97,41 +97,50 @@ def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
         ) from error
 
 
-def encoder_picture(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
-    """Pictures of whole images' features: any encoder, at any --input_size."""
+def scale_to_pixels(batch: dict) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] of a batch."""
+    return batch["images"].permute(0, 3, 1, 2).float() / 255
+
+
+def draw_mask_noise(model: PixMIM, args: Namespace, count: int, epoch: int) -> Tensor:
+    """Noise (count, U) of images 0 to count - 1 in an epoch, as util/data/batches.py draws it."""
+    draws = [generator(args.seed, MASK, epoch, i).random(model.noise_length, np.float32) for i in range(count)]
+    return torch.from_numpy(np.stack(draws))
+
+
+def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
+    """--attention or --pca, of any encoder and at any --input_size."""
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights)).to(device).eval()
     if args.attention and not encoder.num_prefix_tokens:
         raise ValueError(f"--attention: --model {args.model} has no class token; use --pca")
-    draw = attention_picture if args.attention else pca_picture
-    return draw(encoder, Normalize(args, device)(batch), pixels(batch))
+    draw = draw_attention if args.attention else draw_components
+    return draw(encoder, Normalize(args, device)(batch), scale_to_pixels(batch))
 
 
-def method_picture(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
-    """Pictures of what pre-training does: its masks, its filter, its predictions."""
-    own = args.lowpass_radius
-    if args.filter is not None:
-        sides = {round(radius * min(args.input_size) / 224) for radius in RADII} | {own}
-        return filter_picture(pixels(batch), args.filter or sorted(sides - {0}), own, args.lowpass)
-    model = build_model(args)
-    if not args.masks:
-        fit(model, weights, args)
-    model.to(device).eval()
-    count = len(batch["images"])
+def draw_filter_radii(args: Namespace, pixels: Tensor) -> np.ndarray:
+    """--filter: images under low-pass filters."""
+    scaled = {round(radius * min(args.input_size) / 224) for radius in RADII} | {args.lowpass_radius}
+    mean, std = [0.0] * args.in_chans, [1.0] * args.in_chans
 
-    def noise(epoch: int) -> Tensor:  # as util/data.py draws it
-        draws = [generator(args.seed, MASK, epoch, i).random(model.noise_length, np.float32) for i in range(count)]
-        return torch.from_numpy(np.stack(draws)).to(device)
+    def low_pass(radius: float) -> LowPass:
+        return LowPass(args.input_size, radius, mean, std, args.lowpass).to(pixels.device)
 
+    return draw_filters(pixels, args.filter or sorted(scaled - {0}), args.lowpass_radius, low_pass)
+
+
+def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
+    """--masks, --spectrum or the reconstruction."""
+    model, count = build_model(args), len(batch["images"])
     if args.masks:
-        masks = [mask_from_noise(noise(e), args.mask_ratio, model.encoder.grid, args.mask_unit) for e in range(MASKS)]
-        return masks_picture(pixels(batch), masks, model.encoder.patch)
-    made = reconstruct(model, Normalize(args, device)(batch), noise(0), args)
-    return spectrum(made) if args.spectrum else panel(made)
-
-
-def pixels(batch: dict) -> Tensor:
-    """(B, C, H, W) in [0, 1]."""
-    return batch["images"].permute(0, 3, 1, 2).float() / 255
+        noise = [draw_mask_noise(model, args, count, epoch) for epoch in range(MASKS)]
+        grid = model.encoder.grid
+        masks = [mask_from_noise(x, args.mask_ratio, grid, args.mask_unit).removed.unflatten(1, grid) for x in noise]
+        return draw_masks(scale_to_pixels(batch).cpu(), masks)
+    fit(model, weights, args)
+    model.to(device).eval()
+    noise = draw_mask_noise(model, args, count, 0).to(device)
+    reconstruction = reconstruct(model, Normalize(args, device)(batch), noise, args)
+    return draw_spectrum(reconstruction) if args.spectrum else draw_reconstruction(reconstruction)
 
 
 def main() -> None:
@@ -139,16 +148,20 @@ def main() -> None:
     of_encoder = args.attention or args.pca
     if not (of_encoder or args.masks or args.filter is not None or (weights and weights.has_decoder)):
         raise ValueError(
-            f"--checkpoint {args.checkpoint} has no decoder; what it reconstructs needs a pre-training checkpoint, "
-            "--attention, --pca, --masks and --filter do not"
+            f"--checkpoint {args.checkpoint} has no decoder: the reconstruction and --spectrum need a pre-training checkpoint "
+            "with one; --attention, --pca, --masks and --filter do not"
         )
     unset = {name: value for name, value in METHOD.items() if getattr(args, name) is None}
     args = resolve_defaults(Namespace(**vars(args) | unset))
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
     batch = load_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
-    draw = encoder_picture if of_encoder else method_picture
-    picture = Image.fromarray(draw(args, weights, batch, device))
+    if args.filter is not None:
+        pixels = draw_filter_radii(args, scale_to_pixels(batch))
+    else:
+        draw = draw_encoder if of_encoder else draw_method
+        pixels = draw(args, weights, batch, device)
+    picture = Image.fromarray(pixels)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
     print(f"{args.output}: {len(source)} images, {picture.width} x {picture.height}")

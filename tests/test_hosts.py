@@ -46,7 +46,7 @@ from util.evaluate.encoder import MODEL_FLAGS, Encoder, load_encoder, pooling
 from util.evaluate.knn import knn_votes
 from util.formats.keys import FUSION, pixmim_names, rename, to_timm
 from util.formats.read import read_weights
-from util.plots.reconstruction import panel, reconstruct
+from util.plots.reconstruction import draw_reconstruction, reconstruct
 from visualize import find_images
 
 HOSTS = {  # patches of 8 px; the stages of ConvMAE have patches of 2 and 4 px
@@ -435,7 +435,9 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
     )
     batch = load_batch(samples, range(3), CPU)
     picture = draw(trained(host, flags) / "last.pth", photos / "val", tmp_path / "x.png", "--count", 3)
-    assert np.array_equal(picture, panel(reconstruct(model, Normalize(args, CPU)(batch), batch["noise"], args)))
+    assert np.array_equal(
+        picture, draw_reconstruction(reconstruct(model, Normalize(args, CPU)(batch), batch["noise"], args))
+    )
 
     columns = cells(picture, args.input_size, rows=3)
     pixels, filtered = columns[0], args.lowpass_radius != 0

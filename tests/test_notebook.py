@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and holds no output."""
+"""The notebook runs from its first cell to its last and is stored without output."""
 
 import json
 import re
@@ -12,7 +12,7 @@ NOTEBOOK = ROOT / "demo" / "pixmim_demo.ipynb"
 
 
 def execute(parameters: dict[str, object]):
-    """The notebook after its run, the values in its first code cell replaced."""
+    """The executed notebook, with these values in its first code cell."""
     import nbclient
     import nbformat
 
@@ -25,16 +25,17 @@ def execute(parameters: dict[str, object]):
     return client.execute()
 
 
-# Of jupyter_client and tornado, which the project does not use otherwise.
+# Warnings of jupyter_client and tornado, which only this test uses.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::RuntimeWarning")
-def test_the_notebook_goes_from_images_to_pictures_and_neighbours(tmp_path):
+def test_the_notebook_draws_all_pictures_and_prints_knn_accuracies(tmp_path):
     class_folders(tmp_path / "images" / "train", {"ant": 12, "bee": 12}, seed=0)
     class_folders(tmp_path / "images" / "val", {"ant": 4, "bee": 4}, seed=1)
     for path in sorted((tmp_path / "images" / "train").rglob("*.*")):  # a batch of the recipe is 64 images
         for copy in range(2):
             (path.parent / f"{copy}-{path.name}").write_bytes(path.read_bytes())
     output = tmp_path / "output"
-    notebook = execute({"IMAGES": str(tmp_path / "images"), "EPOCHS": 1, "OUTPUT": str(output)})
+    colour = "--in_chans 3 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
+    notebook = execute({"IMAGES": str(tmp_path / "images"), "EPOCHS": 1, "CHANNELS": colour, "OUTPUT": str(output)})
     names = {"masks", "filter", "curves", "reconstruction", "spectrum", "attention", "components"}
     assert {path.stem for path in output.glob("*.png")} == names
     for path in output.glob("*.png"):
@@ -47,7 +48,7 @@ def test_the_notebook_goes_from_images_to_pictures_and_neighbours(tmp_path):
     assert [json.loads(result)["n"] for result in results.values()] == [8, 8]
 
 
-def test_no_output_is_kept():
+def test_the_notebook_is_stored_without_output():
     for cell in json.loads(Path(NOTEBOOK).read_text())["cells"]:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None

@@ -30,7 +30,8 @@ from models_pixmim import LowPass, mask_from_noise, patch_statistics, patchify, 
 from util import run
 from util.args import resolve_defaults
 from util.data.transforms import Normalize
-from util.plots.reconstruction import panel, reconstruct, to_uint8
+from util.plots.grids import to_uint8
+from util.plots.reconstruction import draw_reconstruction, reconstruct
 from util.run import versions
 
 SIZES = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
@@ -245,7 +246,7 @@ def columns(monkeypatch, flags: str, perfect: bool = True):
         model.decoder = Oracle(answer)
     drawn = {}
     monkeypatch.setattr("util.plots.reconstruction.draw_columns", drawn.update)
-    panel(reconstruct(model, images, noise, args))
+    draw_reconstruction(reconstruct(model, images, noise, args))
     mean, std = (
         torch.tensor(x).view(-1, 1, 1) for x in (args.mean or (0.485, 0.456, 0.406), args.std or (0.229, 0.224, 0.225))
     )
@@ -298,7 +299,7 @@ def test_the_filtered_and_the_removed_add_up_to_the_input():
 def test_the_picture_is_a_labelled_row_for_each_image():
     args = parsed()
     model = build_model(args)
-    picture = panel(reconstruct(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args))
+    picture = draw_reconstruction(reconstruct(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args))
     assert picture.dtype == np.uint8
     zoomed = 16 * 14  # 224 px of each column
     assert picture.shape[1:] == (8 + 5 * (zoomed + 8), 3)

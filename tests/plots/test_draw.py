@@ -1,22 +1,27 @@
-"""Columns of images and line charts: where things are, and that nothing is lost."""
+"""Image grids and line charts: positions of images, labels and lines."""
+
+import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import ImageFont
 
-from util.plots.charts import STYLES, Axis, dashed, plot, ticks
-from util.plots.grids import draw_columns, wrapped
+from util.plots.charts import COLORS, draw_lines
+from util.plots.grids import draw_columns, wrap_label
 
 
 def test_labels_wrap_between_words():
     font = ImageFont.load_default(size=20)
-    lines = wrapped("prediction (true patch mean and std)", font, 224)
+    lines = wrap_label("prediction (true patch mean and std)", font, 224)
     assert " ".join(lines) == "prediction (true patch mean and std)"
     assert len(lines) == 2
     assert all(font.getlength(line) <= 224 for line in lines)
 
 
-def test_images_stand_in_their_rows_and_columns_as_they_are():
+def test_images_are_copied_unchanged_to_their_rows_and_columns():
     rng = np.random.default_rng(0)
     columns = {name: rng.integers(0, 256, (2, 112, 112, 3), np.uint8) for name in "ab"}
     picture = draw_columns(columns)
@@ -28,7 +33,7 @@ def test_images_stand_in_their_rows_and_columns_as_they_are():
             assert np.array_equal(shown[1::2, 1::2], images[row])
 
 
-def test_letters_grow_with_the_picture():
+def test_font_size_grows_with_the_grid():
     small, large = (
         draw_columns({str(i): np.zeros((1, 224, 224, 3), np.uint8) for i in range(count)}) for count in (2, 20)
     )
@@ -36,51 +41,70 @@ def test_letters_grow_with_the_picture():
     assert large.shape[0] - 224 - 16 == pytest.approx(1.2 * 20 * 224 / 70, abs=1)
 
 
-def test_labels_of_rows_make_room_for_themselves():
+def test_row_labels_widen_the_grid():
     images = {"a": np.zeros((2, 64, 64, 3), np.uint8)}
     bare, labelled = draw_columns(images), draw_columns(images, rows=["first", "the second"])
     assert labelled.shape[1] > bare.shape[1] + 80
     assert np.array_equal(labelled[:, -bare.shape[1] + 8 :], bare[:, 8:])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.4, 0.9), (-3, 250), (0.001, 0.0011), (1, 32)])
-def test_ticks_are_few_and_round_and_inside(low, high):
-    found = ticks(low, high)
-    assert 3 <= len(found) <= 9
-    assert low - 1e-9 <= found[0]
-    assert found[-1] <= high + 1e-9
-    step = (found[1] - found[0]) / 10 ** np.floor(np.log10(found[1] - found[0]) + 1e-9)
-    assert min(abs(step - factor) for factor in (1, 2, 5)) < 1e-6
+def colored(chart: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the pixels of exactly this colour, without the legend in the upper left corner."""
+    chart = chart.copy()
+    chart[:170, :330] = 255
+    return np.nonzero((chart == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1))
 
 
-def test_a_logarithmic_axis_spans_whole_decades():
-    axis = Axis([0.002, 30], 100, 0, log=True)
-    assert (axis(0.001), axis(100)) == (100, 0)
-    assert axis(1) == pytest.approx(40)
-    assert axis.ticks() == [0.001, 0.01, 0.1, 1, 10, 100]
-    assert Axis([5.0, 5.0], 0, 10)(5) == 5
-
-
-def test_dashes_have_their_length_around_corners():
-    corner = [(0, 0), (10, 0), (10, 10)]
-    assert dashed(corner, ()) == [corner]
-    assert dashed(corner, (6, 2)) == [[(0, 0), (6, 0)], [(8, 0), (10, 0), (10, 4)], [(10, 6), (10, 10)]]
-
-
-def test_lines_of_a_chart_are_where_their_numbers_are():
-    chart = plot({"flat": ([0, 10], [1, 1]), "rising": ([0, 10], [0, 2])}, "heading", "x")
-    rows, columns = np.nonzero((chart == STYLES[0][0]).all(-1))
+def test_lines_of_a_chart_are_at_their_values():
+    chart = draw_lines({"flat": ([0, 10], [1, 1]), "rising": ([0, 10], [0, 2])}, "title", "x")
+    assert (chart.shape, chart.dtype) == ((600, 760, 3), np.uint8)
+    rows, columns = colored(chart, COLORS[0])
     level = np.bincount(rows).argmax()
     left, right = columns[rows == level].min(), columns[rows == level].max()
-    high, wide = np.nonzero((chart == STYLES[1][0]).all(-1))
-    line = (wide > left + 20) & (wide < right - 20) & (high > 90)  # below the legend, between the dots
-    slope, offset = np.polyfit(wide[line], high[line], 1)
-    assert slope < 0  # up is more
-    assert slope * (left + right) / 2 + offset == pytest.approx(level, abs=3)  # half-way between 0 and 2
+    high, wide = colored(chart, COLORS[1])
+    for share in (0.25, 0.75):  # the dashed line passes below the flat one in the first half, above it in the second
+        near = abs(wide - (left + share * (right - left))) < 40
+        middle = (wide[near].mean() - left) / (right - left)
+        assert (level - high[near].mean()) / (middle - 0.5) == pytest.approx(level_step(chart), rel=0.05)
+
+
+def level_step(chart: np.ndarray) -> float:
+    """Pixels between y = 0 and y = 2 in that chart: between the markers at the two ends of the rising line."""
+    high, wide = colored(chart, COLORS[1])
+    low_end, high_end = high[wide <= wide.min() + 12].mean(), high[wide >= wide.max() - 12].mean()
+    return low_end - high_end
+
+
+def test_a_logarithmic_chart_draws_decades_at_equal_distances():
+    chart = draw_lines({"a": ([1, 2, 3], [1e-4, 1e-2, 1])}, "title", "x", log=True)
+    rows, columns = colored(chart, COLORS[0])
+    ends = [rows[abs(columns - x) < 4].mean() for x in (columns.min() + 6, columns.max() - 6)]
+    middle = rows[abs(columns - (columns.min() + columns.max()) / 2) < 4].mean()
+    assert middle == pytest.approx(sum(ends) / 2, abs=6)  # the line slopes by about 4 px over the width looked at
+    assert ends[1] < middle < ends[0]
 
 
 def test_values_below_the_floor_are_drawn_at_it():
-    lines = {"a": ([1, 2, 3], [1, 0.1, 0])}
-    assert np.array_equal(
-        plot(lines, "h", "x", log=True, floor=1e-3), plot({"a": ([1, 2, 3], [1, 0.1, 1e-3])}, "h", "x", log=True)
+    charts = [
+        draw_lines({"a": ([1, 2, 3], ys)}, "t", "x", log=True, floor=1e-3) for ys in ([1, 0.1, 0], [1, 0.1, 1e-3])
+    ]
+    assert np.array_equal(*charts)
+    assert not np.array_equal(charts[0], draw_lines({"a": ([1, 2, 3], [1, 0.1, 0.01])}, "t", "x", log=True))
+
+
+def test_a_mark_is_a_labelled_line_and_a_chart_changes_no_settings_of_matplotlib():
+    import matplotlib
+
+    before, lines = dict(matplotlib.rcParams), {"a": ([1, 2], [1, 2])}
+    assert not np.array_equal(draw_lines(lines, "t", "x"), draw_lines(lines, "t", "x", mark=(1.5, "cut-off")))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_another_process_draws_the_same_bytes():
+    code = (
+        "import hashlib; from util.plots.charts import draw_lines; "
+        "print(hashlib.sha256(draw_lines({'a': ([1, 2], [3, 4]), 'b': ([1, 2], [5, 1])}, 't', 'x').tobytes()).hexdigest())"
     )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = {"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 1])}
+    assert run.stdout.split()[-1] == hashlib.sha256(draw_lines(lines, "t", "x").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Attention and components beside slow computations of them; masks and filters beside the model's own."""
+"""Attention and components against slow computations of them; masks and filters against the model's."""
 
 import math
 
@@ -12,18 +12,18 @@ from models_pixmim import LowPass, mask_from_noise, patchify
 from util.evaluate.encoder import patch_features
 from util.plots.features import (
     RAMP,
-    attention_picture,
     class_attention,
-    enlarged,
-    heat,
-    pca_picture,
+    colorize_maps,
+    draw_attention,
+    draw_components,
     principal_components,
-    stretched,
+    stretch_components,
 )
-from util.plots.reconstruction import filter_picture, masks_picture
+from util.plots.grids import enlarge_maps
+from util.plots.reconstruction import draw_filters, draw_masks, paste_patches
 
 
-def encoder(name: str = "vit_tiny", size: tuple[int, int] = (16, 24)):
+def encoder(name: str = "vit_pico", size: tuple[int, int] = (16, 24)):
     model = ENCODERS[name](img_size=size, patch_size=8).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,8 +57,8 @@ def last_attention_by_hand(model, images: torch.Tensor) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "mff_vit_tiny"])
-def test_attention_is_that_of_the_last_blocks_class_token(name):
+@pytest.mark.parametrize("name", ["vit_pico", "mff_vit_pico"])
+def test_class_attention_equals_the_last_blocks_weights(name):
     model, images = encoder(name), torch.randn(2, 3, 16, 24)
     by_hand = last_attention_by_hand(model, images)
     attention = class_attention(model, images)
@@ -74,7 +74,7 @@ def test_attention_leaves_no_hook_behind():
     assert not model.blocks[-1].attn._forward_pre_hooks
 
 
-def test_components_are_those_of_numpys_covariance():
+def test_components_equal_those_of_numpy():
     features = torch.randn(3, 5, 4, 6) * torch.tensor([1.0, 5, 2, 0.5, 3]).view(5, 1, 1) + 7
     components, shares = principal_components(features)
     rows = features.double().permute(0, 2, 3, 1).reshape(-1, 5).numpy()
@@ -88,32 +88,32 @@ def test_components_are_those_of_numpys_covariance():
     assert np.allclose(components.transpose(0, 1).flatten(1).var(1), np.linalg.eigvalsh(covariance)[::-1][:3])
 
 
-def test_components_are_stretched_to_the_middle_98_percent():
+def test_components_are_scaled_to_their_middle_98_percent():
     values = torch.arange(100.0).view(1, 1, 10, 10)
     low, high = np.quantile(np.arange(100), [0.01, 0.99])
     expected = np.clip((np.arange(100) - low) / (high - low), 0, 1)
-    assert np.allclose(stretched(values).flatten(), expected)
-    assert torch.isfinite(stretched(torch.ones(1, 3, 2, 2))).all()
+    assert np.allclose(stretch_components(values).flatten(), expected)
+    assert torch.isfinite(stretch_components(torch.ones(1, 3, 2, 2))).all()
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "convvit_tiny", "mff_vit_tiny"])
-def test_patch_features_are_those_a_classifier_would_average(name):
+@pytest.mark.parametrize("name", ["vit_pico", "convvit_pico", "mff_vit_pico"])
+def test_patch_features_are_those_that_a_classifier_averages(name):
     options = {"global_pool": "avg", "fc_norm": False}
     model = ENCODERS[name](img_size=(16, 24), patch_size=8, **options).eval()
     images = torch.randn(2, 3, 16, 24)
     mean = patch_features(model, images).mean((2, 3))
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-    if name == "convvit_tiny":  # its norm follows the mean
+    if name == "convvit_pico":  # its norm follows the mean
         mean = model.fc_norm(mean)
     assert_close(mean, pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_heat_goes_from_pale_to_dark_and_each_value_is_as_large_as_its_patch():
-    picture = heat(enlarged(torch.tensor([[[0.0, 1.0]]]), 4))
+def test_maps_go_from_pale_to_dark_and_each_value_fills_its_patch():
+    picture = colorize_maps(enlarge_maps(torch.tensor([[[0.0, 1.0]]]), 4))
     assert picture.shape == (1, 4, 8, 3)
     assert (picture[0, :, :4] == RAMP[0]).all()
     assert (picture[0, :, 4:] == RAMP[-1]).all()
-    lightness = heat(torch.linspace(0, 1, 64).view(1, 1, -1)).sum(-1)
+    lightness = colorize_maps(torch.linspace(0, 1, 64).view(1, 1, -1)).sum(-1)
     assert (np.diff(lightness.astype(int)) <= 0).all()
 
 
@@ -123,29 +123,32 @@ def drawn(monkeypatch):
     monkeypatch.setattr(
         "util.plots.reconstruction.draw_columns", lambda columns, rows=(): found.update(columns, rows=rows)
     )
+    monkeypatch.setattr("util.plots.features.draw_columns", lambda columns, rows=(): found.update(columns, rows=rows))
     return found
 
 
-def test_the_attention_picture_has_a_column_for_each_head_as_a_share_of_its_maximum(drawn):
+def test_the_attention_picture_has_a_column_per_head_divided_by_its_maximum(drawn):
     model, images = encoder(size=(16, 16)), torch.randn(2, 3, 16, 16)
-    attention_picture(model, images, torch.rand(2, 3, 16, 16))
+    draw_attention(model, images, torch.rand(2, 3, 16, 16))
     assert list(drawn) == ["input", "head 1", "head 2", "head 3", "mean of heads", "rows"]
     maps = class_attention(model, images)
-    assert np.array_equal(drawn["head 2"], heat(enlarged(maps[:, 1] / maps[:, 1].amax((1, 2), keepdim=True), 8)))
+    assert np.array_equal(
+        drawn["head 2"], colorize_maps(enlarge_maps(maps[:, 1] / maps[:, 1].amax((1, 2), keepdim=True), 8))
+    )
 
 
-def test_the_picture_of_components_shows_them_together_and_alone(drawn):
+def test_the_component_picture_shows_them_together_and_alone(drawn):
     model, images = encoder(size=(16, 16)), torch.randn(2, 3, 16, 16)
-    pca_picture(model, images, torch.rand(2, 3, 16, 16))
+    draw_components(model, images, torch.rand(2, 3, 16, 16))
     together, *alone = [value for name, value in drawn.items() if name.startswith("component")]
     assert len(alone) == 3
     assert np.array_equal(together, np.stack([one[..., 0] for one in alone], -1))
 
 
-def test_masked_pictures_show_what_the_encoder_gets(drawn):
+def test_masked_images_show_only_the_visible_patches(drawn):
     pixels = torch.rand(2, 3, 32, 32)
     masks = [mask_from_noise(torch.rand(2, 16), 0.75, (4, 4)) for _ in range(3)]
-    masks_picture(pixels, masks, 8)
+    draw_masks(pixels, [mask.removed.unflatten(1, (4, 4)) for mask in masks])
     for i, mask in enumerate(masks):
         shown = patchify(torch.from_numpy(drawn[f"mask {i + 1}"]).permute(0, 3, 1, 2), 8)
         truth = patchify((pixels * 255).round().byte(), 8)
@@ -153,12 +156,23 @@ def test_masked_pictures_show_what_the_encoder_gets(drawn):
         assert set(shown[mask.removed].unique().tolist()) == {128}  # 0.5 x 255, rounded to even
 
 
-def test_filtered_pictures_are_kept_and_removed_parts(drawn):
+def test_filtered_images_are_the_kept_and_the_removed_part(drawn):
     pixels = torch.rand(2, 3, 32, 32) * 0.2 + 0.4  # nothing is clipped
-    filter_picture(pixels, [4, 8], 8, "centered")
+    draw_filters(pixels, [4, 8], 8, lambda radius: LowPass((32, 32), radius, (0, 0, 0), (1, 1, 1), "centered"))
     assert drawn["rows"] == ["kept", "removed + grey"] * 2
     assert list(drawn) == ["input", "r = 4", "r = 8 (the target)", "rows"]
     kept = LowPass((32, 32), 4, (0, 0, 0), (1, 1, 1), "centered")(pixels)
     shown = torch.from_numpy(drawn["r = 4"]).permute(0, 3, 1, 2) / 255
     assert_close(shown[0::2], kept, atol=0.5 / 255 + 1e-6, rtol=0)
     assert_close(shown[0::2] + shown[1::2] - 0.5, pixels, atol=1 / 255 + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pasted_patches_equal_the_models_own_patch_order(channels):
+    images, index = torch.rand(2, channels, 16, 24), torch.stack([torch.randperm(6)[:4] for _ in range(2)])
+    patches = torch.rand(2, 4, 64 * channels)
+    pasted = patchify(paste_patches(images, patches, index, 8), 8)
+    expected = patchify(images, 8)
+    for i in range(2):
+        expected[i, index[i]] = patches[i]
+    assert torch.equal(pasted, expected)

@@ -5,10 +5,22 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 
-def wrapped(label: str, font, width: float) -> list[str]:
-    """A label in lines that fit the width, broken between words."""
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """(B, C, H, W) in [0, 1] -> (B, H, W, 3) uint8: the first three channels, or the first as grey if C < 3."""
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def enlarge_maps(maps: Tensor, patch: int) -> Tensor:
+    """(..., h, w) -> (..., H, W): each value fills its patch."""
+    return maps.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+
+
+def wrap_label(label: str, font, width: float) -> list[str]:
+    """Lines of a label that fit the width in pixels, broken between words."""
     lines: list[str] = []
     for word in label.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -21,9 +33,9 @@ def wrapped(label: str, font, width: float) -> list[str]:
 def draw_columns(
     columns: dict[str, np.ndarray], rows: Sequence[str] = (), gap: int = 8, width: int = 224
 ) -> np.ndarray:
-    """Labelled columns of images (B, H, W, 3) uint8 side by side, small images enlarged to about `width`.
+    """Grid (H', W', 3) uint8 of label -> column of images (B, H, W, 3) uint8. Small images are enlarged to about `width`.
 
-    `rows` are labels left of the images, one for each. Letters are at least a 70th of the whole picture's width.
+    `rows`: labels left of the images, one per image. Letters are at least 1/70 of the grid's width.
     """
     zoom = max(1, round(width / next(iter(columns.values())).shape[2]))
     count, height, width, _ = next(iter(columns.values())).shape
@@ -31,7 +43,7 @@ def draw_columns(
     size = max(20, len(columns) * width // 70)
     font = ImageFont.load_default(size=size)
     line = round(1.2 * size)
-    labels = {label: wrapped(label, font, width - 2 * gap) for label in columns}
+    labels = {label: wrap_label(label, font, width - 2 * gap) for label in columns}
     header = max(map(len, labels.values())) * line + gap
     left = gap + (math.ceil(max(map(font.getlength, rows))) + gap if rows else 0)
     canvas = Image.new("RGB", (left + len(columns) * (width + gap), header + count * (height + gap)), "white")

@@ -1,116 +1,122 @@
-"""Image grids of the pre-training task: reconstruction, masks, low-pass filters."""
+"""Image grids of the pre-training task: reconstruction, masks, low-pass filters.
+
+Letters: B images, C channels, H W pixels, h w patches.
+"""
 
 from argparse import Namespace
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models_pixmim import LowPass, PatchMask, PixMIM, patch_statistics, patchify, take, unpatchify
 from util.log import Log
-from util.plots.grids import draw_columns
-from util.plots.spectrum import spectrum_chart, split_power
+from util.plots.grids import draw_columns, enlarge_maps, to_uint8
+from util.plots.spectrum import draw_power, split_power
 
 
 class Reconstruction(NamedTuple):
-    """What a model makes of images, each (B, C, H, W) in pixels of [0, 1]."""
+    """Reconstruction of images by a model. Tensors are (B, C, H, W) in pixels of [0, 1]."""
 
     images: Tensor
     target: Tensor
     masked: Tensor  # the images, grey where patches are removed
-    filled: Tensor  # the images with predictions where patches are removed
+    filled: Tensor  # the images, with predictions where patches are removed
     error: Tensor  # prediction minus target where patches are removed, zero elsewhere
-    radius: float | None  # cut-off of the target in bins, None = not filtered
-    how: str  # the prediction became pixels
+    radius: float | None  # cut-off of the target in bins; None = raw pixels
+    scale: str  # how predictions became pixels
 
 
 @torch.no_grad()
-def reconstruct(model: PixMIM, images: Tensor, noise: Tensor, args: Namespace) -> Reconstruction:
-    """The prediction of normalised images; with norm_pix_loss it gets the true mean and deviation of each patch."""
+def reconstruct(model: Any, images: Tensor, noise: Tensor, args: Namespace) -> Reconstruction:
+    """Reconstruction of normalised images (B, C, H, W); with norm_pix_loss by the true mean and std of each patch."""
     training = model.training
     model.eval()
     _, prediction, mask = model(images, noise)
+    _, centre, scale = model.targets(images, mask)
     model.train(training)
     mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (args.mean, args.std))
-    patch, grid, how = model.encoder.patch, model.encoder.grid, "pixels"
     target = model.target(images)
-    if model.norm_pix_loss:
-        centre, scale = patch_statistics(take(patchify(target, patch), mask.drop))
-        prediction, how = prediction * scale + centre, "true patch mean and std"
-    where = mask.drop[..., None].expand_as(prediction)
-
-    def replaced(x: Tensor) -> Tensor:
-        return unpatchify(patchify(x, patch).scatter(1, where, prediction), patch, grid) * std + mean
-
+    removed = mask.removed.unflatten(1, model.encoder.grid)
+    predicted = paste_patches(target, prediction * scale + centre, mask.drop, model.encoder.patch)
+    where = enlarge_maps(removed, model.encoder.patch).unsqueeze(1)
     return Reconstruction(
         images * std + mean,
         target * std + mean,
-        masked(images * std + mean, mask.drop, patch),
-        replaced(images),
-        replaced(target) - (target * std + mean),
-        model.target.radius if isinstance(model.target, LowPass) else None,
-        how,
+        mask_images(images * std + mean, removed),
+        torch.where(where, predicted, images) * std + mean,
+        (predicted - target) * std,
+        getattr(model.target, "radius", None),
+        "true patch mean and std" if model.norm_pix_loss else "pixels",
     )
 
 
-def masked(pixels: Tensor, drop: Tensor, patch: int) -> Tensor:
-    """Images (B, C, H, W), grey where the patches `drop` (B, R) are."""
-    patches = patchify(pixels, patch)
-    patches = patches.scatter(1, drop[..., None].expand(-1, -1, patches.shape[2]), 0.5)
-    return unpatchify(patches, patch, (pixels.shape[2] // patch, pixels.shape[3] // patch))
+def paste_patches(images: Tensor, patches: Tensor, index: Tensor, patch: int) -> Tensor:
+    """Copy of images (B, C, H, W) in which `patches` (B, R, p * p * C) replace those numbered `index` (B, R)."""
+    images = images.clone(memory_format=torch.contiguous_format)
+    grid = (
+        images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    )  # a (B, h, w, p, p, C) view
+    rows = torch.arange(len(images), device=images.device)[:, None]
+    grid[rows, index // grid.shape[2], index % grid.shape[2]] = patches.unflatten(2, (patch, patch, -1))
+    return images
 
 
-def panel(made: Reconstruction) -> np.ndarray:
-    """A row for each image (H', W', 3) uint8: input, target, masked input, prediction, what the filter removed."""
+def mask_images(pixels: Tensor, removed: Tensor) -> Tensor:
+    """Images (B, C, H, W), grey where `removed` (B, h, w) is true."""
+    where = enlarge_maps(removed, pixels.shape[-1] // removed.shape[-1])
+    return pixels.masked_fill(where.unsqueeze(1), 0.5)
+
+
+def draw_reconstruction(made: Reconstruction) -> np.ndarray:
+    """Grid (H', W', 3) uint8, a row per image: input, target, masked input, prediction, what the filter removed."""
     columns = {"input": made.images}
     if made.radius is not None:
         columns[f"low-pass target, r = {made.radius:g}"] = made.target
     columns["masked input"] = made.masked
-    columns[f"prediction ({made.how})"] = made.filled
+    columns[f"prediction ({made.scale})"] = made.filled
     if made.radius is not None:
         columns["removed by the filter + grey"] = made.images - made.target + 0.5
     return draw_columns({label: to_uint8(x) for label, x in columns.items()})
 
 
-def spectrum(made: Reconstruction) -> np.ndarray:
-    """Chart of the power of each frequency; the prediction is shown on the target's visible patches."""
+def draw_spectrum(made: Reconstruction) -> np.ndarray:
+    """Chart (H', W', 3) uint8 of the power of each frequency; the prediction is pasted into the target."""
     images = {} if made.radius is None else {"input": made.images}
     images["input = target" if made.radius is None else "target"] = made.target
-    return spectrum_chart(images | {"prediction": made.target + made.error, "error": made.error}, made.radius)
+    return draw_power(images | {"prediction": made.target + made.error, "error": made.error}, made.radius)
 
 
 def log_pictures(log: Log, made: Reconstruction, epoch: int) -> None:
-    """Panel and spectrum on TensorBoard, and how much of the error lies below and above the cut-off."""
+    """Write grid and spectrum to TensorBoard, and the power of the error below and above the cut-off to the log."""
     if not made.filled.isfinite().all():
-        log.info(f"warning: epoch {epoch}: predictions are not finite, there is nothing to draw")
+        log.info(f"warning: epoch {epoch}: predictions are not finite; no pictures are drawn")
         return
-    log.image("reconstruction", panel(made), epoch)
-    log.image("spectrum", spectrum(made), epoch)
+    log.image("reconstruction", draw_reconstruction(made), epoch)
+    log.image("spectrum", draw_spectrum(made), epoch)
     if made.radius is not None:
         below, above = split_power(made.error, made.radius)
         log.scalars({"epoch": epoch, "error_below_cutoff": below, "error_above_cutoff": above})
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [0, 1] -> (B, H, W, 3) uint8; of other channel counts the first, or the first three."""
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-    return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def draw_masks(pixels: Tensor, masks: list[Tensor]) -> np.ndarray:
+    """Grid (H', W', 3) uint8, a row per image: the image and its visible patches under each mask (B, h, w), True = removed."""
+    columns = {f"mask {i + 1}": to_uint8(mask_images(pixels, removed)) for i, removed in enumerate(masks)}
+    return draw_columns({"input": to_uint8(pixels), **columns})
 
 
-def masks_picture(pixels: Tensor, masks: list[PatchMask], patch: int) -> np.ndarray:
-    """A row for each image: the image and what the encoder sees of it under each mask."""
-    seen = {f"mask {i + 1}": to_uint8(masked(pixels, mask.drop, patch)) for i, mask in enumerate(masks)}
-    return draw_columns({"input": to_uint8(pixels), **seen})
+def draw_filters(
+    pixels: Tensor, radii: list[float], own: float, low_pass: Callable[[float], Callable[[Tensor], Tensor]]
+) -> np.ndarray:
+    """Grid (H', W', 3) uint8, two rows per image: what filters of these radii keep and what they remove.
 
-
-def filter_picture(pixels: Tensor, radii: list[float], own: float, kind: str) -> np.ndarray:
-    """Two rows for each image: what filters of these radii keep and what they remove; `own` is the model's radius."""
-    channels, size = pixels.shape[1], tuple(pixels.shape[-2:])
+    `low_pass` maps a radius to the filter of images in [0, 1]; `own` is the radius of the model's target.
+    """
     blank = torch.ones_like(pixels)
     columns = {"input": to_uint8(torch.stack([pixels, blank], 1).flatten(0, 1))}
     for radius in radii:
-        kept = LowPass(size, radius, [0.0] * channels, [1.0] * channels, kind).to(pixels.device)(pixels)
+        kept = low_pass(radius)(pixels)
         label = f"r = {radius:g}" + (" (the target)" if radius == own else "")
         columns[label] = to_uint8(torch.stack([kept, pixels - kept + 0.5], 1).flatten(0, 1))
     return draw_columns(columns, rows=["kept", "removed + grey"] * len(pixels))
