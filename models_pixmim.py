@@ -300,9 +300,10 @@ class PixMIM(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, Tensor, Tensor]:
-        """Target (B, R, P) of the removed patches, float32, and the mean and std that normalised it.
+        """Target (B, R, P) of the removed patches, float32, and the mean and std by which it was normalised.
 
-        With norm_pix_loss those of each patch (B, R, 1), else 0 and 1."""
+        With norm_pix_loss those of each patch, (B, R, 1), else 0 and 1.
+        """
         target = take(patchify(self.target(images).float(), self.encoder.patch), mask.drop)
         mean, std = patch_statistics(target) if self.norm_pix_loss else (target.new_zeros(1), target.new_ones(1))
         return (target - mean) / std, mean, std
