@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, ENCODERS, model="vit_base")
     # fmt: off
     data.add_argument("--stream_samples", type=number(int, 1),
-        help="images per epoch; required for streamed shards, whose length is unknown")
+        help="images per epoch of streamed shards, whose number is unknown; required for these (default: none)")
     add = add_method_arguments(parser).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
         help="src = SimpleResizedCrop (PixMIM); rrc = RandomResizedCrop of 0.2 to 1 of the area (MAE)")
