@@ -160,7 +160,7 @@ IMPOSSIBLE = {
     "--amp fp16": "--amp fp16 .*cpu",
     "--device tpu": "--device tpu",
     "--device meta": "--device meta",
-    "--stream_samples 4": "--stream_samples 4 is for streams",
+    "--stream_samples 4": "--stream_samples 4: .*--data_path",
     "--data_path /nowhere": "--data_path.*/nowhere",
     "--knn_every 1 --knn_path /nowhere": "/nowhere/train",
     "--resume /nowhere.pth": "--resume /nowhere.pth",

@@ -274,7 +274,7 @@ def test_a_run_of_the_older_format_goes_on(photos, tmp_path):
         (tmp_path / "b" / name).unlink()
     older = {key: first[key] for key in older} | {"format": "pixmim-1", "progress": {"epoch": 1, "step": 0}}
     reference = weights(pretrain(photos, tmp_path / "c", *STEPS, "--epochs", 3))["model"]
-    for name in ("save_minutes", "max_skipped", "timeout_minutes", "on_full_disk", "replay", "effective_batch"):
+    for name in ("save_minutes", "max_skipped", "timeout_minutes", "on_full_disk", "effective_batch"):
         del older["args"][name]  # flags that there were not
     torch.save(older, tmp_path / "b" / "last.pth")
     pretrain(photos, tmp_path / "b", *STEPS, "--epochs", 3)
