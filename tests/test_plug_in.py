@@ -1,4 +1,4 @@
-"""docs/plug_in.md: its code runs and does what the page says, its diffs are the sources'."""
+"""docs/plug_in.md: its code runs and does what the page says, its diffs are those of the sources."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from main_pretrain import get_parser
 from models import build_target
 from models_pixmim import PixMIM, mask_from_noise
+from util.args import resolve_defaults
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "plug_in.md").read_text()
@@ -24,14 +25,14 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def names() -> dict:
-    """Everything that the page's code defines."""
+    """Names that the code of the page defines."""
     found: dict = {}
     for block in blocks("python"):
         exec(block, found)
     return found
 
 
-def test_the_crop_gives_a_window_at_random_of_the_resized_image(names):
+def test_crop_returns_random_windows_of_the_resized_image(names):
     image = Image.effect_mandelbrot((300, 240), (-2, -1.5, 1, 1.5), 20)
     torch.manual_seed(0)
     windows = [names["crop"](image) for _ in range(8)]
@@ -41,13 +42,13 @@ def test_the_crop_gives_a_window_at_random_of_the_resized_image(names):
     assert [names["crop"](image).tobytes() for _ in range(8)] == [window.tobytes() for window in windows]
 
 
-def test_the_low_pass_is_that_of_pre_training(names):
+def test_low_pass_equals_the_target_of_pre_training(names):
     images = torch.randn(2, 3, 224, 224)
-    target = build_target(get_parser().parse_args(["--data_path", "x"]))
+    target = build_target(resolve_defaults(get_parser().parse_args(["--data_path", "x"])))
     assert torch.equal(names["low_pass"](images), target(images))
 
 
-def test_the_example_of_a_host_is_one(names):
+def test_the_example_host_trains_and_averages_its_last_two_layers(names):
     encoder = perturb(names["ENCODERS"]["last_two_vit_tiny"](img_size=(32, 32), patch_size=8))
     model = PixMIM(encoder, nn.Identity(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
@@ -60,7 +61,7 @@ def test_the_example_of_a_host_is_one(names):
     assert_close(tokens, encoder.norm((outputs[-2] + outputs[-1]) / 2))
 
 
-def test_the_diffs_are_in_the_sources():
+def test_added_lines_of_the_diffs_are_in_the_sources():
     source = ""
     shown = 0
     for line in "".join(blocks("diff")).splitlines():

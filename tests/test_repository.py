@@ -1,88 +1,287 @@
-"""The promises that are no function's: who imports whom, what recipes set, that the README's commands exist."""
+"""Import rules, recipes, README and docs: what belongs to no single function."""
 
 import ast
 import importlib
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from util.run import peak_lr
 
 ROOT = Path(__file__).parent.parent
-MAINS = ("main_pretrain", "main_knn", "main_features", "main_linprobe", "main_finetune", "visualize")
-# Who may import whom, top down: a module imports from lower lines, or from its own if an arrow in the design says so.
-LAYERS = (
-    {*MAINS},
-    {"pictures"},
-    {"engine_pretrain", "health", "models"},
-    {"spectrum"},
-    {"models_convmae", "models_mff"},
-    {"models_pixmim"},
-    {"util.demo", "util.classify", "util.curves"},
-    {"util.train"},
-    {"util.checkpoint", "util.data", "util.replay"},
-    {"util.cache", "util.tars"},
-    {"util.run", "util.sources"},
-    {"util.convert"},
-    {"util.export"},
-    {"util.log", "util.dist", "util.lr_sched", "util.crop", "util.rng", "util.names", "util.args", "util.draw"},
-    {"util.files", "util.interrupt"},
-)
-SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py")])
+PACKAGES = sorted(path.parent for path in (ROOT / "util").rglob("__init__.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.args"))
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# ------------------------------------------------------------------------------------------------------------- imports
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def project_imports(path: Path) -> set[str]:
-    """Modules of this project that a file imports, at whatever depth."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+SOURCES = {module_name(path): path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py")]}
+
+
+def imported_modules(text: str, modules: set[str]) -> set[str]:
+    """Modules that a source text imports, at any depth; relative ones begin with a dot, computed names are "?"."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return names & {module_name(source) for source in SOURCES}
+            parent = "." * node.level + (node.module or "")
+            names = {f"{parent}.{alias.name}" for alias in node.names}
+            found |= names & modules
+            found |= {parent} if names - modules else set()
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found.add(str(node.args[0].value) if isinstance(node.args[0], ast.Constant) else "?")
+    return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_imports_only_point_down(path):
-    layer = {name: i for i, names in enumerate(LAYERS) for name in names}
-    own = module_name(path)
-    assert own in layer, f"{own} has no place in the design; give it one in LAYERS"
-    assert [name for name in project_imports(path) if layer[name] <= layer[own]] == []
+def is_within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_util_imports_no_model_and_models_import_nothing(path):
-    imported = project_imports(path)
-    if path.parent.name == "util":
-        assert all(name.startswith("util.") for name in imported)
-    if path.stem.startswith("models_"):
-        assert imported <= {"models_pixmim"}
-        roots = {
-            line.split()[1].split(".")[0] for line in path.read_text().splitlines() if re.match("(from|import) ", line)
-        }
-        assert roots - set(sys.stdlib_module_names) - {"models_pixmim"} <= {"torch", "timm"}
+def is_main(name: str) -> bool:
+    return name.startswith("main_") or name in ("visualize", "debug_step")
 
 
-def parse(script: str, words: list[str]):
-    return importlib.import_module(script).get_parser().parse_args(words)
+def is_of_project(name: str) -> bool:
+    return is_within(name, "util", "benchmarks", "demo", "tests") or (ROOT / f"{name}.py").exists()
+
+
+def is_outside_model_files(name: str) -> bool:
+    root = name.split(".")[0]
+    return root not in sys.stdlib_module_names and root not in ("torch", "timm", "models_pixmim")
+
+
+SEPARATE = ("util.formats", "util.data", "util.plots")
+IMPORT_RULES: dict[str, Callable[[str, str], bool]] = {  # rule -> whether (module, imported module) breaks it
+    "imports are absolute": lambda _, other: other.startswith("."),
+    "nobody imports a main": lambda _, other: is_main(other),
+    "only debug_step computes the name of a module": lambda name, other: other == "?" and name != "debug_step",
+    "util imports nothing of the project but util": lambda name, other: (
+        is_within(name, "util") and is_of_project(other) and not is_within(other, "util")
+    ),
+    "model files import torch, timm, the standard library and models_pixmim": lambda name, other: (
+        name.startswith("models_") and is_outside_model_files(other)
+    ),
+    "models imports no util": lambda name, other: name == "models" and is_within(other, "util"),
+    "formats, data and plots do not import each other": lambda name, other: (
+        is_within(name, *SEPARATE) and is_within(other, *SEPARATE) and name.split(".")[1] != other.split(".")[1]
+    ),
+    "checkpoint imports formats.keys only of formats": lambda name, other: (
+        is_within(name, "util.checkpoint") and is_within(other, "util.formats") and other != "util.formats.keys"
+    ),
+    "the engine imports neither evaluation nor plots": lambda name, other: (
+        name == "engine_pretrain" and is_within(other, "util.evaluate", "util.plots")
+    ),
+}
+
+
+def broken_import_rules(sources: dict[str, str]) -> list[str]:
+    """One line for each import that breaks a rule, and for a cycle; `sources` maps module names to source texts."""
+    graph = {name: imported_modules(text, set(sources)) for name, text in sources.items()}
+    lines = [
+        f"{name} imports {other}: {rule}"
+        for name, others in graph.items()
+        for other in sorted(others)
+        for rule, breaks in IMPORT_RULES.items()
+        if breaks(name, other)
+    ]
+    try:
+        TopologicalSorter({name: others & set(graph) for name, others in graph.items()}).prepare()
+    except CycleError as error:
+        lines.append(f"import cycle: {' -> '.join(reversed(error.args[1]))}")
+    return lines
+
+
+def test_no_module_breaks_an_import_rule():
+    assert broken_import_rules(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "line"),
+    [
+        ({"util.log": "from . import files"}, "util.log imports .: imports are absolute"),
+        ({"visualize": "from main_knn import main"}, "visualize imports main_knn: nobody"),
+        ({"main_knn": "def f():\n    import debug_step"}, "main_knn imports debug_step: nobody"),
+        ({"engine_pretrain": "import main_pretrain"}, "engine_pretrain imports main_pretrain: nobody"),
+        ({"util.log": "import importlib\nimportlib.import_module(name)"}, "util.log imports ?: only debug_step"),
+        ({"util.log": "import_module('main_knn')"}, "util.log imports main_knn: nobody"),
+        ({"util.log": "def f():\n    from models import ENCODERS"}, "util.log imports models: util imports"),
+        ({"util.data.tars": "import engine_pretrain"}, "util.data.tars imports engine_pretrain: util imports"),
+        ({"util.new": "import main_knn"}, "util.new imports main_knn: util imports"),
+        ({"util.log": "from benchmarks import results"}, "util.log imports benchmarks: util imports"),
+        ({"models_mff": "from util.log import Log"}, "models_mff imports util.log: model files"),
+        ({"models_pixmim": "import numpy as np"}, "models_pixmim imports numpy: model files"),
+        ({"models_convmae": "import models_mff"}, "models_convmae imports models_mff: model files"),
+        ({"models": "from util import log"}, "models imports util.log: models imports"),
+        ({"util.data.tars": "from util.formats import keys"}, "util.data.tars imports util.formats.keys: formats"),
+        ({"util.formats.read": "import util.plots.grids"}, "util.formats.read imports util.plots.grids: formats"),
+        ({"util.plots.grids": "from util.data.decode import x"}, "util.plots.grids imports util.data.decode: formats"),
+        (
+            {"util.checkpoint.state": "from util.formats.read import read_weights"},
+            "util.checkpoint.state imports util.formats.read: checkpoint",
+        ),
+        ({"util.checkpoint.stop": "import util.formats"}, "util.checkpoint.stop imports util.formats: checkpoint"),
+        ({"engine_pretrain": "from util.evaluate import knn"}, "engine_pretrain imports util.evaluate.knn: the engine"),
+        ({"engine_pretrain": "import util.plots.grids"}, "engine_pretrain imports util.plots.grids: the engine"),
+        ({"util.a": "import util.b", "util.b": "from util import a"}, "import cycle: util."),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_planted_import_breaks_its_rule(planted, line):
+    assert any(found.startswith(line) for found in broken_import_rules(SOURCES | planted))
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+OTHER_PROGRAMS = ("git", "cd", "pip", "source", "tensorboard")
+
+
+def parse(module: str, words: list[str]):
+    return importlib.import_module(module).get_parser().parse_args(words)
+
+
+def check_command(command: str) -> None:
+    """Parse a command as its script would. SystemExit, ValueError or AssertionError if the script would refuse it."""
+    words = shlex.split(command.replace(".venv/bin/", ""), comments=True)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # environment variables
+        del words[0]
+    if words[0] == "srun":
+        del words[0]
+    if words[0] == "make":
+        targets = re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+    elif words[0] == "torchrun":
+        asked = torchrun_parser().parse_args(words[1:])
+        check_script(asked.training_script, asked.training_script_args)
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
+    elif words[:2] == ["python", "-m"]:
+        check_script(f"{words[2].replace('.', '/')}.py", words[3:])
+    elif words[0] == "python":
+        check_script(words[1], words[2:])
+    else:
+        assert words[0] in OTHER_PROGRAMS
+
+
+def check_script(script: str, words: list[str]) -> None:
+    """Parse the flags of a script of this project; a script without a parser takes no flags."""
+    assert (ROOT / script).exists()
+    module = script.removesuffix(".py").replace("/", ".")
+    if hasattr(importlib.import_module(module), "get_parser"):
+        parse(module, words)
+    else:
+        assert words == []
+
+
+def commands_of(page: Path) -> list[str]:
+    """Lines of the page's bash blocks; of a whole script only those that start a script of this project."""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        lines = [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+        whole_script = block.startswith("#!")
+        commands += [line.removesuffix(" &") for line in lines if not whole_script or ".py " in line]
+    return [command for command in commands if not command.startswith("#")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_of_readme_and_docs_parse(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in commands_of(page):
+        print(command)  # pytest shows the last one if it fails
+        check_command(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_scripts_in_running_text_exist(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    modules = re.findall(r"`[^`\n]*python -m ((?:util|benchmarks|demo|tests)\b[\w.]*)", prose)
+    scripts = re.findall(r"`[^`\n]*python (\w+\.py)", prose)
+    assert [x for x in (*(f"{x.replace('.', '/')}.py" for x in modules), *scripts) if not (ROOT / x).exists()] == []
+
+
+def test_right_commands_of_every_kind_pass(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in (
+        "python -m util.convert a b --to hf",
+        "python util/convert.py a b",
+        "python -m util.cache verify x",
+        "python -m util.plots.curves output/pixmim --output x.png",
+        "python -m benchmarks.throughput --amp bf16 --batch_size 16",
+        "python -m benchmarks.loading",
+        "python -m benchmarks.ranks",
+        "python -m benchmarks.startup",
+        "python -m tests.soak --data_path PHOTOS --kills 40",
+        "python -m demo.digits",
+        "FUZZ=300 .venv/bin/python -m pytest tests/test_fuzz.py",
+        "torchrun --nproc_per_node=2 debug_step.py output/pixmim 1234  # on two ranks",
+        "srun python main_pretrain.py --data_path x",
+        "make demo test",
+    ):
+        print(command)
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m util.convert a b --too hf",
+        "python -m util.convert a b --to tensorflow",
+        "python -m benchmarks.throughput --ampp bf17",
+        "python -m benchmarks.loading --image 3",
+        "python -m util.cache built",
+        "python -m util.plots.curves output/pixmim",
+        "python -m util.curves output/pixmim --output x.png",
+        "python -m tests.soak --data_path PHOTOS --killz 40",
+        "python -m demo.digits --epochs 3",
+        "python -m pytest tests/test_no_such.py",
+        "python main_knn.py --kk 3",
+        "python debug_step.py RUN zero",
+        "python main_none.py",
+        "torchrun --nproc=8 main_pretrain.py --data_path x",
+        "torchrun --nproc_per_node=8 main_pretrain.py --data_path x --epoch 3",
+        "srun python main_pretrain.py @recipes/no_such.args --data_path x",
+        "make tests",
+        "pythn main_knn.py",
+    ],
+)
+def test_a_planted_wrong_command_fails(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, SystemExit, ValueError)) as refusal:
+        check_command(command)
+    assert getattr(refusal.value, "code", 1) != 0
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def head_of(recipe: Path) -> str:
+    return "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+
+
+def script_of(recipe: Path) -> str:
+    script = re.search(r"\b(main_\w+)\.py", head_of(recipe))
+    assert script
+    return script[1]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_do_what_their_heads_say(recipe):
-    head = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+def test_recipes_have_the_batch_and_learning_rate_of_their_heads(recipe):
     batch, lr, devices = re.search(
-        r"Effective batch (\d+), peak learning rate ([\d.e-]+), on (\d) device", head
+        r"Effective batch (\d+), peak learning rate ([\d.e-]+), on (\d) device", head_of(recipe)
     ).groups()
-    script = {"linprobe": "main_linprobe", "finetune": "main_finetune"}.get(recipe.stem.split("_")[0], "main_pretrain")
-    script = "main_linprobe" if recipe.stem == "demo_probe" else script
+    script = script_of(recipe)
     checkpoint = [] if script == "main_pretrain" else ["--checkpoint", "x.pth"]
     args = parse(script, [f"@{recipe}", "--data_path", "x", *checkpoint])
     effective = args.batch_size * args.accum_iter * int(devices)
@@ -90,62 +289,73 @@ def test_recipes_do_what_their_heads_say(recipe):
     assert peak_lr(max(args.blr) if isinstance(args.blr, list) else args.blr, effective) == pytest.approx(float(lr))
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_heads_begin_with_their_command_and_state_numbers_and_hours(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command, *lines = [line.removeprefix("# ") for line in head_of(recipe).splitlines()]
+    check_command(command)
+    assert f" @recipes/{recipe.name} " in command
+    devices = re.search(r", on (\d) devices?\.", head_of(recipe))[1]
+    assert command.startswith("python " if devices == "1" else f"torchrun --nproc_per_node={devices} ")
+    assert [key for key in ("Numbers: ", "Expected: ") if not any(line.startswith(key) for line in lines)] == []
+    assert max(map(len, recipe.read_text().splitlines())) <= 140
+
+
 def test_the_defaults_of_pretraining_are_the_papers_recipe():
     recipe = ROOT / "recipes" / "pretrain_pixmim_vit_base_300e.args"
     written, bare = (parse("main_pretrain", [*words, "--data_path", "x"]) for words in ([f"@{recipe}"], []))
-    same = {"lowpass_radius": 40, "crop_interpolation": "bilinear"}  # what None stands for at 224 px
+    same = {"lowpass_radius": 40, "crop_interpolation": "bilinear"}  # values of "auto" at 224 px
     assert vars(written) == vars(bare) | same
 
 
 @pytest.mark.parametrize("name", ["linprobe_vit_base_90e", "finetune_vit_base_100e"])
-def test_the_defaults_of_probing_and_finetuning_are_maes(name):
+def test_the_defaults_of_probing_and_fine_tuning_are_maes(name):
     script = f"main_{name.split('_')[0]}"
     words = ["--data_path", "x", "--checkpoint", "x"]
     written = parse(script, [f"@{ROOT / 'recipes' / name}.args", *words])
     assert vars(written) == vars(parse(script, words))
 
 
-def readme_commands() -> list[str]:
-    commands = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-            lines = [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-            script = block.startswith("#!")  # of it only what it starts of ours
-            commands += [line.removesuffix(" &") for line in lines if not script or ".py " in line]
-    return [command for command in commands if not command.startswith("#")]
+# --------------------------------------------------------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_every_command_of_the_readme_and_docs_parses(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(command.replace(".venv/bin/", ""), comments=True)
-    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    if words[0] == "make":
-        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in words[1:])
-    elif words[0] in ("git", "cd", "tensorboard", "source"):
-        return
-    elif words[:3] == ["python", "-m", "pytest"]:
-        assert (ROOT / words[3]).exists()
-    elif words[:2] == ["python", "-m"]:
-        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists()
-    else:
-        assert words[0] in ("python", "torchrun", "srun"), command
-        assert script is not None
-        if Path(words[script]).stem in MAINS:
-            parse(Path(words[script]).stem, words[script + 1 :])
-        assert (ROOT / words[script]).exists()
+def test_the_readme_has_at_most_160_lines_of_140_characters():
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    assert [line for line in lines if len(line) > 140] == []
 
 
-def test_the_file_map_of_the_readme_names_every_source():
-    readme = (ROOT / "README.md").read_text()
-    assert [name for path in SOURCES if f"`{(name := str(path.relative_to(ROOT)))}`" not in readme] == []
+def test_the_readme_has_no_line_counts_dates_or_paths_of_a_machine():
+    assert re.findall(r"\b\d+ lines\b|\brecently\b|/work/|/tmp/|/home/|\b20\d\d-\d\d-\d\d\b", README) == []
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
-)
-def test_pages_have_no_gaps_and_their_links_lead_somewhere(page):
+def test_the_contents_of_the_readme_are_the_sources():
+    contents = README.split("## Contents\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+\.py)`", contents)) == {path.name for path in ROOT.glob("*.py")}
+    rows = {
+        name: set(re.findall(r"`(\w+)`", row)) for name, row in re.findall(r"\| `(util/[\w/]*)` \| (.*) \|", contents)
+    }
+    modules = {
+        f"{package.relative_to(ROOT)}/": {path.stem for path in package.glob("*.py")} - {"__init__"}
+        for package in PACKAGES
+    }
+    assert rows == modules
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=module_name)
+def test_the_docstring_of_a_package_lists_its_modules(package):
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    modules = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    packages = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    assert sorted(re.findall(r"^(\w+/?) ", docstring.split("\n\n")[1], re.MULTILINE)) == sorted([*modules, *packages])
+
+
+def test_util_itself_has_at_most_12_files():
+    assert len(list((ROOT / "util").glob("*.py"))) <= 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_pages_have_no_gaps_and_no_dead_links(page):
     text = page.read_text()
     assert re.findall(r"\b(?:TODO|TBD|[A-Z]+_(?:[UMP]|TABLE|VERSIONS|MINUTES|RESULT))\b", text) == []
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)

@@ -1,19 +1,19 @@
-"""Everything the scripts share, one room per subject.
+"""Modules and packages that the scripts share.
 
-args           The command line: recipes, the flags that mains share, and the one line that a user's mistake deserves.
+args           The command line: recipes, the flags that the scripts share, and errors as one line.
 cache          Build and verify packed caches of resized images: `python -m util.cache build | verify`.
 convert        Convert checkpoints between repositories: `python -m util.convert IN OUT`.
-crop           SimpleResizedCrop, the crop of PixMIM: resize the short side, crop a window at most 4 pixels out of it, flip.
-dist           Who else takes part in this run: rank, number of ranks, device.
-files          Files that are there as a whole or not at all, whenever the process or the machine dies, and what tells that they still are.
-log            What a run tells: lines or a progress bar, log.jsonl, TensorBoard. Only the rank that leads writes.
-lr_sched       The learning rate as a pure function of progress.
-meters         Speed, memory and losses of a run between two log lines.
-rng            Counter-based randomness: every draw is a function of (seed, epoch, sample index) or of (seed, step, rank).
-run            From arguments to a run: the ranks joined, the folder prepared, the configuration written.
+crop           SimpleResizedCrop, the crop of PixMIM: resize the short side, pad by 4 reflected pixels, crop a random window, flip.
+dist           Distributed set-up: rank, number of ranks and device, from torchrun, srun or a single process.
+files          Atomic file writes, and checksums that detect damaged files.
+log            Log of a run: lines or a progress bar, log.jsonl, TensorBoard. Only rank 0 writes.
+lr_sched       Learning-rate schedule: a function of the fractional epoch.
+meters         Speed, memory and losses of a run: collected at every step, logged every --log_every steps.
+rng            Counter-based random numbers: functions of (seed, epoch, sample index) or of (seed, step, rank).
+run            A run: ranks joined, output folder prepared, configuration recorded.
 checkpoint/    Saving, resuming and stopping runs.
 data/          From --data_path to batches on the device.
-evaluate/      What pre-trained encoders are worth.
+evaluate/      Evaluation of pre-trained encoders.
 formats/       Weight files of this project and of other repositories.
 plots/         Image grids and charts.
 """
