@@ -572,6 +572,18 @@ def test_a_truncated_file_is_named(share, mae, tmp_path):
         read_weights(path)
 
 
+def test_old_files_with_an_inserted_byte_are_refused(tmp_path):
+    """Files from before torch 1.6 have no checksums: the byte shifts the tensors and leaves one byte at the end."""
+    path = tmp_path / "in.pth"
+    torch.save({"norm.weight": torch.ones(5)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for place in (len(content), len(content) - 10):  # after the 20 bytes of the tensor, and in them
+        path.write_bytes(content[:place] + b"x" + content[place:])
+        assert torch.load(path, weights_only=True)["norm.weight"].shape == (5,)  # torch itself does not notice
+        with pytest.raises(ValueError, match=r"in\.pth .*after the last tensor"):
+            load_content(path)
+
+
 def test_a_folder_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         read_weights(tmp_path)
