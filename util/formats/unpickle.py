@@ -13,7 +13,7 @@ import torch
 
 from util.files import check_zip, checksum_matches
 
-# Allow-list: objects that mmengine and mmcv pickle beside the weights (training history with numpy arrays, configuration).
+# Allow-list: objects that mmengine and mmcv pickle beside the weights (training history, configuration).
 INERT = re.compile(
     r"(mmengine\.(logging|config)|mmcv\.utils)\..+|builtins\.getattr"
     r"|numpy\.(ndarray|dtype|dtypes\.\w+|_?core\.multiarray\.(_reconstruct|scalar))"
@@ -60,7 +60,7 @@ def _check_old(path: Path) -> None:
 
 
 def _load_tensors(path: Path, zipped: bool) -> Any:
-    """Content of a checked file. One from before torch 1.6 has no checksums: an inserted byte would shift its tensors."""
+    """Content of a checked file. Before torch 1.6 it had no checksums: an inserted byte shifts its tensors."""
     with _report_broken_file(path), path.open("rb") as file:
         content = torch.load(path if zipped else file, map_location="cpu", weights_only=True)
         surplus = b"" if zipped else file.read(1)
