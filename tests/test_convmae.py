@@ -67,7 +67,7 @@ def dense_encode(encoder: ConvViT, images: Tensor, mask) -> Tensor:
     return encoder.norm(x)
 
 
-def test_tokens_and_gradients_are_those_of_masking_the_whole_picture():
+def test_tokens_and_gradients_equal_those_of_dense_masked_convolutions():
     encoder, images, mask = small_encoder(), torch.randn(2, 3, *SIZE), small_mask()
     answers = []
     for encode in (encoder.encode, partial(dense_encode, encoder)):
@@ -92,7 +92,7 @@ def test_removed_pixels_reach_no_visible_token_at_any_depth():
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))  # bit for bit
 
 
-def test_pixels_of_other_visible_patches_do_reach_a_patch_in_the_convolutions():
+def test_convolutions_reach_neighbouring_visible_patches():
     """Control: the convolution looks beyond the patch, else the test above could not fail."""
     encoder, images = small_encoder(), torch.randn(1, 3, *SIZE)
     mask = mask_from_noise(torch.arange(15.0)[None], 0.7, GRID)  # 0, 1, 2, 3: neighbours in the first row
@@ -103,7 +103,7 @@ def test_pixels_of_other_visible_patches_do_reach_a_patch_in_the_convolutions():
     assert torch.equal(first[:, 3], changed[:, 3])  # two blocks of 5 x 5 reach 4 of the 4 x 4 positions: one patch far
 
 
-def test_features_of_whole_images_are_maps_of_all_three_stages():
+def test_features_are_maps_of_all_three_stages():
     encoder, images = small_encoder(), torch.randn(2, 3, *SIZE)
     first, second, third = dense(encoder, images)
     maps = encoder.forward_features(images)
@@ -120,14 +120,14 @@ def test_strides_of_the_maps_are_4_8_and_16_at_patch_16():
     ]  # fmt: skip
 
 
-def test_nothing_removed_is_the_dense_model():
+def test_masked_stages_without_removed_patches_equal_the_dense_stages():
     encoder, images = small_encoder(), torch.randn(2, 3, *SIZE)
     everything = torch.arange(15).expand(2, 15)
     for masked, whole in zip(encoder.stages(images, everything), encoder.stages(images, None), strict=True):
         assert_close(masked, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_pooling_is_the_mean_of_the_patches_then_a_norm_that_a_classifier_learns():
+def test_pooling_is_the_normalised_mean_of_the_patches():
     images = torch.randn(2, 3, *SIZE)
     frozen, classifier = small_encoder(), small_encoder(num_classes=5, global_pool="avg")
     for encoder in (frozen, classifier):
@@ -148,7 +148,7 @@ def convmae_layer(name: str, depth: int) -> int:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_layer_decay_is_that_of_convmae_for_every_parameter(name):
+def test_layer_decay_of_every_parameter_equals_that_of_convmae(name):
     with torch.device("meta"):
         model = ENCODERS[name](num_classes=10, global_pool="avg").requires_grad_(True)
     for part in model.pretraining_only:
@@ -171,7 +171,7 @@ def test_drop_path_rises_over_all_three_stages():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_initial_values():
+def test_initial_values_equal_those_of_convmae():
     encoder = ConvViT(SIZE, PATCH, embed_dim=(8, 12, 24), depth=(1, 1, 1), num_heads=3)
     bound = (6 / (24 + 12 * 4)) ** 0.5  # xavier-uniform over the flattened kernel, as MAE's projection
     weight = encoder.patch_embed3.proj.weight
@@ -197,7 +197,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_the_loss_is_that_of_the_removed_patches_alone():
+def test_loss_is_the_mean_over_removed_patches():
     model = perturb(PixMIM(small_encoder(), nn.Identity(), decoder_dim=16, decoder_depth=1, decoder_heads=2))
     images = torch.randn(2, 3, *SIZE)
     loss, prediction, mask = model(images, torch.rand(2, 15))
@@ -215,6 +215,6 @@ def test_the_loss_is_that_of_the_removed_patches_alone():
         ({"img_size": (32, 32), "global_pool": "token"}, "no class token; use --pool mean"),
     ],
 )
-def test_what_convmae_cannot_be_is_refused(options, message):
+def test_invalid_sizes_and_pooling_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ConvViT(**options)

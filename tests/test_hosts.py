@@ -89,7 +89,7 @@ def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
 
 
 @every_host
-def test_the_target_is_the_low_passed_image_and_alone_the_image(host):
+def test_target_is_low_passed_or_with_radius_0_raw(host):
     predictions, found = [], []
     for flags in METHODS.values():
         model, images, noise = built(parsed(host, flags))
@@ -103,7 +103,7 @@ def test_the_target_is_the_low_passed_image_and_alone_the_image(host):
 
 @every_host
 @every_method
-def test_a_run_stopped_within_an_epoch_and_resumed_is_the_unbroken_one_bit_for_bit(
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_run(
     host, method, trained, photos, tmp_path, monkeypatch
 ):
     words = f"{HOSTS[host]} {METHODS[method]}".split()
@@ -117,27 +117,27 @@ def test_a_run_stopped_within_an_epoch_and_resumed_is_the_unbroken_one_bit_for_b
 
 
 @every_host
-def test_accumulating_two_batches_of_four_is_one_batch_of_eight(host, trained, photos, tmp_path):
+def test_accumulating_two_batches_of_4_equals_a_batch_of_8(host, trained, photos, tmp_path):
     pretrain(photos, tmp_path, *HOSTS[host].split(), "--batch_size", 4, "--accum_iter", 2)
     assert_close_runs(trained(host), tmp_path, 1e-6)
 
 
 @every_host
-def test_bf16_losses_are_near_those_of_float32_and_not_they(host, trained, photos, tmp_path):
+def test_bf16_losses_are_close_but_not_equal_to_float32(host, trained, photos, tmp_path):
     pretrain(photos, tmp_path, *HOSTS[host].split(), "--amp", "bf16")
     assert losses(tmp_path) == pytest.approx(losses(trained(host)), rel=0.02)  # 8 bits of mantissa
     assert all(mine != theirs for mine, theirs in zip(losses(tmp_path), losses(trained(host)), strict=True))
 
 
 @every_host
-def test_recomputing_activations_changes_nothing(host, trained, photos, tmp_path):
+def test_gradient_checkpointing_gives_the_same_weights(host, trained, photos, tmp_path):
     pretrain(photos, tmp_path, *HOSTS[host].split(), "--grad_checkpointing")
     assert_same(weights(trained(host))["model"], weights(tmp_path)["model"])
 
 
 @every_host
 @pytest.mark.parametrize("flag", ["", "--grad_checkpointing"])
-def test_every_block_is_computed_twice_where_activations_are_recomputed(host, flag):
+def test_gradient_checkpointing_computes_every_block_twice(host, flag):
     model, images, noise = built(parsed(host, flag))
     calls = dict.fromkeys((n for n, _ in model.named_modules() if re.search(r"blocks\d?\.\d+$", n)), 0)
     for name in calls:
@@ -152,7 +152,7 @@ def test_every_block_is_computed_twice_where_activations_are_recomputed(host, fl
 
 
 @every_host
-def test_the_compiled_model_is_one_graph_with_the_same_loss_and_gradients(host):
+def test_the_compiled_model_is_one_graph_with_equal_loss_and_gradients(host):
     """Without inductor, which takes minutes: a graph break is an error here."""
     model, images, noise = built(parsed(host))
     losses, gradients = [], []
@@ -196,12 +196,12 @@ def on_two_ranks(trained, photos, tmp_path_factory):
 
 
 @every_host
-def test_two_ranks_are_one_with_the_doubled_batch(host, on_two_ranks, trained):
+def test_two_ranks_equal_one_rank_with_twice_the_batch(host, on_two_ranks, trained):
     assert json.loads((on_two_ranks / host / "config.json").read_text())["world_size"] == 2
     assert_close_runs(trained(host), on_two_ranks / host, 1e-5)
 
 
-def test_two_ranks_fine_tune_every_parameter_of_ConvMAE_as_one_does(on_two_ranks, trained, photos, tmp_path):
+def test_fine_tuning_convmae_on_two_ranks_equals_one_rank(on_two_ranks, trained, photos, tmp_path):
     tune(tmp_path, photos, trained("convvit") / "last.pth", *PLAIN)
     assert_close_runs(tmp_path, on_two_ranks / "tuned", 1e-5)
     before, after = to_timm(weights(trained("convvit"))["model"]), weights(on_two_ranks / "tuned")["model"]
@@ -262,7 +262,7 @@ def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
 
 @every_host
 @pytest.mark.parametrize(("pool", "size"), [(None, None), ("mean", None), (None, (48, 24)), ("mean", (48, 32))])
-def test_features_of_neighbours_are_those_of_the_reference_at_any_size(host, pool, size, trained, photos, monkeypatch):
+def test_knn_features_equal_the_reference_at_any_input_size(host, pool, size, trained, photos, monkeypatch):
     args, state = parsed(host), weights(trained(host))["model"]
     words = [*["--pool", pool] * bool(pool), *["--input_size", *(size or ())] * bool(size)]
     found = seen_by_neighbours(monkeypatch, trained(host) / "last.pth", photos, *words)
@@ -274,7 +274,7 @@ def test_features_of_neighbours_are_those_of_the_reference_at_any_size(host, poo
 
 
 @every_host
-def test_accuracy_of_neighbours_is_the_same_in_the_run_and_from_its_checkpoint(host, trained, photos):
+def test_knn_accuracy_in_the_run_equals_that_of_its_checkpoint(host, trained, photos):
     (during,) = records(trained(host), "knn_acc1")
     after = knn(trained(host) / "last.pth", photos)
     assert during == {"epoch": 2} | {f"knn_{name}": value for name, value in after.items()}
@@ -288,7 +288,7 @@ def probe(folder, photos, checkpoint, *words) -> dict:
 
 @every_host
 @pytest.mark.parametrize("pool", [None, "mean"])
-def test_a_probe_leaves_the_encoder_as_it_was_and_scores_the_same_again(host, pool, trained, photos, tmp_path):
+def test_a_probe_keeps_the_encoder_and_eval_repeats_its_scores(host, pool, trained, photos, tmp_path):
     best = probe(tmp_path, photos, trained(host) / "last.pth", *["--pool", pool] * bool(pool))
     after, before = weights(tmp_path)["model"], to_timm(weights(trained(host))["model"])
     assert_same({name: value for name, value in after.items() if name.split(".")[0] not in ("bn", "heads")}, before)
@@ -317,7 +317,7 @@ def test_a_probe_of_a_probe_keeps_its_pooling(trained, photos, tmp_path):
         ("convvit", "--model vit_pico --input_size 48 48", "a convvit, does not fit --model vit_pico"),
     ],
 )
-def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, flags, message, trained, photos):
+def test_knn_refuses_another_model_or_patch_size_in_one_line(host, flags, message, trained, photos):
     with pytest.raises(ValueError, match=message) as caught:
         knn(trained(host) / "last.pth", photos, *flags.split())
     assert len(str(caught.value)) < 600
@@ -331,14 +331,14 @@ def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, fla
         ("lsmae", "--decoder_dim 96", "these --decoder_[*] flags: size mismatch for decoder.mask_token"),
     ],
 )
-def test_a_picture_of_what_a_checkpoint_is_not_is_answered_in_one_line(host, flags, message, trained, photos, tmp_path):
+def test_visualize_refuses_flags_that_contradict_the_checkpoint_in_one_line(host, flags, message, trained, photos, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         draw(trained(host) / "last.pth", photos / "val", tmp_path / "x.png", *flags.split())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
+def test_conversion_drops_the_layers_used_in_pre_training_only(name):
     with torch.device("meta"):
         encoder = ENCODERS[name]()
     left = {key for key in encoder.state_dict() if key.split(".")[0] in encoder.pretraining_only}
@@ -346,7 +346,7 @@ def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
 
 
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe"])
-def test_the_class_token_of_ConvMAE_is_refused(main, trained, photos, tmp_path):
+def test_pool_token_is_refused_for_convmae(main, trained, photos, tmp_path):
     flags = ["--checkpoint", trained("convvit") / "last.pth", "--data_path", photos, "--pool", "token", *DEVICE]
     output = ["--output_dir", tmp_path / "new"] if main == "main_linprobe" else []
     with pytest.raises(ValueError, match=r"^--pool token: ConvMAE has no class token; use --pool mean$"):
@@ -371,7 +371,7 @@ def tuned(trained, photos, tmp_path_factory):
 
 
 @every_host
-def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(host, tuned, photos):
+def test_eval_of_a_fine_tuned_classifier_repeats_its_scores(host, tuned, photos):
     folder, last = tuned(host)
     flags = ["--checkpoint", folder / "classifier.pth", "--data_path", photos, *DEVICE]
     assert result("main_finetune", *flags, "--eval") == last
@@ -395,7 +395,7 @@ def test_a_fine_tuned_classifier_gives_the_same_logits_in_timm(host, tuned):
     assert torch.pdist(logits.detach()).min() > 1e-5  # they depend on the image
 
 
-def test_a_classifier_of_ConvMAE_has_the_parts_that_its_repository_loads(tuned, trained, photos, tmp_path):
+def test_convmae_classifiers_have_the_keys_of_its_repository(tuned, trained, photos, tmp_path):
     probe(tmp_path, photos, trained("convvit") / "last.pth")
     before = weights(trained("convvit"))["model"]
     decoder = {name for name in before if name.startswith(("decoder", "mask_token"))}
@@ -426,7 +426,7 @@ def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndar
     ("host", "flags"),
     [(host, flags) for host in HOSTS for flags in METHODS.values()] + [("deep", "--fuse_layers 3 7 11")],
 )
-def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, flags, trained, photos, tmp_path):
+def test_visualize_draws_the_reconstruction_of_the_runs_model(host, flags, trained, photos, tmp_path):
     args = parsed(host, flags)
     model = build_model(args)
     model.load_state_dict(pixmim_names(weights(trained(host, flags))["model"]))
@@ -458,7 +458,7 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos, tmp_path):
+def test_fusing_only_the_last_layer_equals_a_plain_vit(trained, photos, tmp_path):
     pretrain(photos, tmp_path, *DEEP["deep"].split(), "--model", "vit_tiny")
     alone = trained("deep", "--fuse_layers 11")
     state = weights(alone)["model"]
@@ -467,7 +467,7 @@ def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos,
     assert losses(alone) == losses(tmp_path)
 
 
-def test_the_decoder_reads_the_layers_that_are_named(trained):
+def test_the_decoder_reads_the_layers_of_fuse_layers(trained):
     """The same weights, other layers: another loss. The number of layers is that of the weights of the sum."""
     state = pixmim_names(weights(trained("deep", "--fuse_layers 3 7 11"))["model"])
     found = []
@@ -493,7 +493,7 @@ def test_the_decoder_reads_the_layers_that_are_named(trained):
         ("mff", "--input_size 36", "an input size of 36 x 36 is not a multiple of the patch size 8"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_the_host_are_refused_in_one_line(host, flags, message, photos, tmp_path):
+def test_settings_that_do_not_fit_the_model_are_refused_in_one_line(host, flags, message, photos, tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         pretrain(photos, tmp_path, *(HOSTS | DEEP)[host].split(), *flags.split())
     assert not (tmp_path / "last.pth").exists()
@@ -507,7 +507,7 @@ def test_settings_that_do_not_fit_the_host_are_refused_in_one_line(host, flags, 
         ("lsmae", "--mask_unit 1", "with --mask_unit 2, not 1; give the same flag"),
     ],
 )
-def test_a_run_is_not_resumed_with_another_host(host, flags, message, trained, photos, tmp_path):
+def test_resuming_with_another_model_is_refused(host, flags, message, trained, photos, tmp_path):
     words = [*(HOSTS | DEEP)[host].split(), *flags.split(), "--resume", trained(host) / "last.pth"]
     with pytest.raises(ValueError, match=message):
         pretrain(photos, tmp_path, *words)
@@ -529,7 +529,7 @@ class Scaled(MaskedViT):
         return self.scale * super().encode(images, mask)
 
 
-def test_a_custom_encoder_needs_no_conversion_rule(photos, tmp_path, monkeypatch):
+def test_a_custom_encoder_requires_no_conversion_rule(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(ENCODERS, "scaled_vit", partial(Scaled, embed_dim=48, depth=2, num_heads=3))
     words = ["--model", "scaled_vit"]
     whole, broken = pretrain(photos, tmp_path / "whole", *words, "--save_every", 1), tmp_path / "broken"

@@ -88,7 +88,7 @@ def test_conversion_between_any_two_formats_keeps_every_tensor(first, second, ma
 
 
 @pytest.mark.parametrize("kind", [k for k in FORMATS if k not in WHOLE])
-def test_MFF_is_exported_as_a_plain_encoder(kind, tmp_path):
+def test_mff_is_exported_as_a_plain_vit_encoder(kind, tmp_path):
     state = mae_names(method(HOSTS["mff_vit"]()).state_dict())
     assert same(read_weights(written(state, tmp_path, **FORMATS[kind])).state, to_timm(state))
 
@@ -113,7 +113,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("bare", [False, True])
-def test_reads_tensor_names_of_all_transformers_versions(spelling, bare, mae, tmp_path):
+def test_tensor_names_of_all_transformers_versions_are_read(spelling, bare, mae, tmp_path):
     theirs = to_hf(to_timm(mae) if bare else mae)
     state = {SPELLINGS[spelling](name): value for name, value in theirs.items()}
     if bare:
@@ -125,14 +125,14 @@ def test_reads_tensor_names_of_all_transformers_versions(spelling, bare, mae, tm
     assert weights.dropped == (["vit.pooler.dense.weight", "vit.pooler.dense.bias"] if bare else [])
 
 
-def test_two_spellings_of_one_tensor_are_an_error(mae, tmp_path):
+def test_a_tensor_under_two_names_is_refused(mae, tmp_path):
     state = to_hf(mae)
     state |= {five(name): value for name, value in state.items() if "layer.0.output.dense.bias" in name}
     with pytest.raises(ValueError, match=r"unknown: vit\.layers\.0\.mlp\.fc2\.bias$"):
         read_weights(saved(tmp_path, state))
 
 
-def test_a_missing_third_of_qkv_is_an_error(mae, tmp_path):
+def test_a_missing_query_key_or_value_is_refused(mae, tmp_path):
     state = to_hf(mae)
     del state["vit.encoder.layer.1.attention.attention.key.bias"]
     with pytest.raises(
@@ -149,7 +149,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("reference", ["pixmim", "mff"])
-def test_mmpretrain_gets_the_keys_and_shapes_of_a_released_file(reference, tmp_path):
+def test_mmpretrain_files_have_the_keys_and_shapes_of_the_release(reference, tmp_path):
     theirs = read(reference)["checkpoint"]["state_dict"]
     path = saved(tmp_path, {"state_dict": theirs, "meta": {}})
     convert.convert(path, tmp_path / "out.pth", "mmpretrain")
@@ -158,7 +158,7 @@ def test_mmpretrain_gets_the_keys_and_shapes_of_a_released_file(reference, tmp_p
 
 
 @pytest.mark.parametrize("backbone", ["MAE", "VisionTransformer"])
-def test_mmsegmentation_gets_the_keys_and_shapes_of_its_backbone(backbone, tmp_path):
+def test_mmsegmentation_files_have_the_keys_and_shapes_of_its_backbone(backbone, tmp_path):
     """mmseg/models/backbones/{mae,beit,vit}.py: MAE has a qkv of its own, VisionTransformer torch's MultiheadAttention."""
     theirs = read("pixmim")["checkpoint"]["state_dict"]
     path = saved(tmp_path, {"state_dict": theirs, "meta": {}})
@@ -205,7 +205,7 @@ def matched(model: dict[str, list[int]], checkpoint: dict[str, list[int]]) -> di
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_detectron2_finds_every_tensor_of_its_vit(size, mae, tmp_path):
+def test_detectron2_matches_every_tensor_of_its_vit(size, mae, tmp_path):
     path = saved(tmp_path, {"model": mae})
     report = convert.convert(path, tmp_path / "out.pth", "detectron2", input_size=(size, size))
     state = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
@@ -220,12 +220,12 @@ def test_detectron2_finds_every_tensor_of_its_vit(size, mae, tmp_path):
     )
 
 
-def test_another_pretrain_img_size_would_lose_the_positions(mae):
+def test_detectron2_drops_position_embeddings_of_another_size(mae):
     """Control, and the silent failure that docs/downstream.md warns of."""
     assert "backbone.net.pos_embed" not in matched(vitdet(192, 2, 8, 14 * 14 + 1, 16), shapes(to_timm(mae)))
 
 
-def test_the_check_of_the_page_names_what_did_not_arrive(mae):
+def test_the_check_in_the_docs_lists_tensors_that_were_not_loaded(mae):
     """docs/downstream.md, `lost`, on a model built like ViTDet's."""
     page = (Path(__file__).parents[2] / "docs" / "downstream.md").read_text()
     found: dict[str, Any] = {}
@@ -241,14 +241,14 @@ def test_the_check_of_the_page_names_what_did_not_arrive(mae):
     assert "pos_embed" in found["lost"](detector, file, "backbone.net.")
 
 
-def test_a_norm_as_wide_as_the_pyramid_is_refused_by_detectron2(tmp_path):
+def test_an_encoder_as_wide_as_the_feature_pyramid_is_refused_by_detectron2(tmp_path):
     state = MaskedViT(img_size=32, patch_size=8, embed_dim=256, depth=1, num_heads=4).state_dict()
     assert "backbone.simfp_2.4.norm.weight" in matched(vitdet(256, 1, 8, 17, 16), shapes(state))
     with pytest.raises(ValueError, match="--to detectron2: width 256"):
         written(state, tmp_path, "detectron2")
 
 
-def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
+def test_load_commands_of_vit_b_have_only_the_required_overrides(tmp_path):
     weights = Weights.from_state(
         MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", []
     )
@@ -319,7 +319,7 @@ def onnx_graph(tmp_path_factory) -> tuple[PixMIM, Path]:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_features_equal_ours_and_a_wrong_tensor_differs(library, model, mae, tmp_path, onnx_graph):
+def test_other_libraries_give_our_features_and_reveal_swapped_tensors(library, model, mae, tmp_path, onnx_graph):
     use, options = LIBRARIES[library]
     if library == "onnxruntime":
         model, path = onnx_graph
@@ -352,7 +352,7 @@ def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_computes_our_loss_and_prediction(model, mae, tmp_path):
+def test_transformers_gives_our_loss_and_prediction(model, mae, tmp_path):
     folder = written(mae, tmp_path, "hf", args={"decoder_heads": 2})
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -368,7 +368,7 @@ def test_transformers_computes_our_loss_and_prediction(model, mae, tmp_path):
 
 
 @torch.no_grad()
-def test_a_slip_in_the_decoder_would_be_seen_in_the_prediction(model, mae, tmp_path):
+def test_zeroed_decoder_tensors_change_the_prediction_of_transformers(model, mae, tmp_path):
     noise = torch.rand(3, 16)
     _, prediction, mask = model(IMAGES, noise)
     for name in ("decoder_norm.bias", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_embed.bias"):
@@ -379,7 +379,7 @@ def test_a_slip_in_the_decoder_would_be_seen_in_the_prediction(model, mae, tmp_p
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # transformers leaves a file open
 @pytest.mark.parametrize("encoder_only", [False, True])
-def test_what_transformers_saves_again_is_read_as_it_was(encoder_only, mae, tmp_path):
+def test_folders_saved_by_transformers_are_read_unchanged(encoder_only, mae, tmp_path):
     kind = transformers.ViTModel if encoder_only else transformers.ViTMAEForPreTraining
     kind.from_pretrained(written(mae, tmp_path, "hf", encoder_only=encoder_only)).save_pretrained(tmp_path / "theirs")
     weights = read_weights(tmp_path / "theirs")
@@ -389,7 +389,7 @@ def test_what_transformers_saves_again_is_read_as_it_was(encoder_only, mae, tmp_
 
 
 @torch.no_grad()
-def test_the_preprocessor_of_a_transformers_folder_prepares_images_as_evaluation_does(mae, tmp_path):
+def test_the_transformers_preprocessor_equals_the_evaluation_transform(mae, tmp_path):
     folder = written(mae, tmp_path, "hf", args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).resize((160, 120)).save(tmp_path / "x.png")
@@ -403,7 +403,7 @@ def test_the_preprocessor_of_a_transformers_folder_prepares_images_as_evaluation
 
 
 @torch.no_grad()
-def test_a_timm_folder_says_how_its_images_are_prepared(mae, tmp_path):
+def test_timm_folders_state_their_preprocessing(mae, tmp_path):
     folder = written(mae, tmp_path, "timm", folder=True, args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert timm.data.resolve_model_data_config(model) == {
@@ -416,7 +416,7 @@ def test_a_timm_folder_says_how_its_images_are_prepared(mae, tmp_path):
 
 
 @torch.no_grad()
-def test_a_timm_folder_loads_from_the_hub_as_well(mae, tmp_path, monkeypatch):
+def test_timm_folders_load_from_the_hub(mae, tmp_path, monkeypatch):
     """As huggingface_hub keeps it after the download; nothing is asked of the network."""
     snapshot = tmp_path / "cache" / "models--someone--pixmim" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
@@ -483,7 +483,7 @@ def test_classifiers_give_the_same_logits_in_every_library(kind, mae, tmp_path):
 
 
 @torch.no_grad()
-def test_an_onnx_graph_takes_batches_of_any_size(onnx_graph):
+def test_onnx_graphs_accept_batches_of_any_size(onnx_graph):
     model, path = onnx_graph
     for images in (IMAGES[:1], torch.cat([IMAGES] * 3)):
         assert close(in_onnxruntime(path, images), model.encoder.forward_features(images))
@@ -494,7 +494,7 @@ def test_an_onnx_graph_takes_batches_of_any_size(onnx_graph):
 
 @pytest.mark.parametrize("kind", ["timm folder", "hf encoder", "mae", "mmseg MAE"])
 @torch.no_grad()
-def test_another_input_size_is_that_of_facebookresearch(kind, mae, tmp_path):
+def test_position_embeddings_are_resampled_as_in_facebookresearch_mae(kind, mae, tmp_path):
     """Bicubic without antialiasing, the class position as it was."""
     state = read_weights(written(mae, tmp_path, input_size=(48, 64), **FORMATS[kind])).state
     grid = mae["pos_embed"][:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
@@ -508,7 +508,7 @@ def test_another_input_size_is_that_of_facebookresearch(kind, mae, tmp_path):
 
 
 @torch.no_grad()
-def test_resized_models_run_at_their_size(mae, tmp_path):
+def test_resized_models_give_equal_features_in_every_library(mae, tmp_path):
     images = torch.randn(2, 3, 48, 64)
     ours, *others = (
         use(written(mae, tmp_path, input_size=(48, 64), **options), images) for use, options in LIBRARIES.values()
@@ -517,7 +517,7 @@ def test_resized_models_run_at_their_size(mae, tmp_path):
     assert all(close(x, ours) for x in others)
 
 
-def test_the_same_input_size_changes_nothing(mae, tmp_path):
+def test_resizing_to_the_same_input_size_changes_nothing(mae, tmp_path):
     assert same(read_weights(written(mae, tmp_path, "mae", input_size=(32, 32))).state, mae)
 
 
@@ -545,7 +545,7 @@ def test_conflicting_flags_are_refused_in_one_line(flags, words, mae, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
-def test_encoder_without_decoder_requires_encoder_only(mae, tmp_path):
+def test_transformers_files_without_decoder_require_encoder_only(mae, tmp_path):
     with pytest.raises(ValueError, match=r"--to hf.*ViTMAEForPreTraining.* --encoder_only"):
         written(to_timm(mae), tmp_path, "hf")
     mff = mae_names(method(HOSTS["mff_vit"]()).state_dict())
@@ -554,7 +554,7 @@ def test_encoder_without_decoder_requires_encoder_only(mae, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "needs"), [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)])
-def test_requires_input_size_if_the_grid_is_unknown(kind, needs, tmp_path):
+def test_an_unknown_grid_requires_input_size(kind, needs, tmp_path):
     encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
     options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
     if needs:
@@ -563,7 +563,7 @@ def test_requires_input_size_if_the_grid_is_unknown(kind, needs, tmp_path):
     assert written(encoder.state_dict(), tmp_path, input_size=(16, 48), **options).exists()
 
 
-def test_other_heads_than_usual_are_kept_where_the_file_tells_them(mae, tmp_path):
+def test_numbers_of_heads_in_the_config_are_kept(mae, tmp_path):
     folder = written(mae, tmp_path, "hf")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -584,7 +584,7 @@ def written_from(path: Path, target: str, **options) -> Path:
     return out
 
 
-def test_statistics_of_other_channels_must_be_known(tmp_path):
+def test_folders_of_other_channels_require_mean_and_std(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
     with pytest.raises(ValueError, match="mean and std of its 5 channels"):
         written(state, tmp_path, "timm", folder=True)
@@ -612,7 +612,7 @@ LIES = {
     ("key", "value"),
     [*LIES.items(), ("image_size", "224"), ("image_size", True), ("num_attention_heads", "3"), ("patch_size", "x")],
 )
-def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
+def test_a_transformers_config_that_contradicts_the_weights_is_refused(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=rf"config\.json .*{value}") as error:
@@ -621,7 +621,7 @@ def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
 
 
 @pytest.mark.parametrize("key", ["embed_dim", "depth", "patch_size", "in_chans", "img_size", "num_heads"])
-def test_so_is_one_of_timm(key, mae, tmp_path):
+def test_a_timm_config_that_contradicts_the_weights_is_refused(key, mae, tmp_path):
     folder = written(mae, tmp_path, "timm", folder=True)
     config = json.loads((folder / "config.json").read_text())
     config["model_args"][key] = 7
@@ -633,7 +633,7 @@ def test_so_is_one_of_timm(key, mae, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"), [("mean", "abc"), ("mean", [0.5]), ("std", [True, 0.1, 0.2]), ("std", {"a": 1})]
 )
-def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
+def test_invalid_mean_and_std_in_a_config_are_refused(key, value, mae, tmp_path):
     folder = written(mae, tmp_path, "timm", folder=True)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"][key] = value
@@ -652,7 +652,7 @@ def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
         (None, "no config.json that describes the model"),
     ],
 )
-def test_a_config_that_is_none_is_one_line(content, words, folder):
+def test_an_invalid_config_is_refused_in_one_line(content, words, folder):
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_bytes(content)
@@ -662,7 +662,7 @@ def test_a_config_that_is_none_is_one_line(content, words, folder):
     assert "\n" not in str(error.value)
 
 
-def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
+def test_pickled_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
     victim = folder.parent / "victim"
     (folder / "model.safetensors").unlink()
     torch.save(to_hf(mae) | {"x": Evil(f"touch {victim}")}, folder / "pytorch_model.bin")
@@ -674,7 +674,7 @@ def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
-def test_a_truncated_safetensors_is_named(share, folder):
+def test_truncated_safetensors_files_are_named(share, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     for given in (folder, path):
@@ -683,7 +683,7 @@ def test_a_truncated_safetensors_is_named(share, folder):
         assert "\n" not in str(error.value)
 
 
-def test_a_header_that_lies_about_offsets_is_named(folder):
+def test_safetensors_with_wrong_offsets_are_refused(folder):
     header = json.dumps(
         {"vit.embeddings.cls_token": {"dtype": "F32", "shape": [1, 1, 192], "data_offsets": [0, 10**12]}}
     ).encode()
@@ -692,7 +692,7 @@ def test_a_header_that_lies_about_offsets_is_named(folder):
         read_weights(folder)
 
 
-def test_a_foreign_safetensors_says_what_it_holds(folder):
+def test_foreign_safetensors_are_refused_with_their_content(folder):
     save_file({"conv1.weight": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"none of its 1 keys \(conv1\.weight"):
         read_weights(folder)
@@ -701,7 +701,7 @@ def test_a_foreign_safetensors_says_what_it_holds(folder):
         read_weights(folder)
 
 
-def test_a_length_that_looks_like_a_web_page_is_none(mae, tmp_path):
+def test_safetensors_that_begin_like_html_are_read(mae, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(to_timm(mae), path)
     content = path.read_bytes()
@@ -713,7 +713,7 @@ def test_a_length_that_looks_like_a_web_page_is_none(mae, tmp_path):
     assert same(read_weights(path).state, to_timm(mae))
 
 
-def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
+def test_folders_without_weights_and_onnx_files_are_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(ValueError, match="name the checkpoint file in it"):
         read_weights(folder)
@@ -725,7 +725,7 @@ def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
         read_weights(tmp_path / "x.onnx")
 
 
-def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
+def test_a_folder_with_a_convmae_is_refused(folder):
     state = mae_names(method(HOSTS["convvit"]()).state_dict())
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError, match="holds a ConvMAE"):
@@ -733,12 +733,12 @@ def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
     assert same(read_weights(folder / "model.safetensors").state, state)
 
 
-def test_a_host_without_rules_is_refused_at_any_size(mae, tmp_path):
+def test_a_custom_encoder_is_not_resized(mae, tmp_path):
     with pytest.raises(ValueError, match=r"^gate"):
         written(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
 
 
-def test_an_out_folder_that_holds_something_is_left_alone(mae, tmp_path):
+def test_a_folder_that_is_not_empty_is_never_overwritten(mae, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     convert.convert(saved(tmp_path, {"model": mae}), out, "hf")  # an empty one will do
@@ -748,7 +748,7 @@ def test_an_out_folder_that_holds_something_is_left_alone(mae, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_full_disk_leaves_no_half_folder(mae, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_incomplete_folder(mae, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("No space left on device")
 
@@ -766,7 +766,7 @@ def command(monkeypatch, *words) -> None:
     convert.main()
 
 
-def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, capsys):
+def test_push_to_hub_creates_a_private_repository(mae, tmp_path, monkeypatch, capsys):
     calls: list[tuple[str, dict]] = []
 
     class Api:
@@ -783,7 +783,7 @@ def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, 
     assert capsys.readouterr().out.endswith("pushed   me/pixmim\n")
 
 
-def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
+def test_push_errors_are_one_line(mae, tmp_path, monkeypatch):
     path = saved(tmp_path, {"model": mae})
     with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
@@ -797,7 +797,7 @@ def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 
-def test_onnx_error_names_missing_packages(mae, tmp_path, monkeypatch):
+def test_onnx_names_the_missing_package(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="--to onnx needs onnxscript: pip install onnx onnxscript"):
         written(mae, tmp_path, "onnx")

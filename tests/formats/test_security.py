@@ -49,7 +49,7 @@ def trapped(request, pretrained, sprung, tmp_path) -> Path:
     return tmp_path / "trap.pth"
 
 
-def test_the_trap_works(trapped, sprung):
+def test_the_malicious_checkpoint_executes_code_if_unpickled(trapped, sprung):
     torch.load(trapped, weights_only=False)
     assert sprung.exists()
 
@@ -57,7 +57,7 @@ def test_the_trap_works(trapped, sprung):
 @pytest.mark.parametrize(
     "name", ["main_knn", "main_linprobe", "main_finetune", "main_features", "visualize", "util.convert"]
 )
-def test_a_trap_in_a_checkpoint_is_refused_wherever_it_is_given(name, trapped, sprung, photos, tmp_path):
+def test_every_main_refuses_a_malicious_checkpoint(name, trapped, sprung, photos, tmp_path):
     words = ["--checkpoint", trapped, "--data_path", photos, *DEVICE]
     words = {
         "main_features": [*words, "--output", tmp_path / "x.npy"],
@@ -69,7 +69,7 @@ def test_a_trap_in_a_checkpoint_is_refused_wherever_it_is_given(name, trapped, s
     assert not sprung.exists()
 
 
-def test_a_trap_is_no_classifier_and_nothing_to_go_on_from(trapped, sprung, photos, tmp_path):
+def test_eval_and_resume_refuse_a_malicious_checkpoint(trapped, sprung, photos, tmp_path):
     words = ["--data_path", photos, "--output_dir", tmp_path / "run", "--batch_size", "8"]
     with pytest.raises(ValueError, match=STRANGE):
         call("main_finetune", *words, *DEVICE, "--checkpoint", trapped, "--eval")
@@ -78,7 +78,7 @@ def test_a_trap_is_no_classifier_and_nothing_to_go_on_from(trapped, sprung, phot
     assert not sprung.exists()
 
 
-def test_a_trap_as_last_pth_gives_way_to_the_checkpoint_before_it(trapped, sprung, pretrained, photos, tmp_path):
+def test_resume_skips_a_malicious_last_pth(trapped, sprung, pretrained, photos, tmp_path):
     folder = shutil.copytree(pretrained, tmp_path / "run")
     shutil.copy(trapped, folder / "last.pth")
     pretrain(photos, folder, "--save_every", 1, "--image_every", 1)
@@ -88,7 +88,7 @@ def test_a_trap_as_last_pth_gives_way_to_the_checkpoint_before_it(trapped, sprun
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_a_trap_in_a_folder_of_weights_is_refused(name, trapped, sprung, tmp_path):
+def test_malicious_weights_in_a_folder_are_refused(name, trapped, sprung, tmp_path):
     (tmp_path / "hub").mkdir()
     shutil.copy(trapped, tmp_path / "hub" / name)
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "vit", "auto_map": {"AutoModel": "evil.Model"}}')
@@ -107,7 +107,7 @@ def array_trap(sprung: Path) -> bytes:
     return file.getvalue()
 
 
-def test_an_array_of_objects_is_refused_in_a_folder_and_in_a_tar(sprung, tmp_path):
+def test_pickled_arrays_are_refused_in_folders_and_tars(sprung, tmp_path):
     (tmp_path / "x.npy").write_bytes(array_trap(sprung))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x.npy", "x.npy")
@@ -119,7 +119,7 @@ def test_an_array_of_objects_is_refused_in_a_folder_and_in_a_tar(sprung, tmp_pat
     assert sprung.exists()  # control
 
 
-def test_postscript_under_the_name_of_a_photograph_is_not_run(sprung, tmp_path, monkeypatch):
+def test_postscript_named_jpg_is_not_executed(sprung, tmp_path, monkeypatch):
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {sprung}\n")
     program.chmod(0o755)
@@ -162,7 +162,7 @@ def escaping(photos, tmp_path) -> Path:
     return tmp_path / "shards"
 
 
-def test_members_of_a_tar_neither_leave_it_nor_are_links_followed(escaping, tmp_path, pretrained):
+def test_tar_members_are_not_extracted_and_links_not_followed(escaping, tmp_path, pretrained):
     before = set(files(tmp_path))
     source = local_tars(str(escaping))
     assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # no link, no pipe
@@ -180,7 +180,7 @@ def test_members_of_a_tar_neither_leave_it_nor_are_links_followed(escaping, tmp_
     assert written == {"shards"}
 
 
-def test_an_index_of_shards_is_not_unpickled_and_cannot_point_outside(escaping, sprung):
+def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escaping, sprung):
     status = (escaping / "x.tar").stat()
     state = [[status.st_size, status.st_mtime_ns]]
     rows = scan_shard(escaping / "x.tar")
@@ -237,12 +237,12 @@ def while_it_trains(photos, folder: Path, count: int, look: Callable, **group):
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
-def test_a_run_of_one_process_listens_to_nobody(photos, tmp_path):
+def test_a_single_process_opens_no_listening_socket(photos, tmp_path):
     assert while_it_trains(photos, tmp_path / "run", 1, listening) == set()
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
-def test_ranks_listen_where_they_are_told_to_meet_and_for_each_other(photos, tmp_path):
+def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
