@@ -1,4 +1,4 @@
-"""What models_pixmim.py promises, as properties; the reference implementations' numbers are in test_reference.py."""
+"""Properties of models_pixmim.py. test_reference.py compares it with the reference implementation."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def _fixed_seed():
 
 
 def perturb(module: nn.Module) -> nn.Module:
-    """Every parameter away from its initial value: zero biases and unit norms hide mistakes."""
+    """Module with noise on every parameter: zero biases and unit norms would hide errors."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
@@ -79,7 +79,7 @@ def test_attention_with_a_mask_equals_timms():
 
 
 def scribble(images: Tensor, mask, patch: int = 8, grid=(4, 6)) -> Tensor:
-    """The same images with other pixels in every removed patch."""
+    """Copy of the images with other pixels in every removed patch."""
     patches = patchify(images, patch)
     return unpatchify(torch.where(mask.removed.unsqueeze(-1), 100 * torch.randn_like(patches), patches), patch, grid)
 
@@ -177,7 +177,7 @@ def test_position_embedding_of_a_patch_is_the_sine_and_cosine_of_its_column_then
 
 
 def test_position_embeddings_require_a_width_divisible_by_4():
-    with pytest.raises(ValueError, match="not 30"):
+    with pytest.raises(ValueError, match="30"):
         sincos_pos_embed(30, (2, 2), 1)
 
 
@@ -185,7 +185,7 @@ def test_position_embeddings_require_a_width_divisible_by_4():
 
 
 def explicit_low_pass(images: Tensor, radius: float, kind: str) -> Tensor:
-    """Shift, disc and inverse as matrix products in float64, on pixels; written from the definition, not from LowPass."""
+    """Shifted DFT, disc and inverse as matrix products in float64, on pixels; independent of LowPass."""
 
     def shifted_dft(n: int) -> Tensor:  # row i: frequency i - n // 2
         k = torch.arange(n, dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_both_discs_agree_on_odd_sides(size):
 @pytest.mark.parametrize("kind", ["reference", "centered"])
 @pytest.mark.parametrize("size", [(16, 16), (15, 22)])
 def test_a_radius_beyond_the_largest_frequency_changes_nothing(size, kind):
-    pixels = torch.rand(1, 3, *size)  # not negative: the magnitude of `reference` is then the value itself
+    pixels = torch.rand(1, 3, *size)  # non-negative: equal to its magnitude, which `reference` returns
     assert_close(unit_filter(size, 40, kind)(pixels), pixels, rtol=0, atol=1e-6)
 
 
@@ -346,7 +346,7 @@ def test_units_are_kept_or_removed_as_a_whole():
 
 
 def test_noise_of_a_wrong_length_is_refused():
-    with pytest.raises(ValueError, match="noise for 10 patches"):
+    with pytest.raises(ValueError, match=r"10 .*12"):
         mask_from_noise(torch.rand(1, 10), 0.5, (3, 4))
 
 
@@ -354,7 +354,7 @@ def test_noise_of_a_wrong_length_is_refused():
 
 
 def slow_loss(model: PixMIM, images: Tensor, prediction: Tensor, mask) -> float:
-    """One removed patch after the other, in float64: mean over its values, then over all removed patches."""
+    """Loss by a loop over removed patches in float64: mean over a patch, then over patches."""
     target = patchify(model.target(images).double(), model.encoder.patch)
     losses = []
     for b in range(len(images)):
@@ -385,7 +385,7 @@ def test_loss_equals_a_loop_over_removed_patches(target, in_chans, norm_pix_loss
 
 
 def test_loss_ignores_the_target_of_visible_patches():
-    """Control for the loop above: only removed places count."""
+    """Control for the loop above: only removed patches count."""
     images, noise = torch.rand(2, 3, 32, 48), torch.rand(2, 24)
     model = small_pixmim()
     loss, _, mask = model(images, noise)
@@ -449,11 +449,12 @@ def test_encoders_accept_other_depths_sizes_and_channels():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_ratio": 0.0}, "leaves 16 of 16 patches visible"),
-        ({"mask_ratio": 1.0}, "leaves 0 of 16 patches visible"),
-        ({"mask_unit": 5}, "units of 5 patches are larger than the grid"),
-        ({"decoder_heads": 7}, "32 wide cannot be split among 7"),
+        ({"mask_ratio": 0.0}, "16 of 16"),
+        ({"mask_ratio": 1.0}, "0 of 16"),
+        ({"mask_unit": 5}, "units of 5 patches"),
+        ({"decoder_heads": 7}, "32 .*7"),
     ],
+    ids=["mask_ratio 0", "mask_ratio 1", "mask_unit 5", "decoder_heads 7"],
 )
 def test_invalid_mask_and_decoder_settings_are_refused(options, message):
     encoder = MaskedViT(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=1)

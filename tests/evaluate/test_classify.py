@@ -1,4 +1,4 @@
-"""What an encoder is worth: accuracies counted by hand, kNN, probes, fine-tuning, and every format of checkpoint."""
+"""Evaluation of encoders: scores, kNN, linear probes, fine-tuning, from checkpoints of every format."""
 
 import json
 import math
@@ -40,11 +40,11 @@ PROBE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "0", "--pool",
 TUNE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.003"]
 
 
-# ------------------------------------------------------------------------------------------------------------ counting
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
 def counted(scores: np.ndarray, labels: list[int]) -> dict:
-    """Accuracies in percent, one sample after the other."""
+    """Accuracies in percent, by a loop over samples."""
     top1, top5, losses = [], [], []
     for row, label in zip(scores, labels, strict=True):
         order = sorted(range(len(row)), key=lambda c, row=row: -row[c])
@@ -71,7 +71,7 @@ def test_scores_equal_a_count_by_hand(classes, labels):
 
 
 def slow_knn(train, labels, query, classes: int, k: int, temperature: float) -> list[float]:
-    """Votes for one query, over NumPy."""
+    """Votes for one query, by a loop in NumPy."""
     cosines = [float(np.dot(x, query) / np.linalg.norm(x) / np.linalg.norm(query)) for x in train]
     votes = [0.0] * classes
     for i in sorted(range(len(train)), key=lambda i: -cosines[i])[:k]:
@@ -85,7 +85,9 @@ def test_knn_votes_equal_a_loop_over_all_neighbours(k):
     votes = knn_votes(F.normalize(train), labels, F.normalize(queries), 4, k, 0.07)
     for query, mine in zip(queries.numpy(), votes, strict=True):
         slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
-        assert_close(mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6)  # ours are relative to the nearest
+        assert_close(
+            mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6
+        )  # ours have the weight 1 for the nearest
 
 
 # ------------------------------------------------------------------------------------------------------------------ kNN
@@ -109,7 +111,7 @@ def test_knn_accuracy_equals_a_loop_over_single_features(pool, pretrained, photo
     (train, labels), (queries, truth) = sets
     votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
     expected = counted(votes, truth)
-    expected.pop("loss")  # votes are no logits
+    expected.pop("loss")  # votes are not logits
     found = knn(pretrained / "last.pth", photos, "--pool", pool, "--k", 3, "--temperature", 0.5)
     assert found == pytest.approx(expected, abs=1e-3)
     assert list(found) == list(expected)
@@ -143,7 +145,9 @@ def test_knn_reads_foreign_checkpoints_without_conversion(source, pretrained, ph
     assert knn(tmp_path / "foreign.pth", photos) == knn(pretrained / "last.pth", photos)
 
 
-@pytest.mark.parametrize("options", [{"target": "hf"}, {"target": "timm", "folder": True}])
+@pytest.mark.parametrize(
+    "options", [{"target": "hf"}, {"target": "timm", "folder": True}], ids=["transformers", "timm"]
+)
 def test_knn_and_probe_read_folders_of_transformers_and_timm(options, pretrained_tiny, photos, tmp_path):
     convert.convert(pretrained_tiny / "last.pth", tmp_path / "x", **options)
     ours = knn(pretrained_tiny / "last.pth", photos)
@@ -151,8 +155,8 @@ def test_knn_and_probe_read_folders_of_transformers_and_timm(options, pretrained
     assert knn(tmp_path / "x", photos, "--input_size", 32, 24) == knn(
         pretrained_tiny / "last.pth", photos, "--input_size", 32, 24
     )
-    said = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
-    assert result("main_linprobe", *said)["n"] == 9
+    words = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
+    assert result("main_linprobe", *words)["n"] == 9
     assert weights(tmp_path / "probe")["args"]["checkpoint"] == str(tmp_path / "x" / "model.safetensors")
 
 
@@ -185,10 +189,12 @@ def test_another_input_size_resamples_the_position_embedding(pretrained, photos,
     ]
     small, large = (x[0, 1:].unflatten(0, (n, n)).permute(2, 0, 1)[None] for x, n in zip(embeds, (2, 4), strict=True))
     assert_close(large, F.interpolate(small, (4, 4), mode="bicubic", align_corners=False), rtol=1e-5, atol=1e-5)
-    assert torch.equal(embeds[0][:, 0], embeds[1][:, 0])  # the class token has no place
+    assert torch.equal(embeds[0][:, 0], embeds[1][:, 0])  # the class token is not resampled
 
 
-@pytest.mark.parametrize("grids", [((4, 4), (6, 6)), ((2, 6), (5, 3)), ((3, 5), (4, 4))])
+@pytest.mark.parametrize(
+    "grids", [((4, 4), (6, 6)), ((2, 6), (5, 3)), ((3, 5), (4, 4))], ids=lambda g: f"{g[0]} to {g[1]}"
+)
 def test_resampled_position_embeddings_equal_timms(grids):
     old, new = grids
     embed = torch.randn(1, 1 + old[0] * old[1], 8)
@@ -204,21 +210,19 @@ def test_grids_of_equal_length_are_resampled():
 def test_a_rectangular_foreign_checkpoint_requires_input_size(photos, tmp_path):
     state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=48, depth=2, num_heads=3).state_dict()
     torch.save({"model": state}, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches .*--input_size H W"):
+    with pytest.raises(ValueError, match=r"foreign\.pth.* 6 patches .*--input_size"):
         knn(tmp_path / "foreign.pth", photos)
     assert knn(tmp_path / "foreign.pth", photos, "--input_size", 16, 24)["n"] == 9
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_keys(pretrained, photos):
-    with pytest.raises(
-        ValueError, match=r"last\.pth, a vit, does not fit --model vit_small: .*of another shape: blocks\.0"
-    ):
+    with pytest.raises(ValueError, match=r"last\.pth.*--model vit_small: .*blocks\.0"):
         knn(pretrained / "last.pth", photos, "--model", "vit_small")
 
 
 def test_eval_refuses_a_checkpoint_without_classifier(pretrained, photos, tmp_path):
     for main in ("main_linprobe", "main_finetune"):
-        with pytest.raises(ValueError, match=r"last\.pth has no classifier"):
+        with pytest.raises(ValueError, match=r"--eval: .*last\.pth"):
             result(main, "--eval", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE)
 
 
@@ -244,7 +248,9 @@ def test_a_probe_trains_only_its_heads_and_statistics(probed, pretrained):
     assert after.keys() - fresh == to_timm(before).keys()
     for name in after.keys() - fresh:
         assert torch.equal(after[name], before[name])
-    assert not torch.equal(after["heads.0.weight"], after["heads.2.weight"])  # they began equal
+    assert not torch.equal(
+        after["heads.0.weight"], after["heads.2.weight"]
+    )  # equal initial weights, other learning rates
     assert after["bn.num_batches_tracked"] == 2 * 2
     assert after["heads.1.bias"].norm() > 0
 
@@ -274,7 +280,7 @@ def test_two_ranks_probe_as_one_though_one_has_no_validation_image(pretrained, p
     (tmp_path / "val").mkdir()
     (tmp_path / "train").symlink_to(photos / "train")
     (tmp_path / "val" / "bee").mkdir()
-    shutil.copy(photos / "val" / "bee" / "1.png", tmp_path / "val" / "bee")  # one image for two ranks
+    shutil.copy(photos / "val" / "bee" / "1.png", tmp_path / "val" / "bee")  # one validation image for two ranks
     words = ["main_linprobe.py", *DEVICE, *PROBE, "--epochs", 1, "--checkpoint", pretrained / "last.pth", "--blr", 1, 3]
     (status, out, err), (other, silence, _) = ranks(
         2, *words, "--data_path", tmp_path, "--output_dir", tmp_path / "out"
@@ -285,7 +291,7 @@ def test_two_ranks_probe_as_one_though_one_has_no_validation_image(pretrained, p
     flags = ["--eval", "--checkpoint", tmp_path / "out" / "classifier.pth", "--data_path", tmp_path, *DEVICE]
     again = result("main_linprobe", *flags)
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
-    one = ["--batch_size", 16, "--epochs", 1, "--blr", 1, 3]  # the same step on one rank: the same images in the mean
+    one = ["--batch_size", 16, "--epochs", 1, "--blr", 1, 3]  # the same images per step on one rank
     probe(tmp_path / "one", tmp_path, pretrained / "last.pth", *one)
     means = [weights(tmp_path / name)["model"]["bn.running_mean"] for name in ("out", "one")]
     assert_close(*means, rtol=1e-5, atol=1e-6)
@@ -335,10 +341,10 @@ def test_resuming_a_probe_with_other_weights_is_refused(probed, pretrained, phot
     del other["sha256"]
     torch.save(other, tmp_path / "other.pth")
     content = torch.load(folder / "last.pth", weights_only=True)
-    content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights in it
+    content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights
     del content["sha256"]
     write_checkpoint(folder / "last.pth", content)
-    with pytest.raises(ValueError, match="began with other weights than --checkpoint has now"):
+    with pytest.raises(ValueError, match=r"weights .*--checkpoint"):
         probe(folder, photos, tmp_path / "other.pth", "--blr", 0.1, 3, 30)
 
 
@@ -348,7 +354,7 @@ def test_classifiers_are_copied_to_the_cpu_before_saving(tmp_path, monkeypatch):
         "util.evaluate.classifier.write_checkpoint", lambda path, content: written.append(content) or path
     )
     run = one_rank(tmp_path)
-    save_classifier(run, state, ["a", "b", "c"])  # on a GPU its bytes could not be summed up
+    save_classifier(run, state, ["a", "b", "c"])  # a checksum requires tensors on the CPU
     assert_same(written[0]["model"], state)
     assert all(written[0]["model"][name].data_ptr() != value.data_ptr() for name, value in state.items())
 
@@ -358,7 +364,7 @@ def test_knn_votes_do_not_overflow_at_low_temperatures():
     labels = torch.arange(30) % 3
     votes = knn_votes(train, labels, train, 3, k=5, temperature=1e-3)
     assert votes.isfinite().all()
-    assert torch.equal(votes.argmax(1), labels)  # at this temperature the nearest, itself, decides
+    assert torch.equal(votes.argmax(1), labels)  # at this temperature only the nearest, the query itself, counts
 
 
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
@@ -398,14 +404,14 @@ def test_fine_tuning_changes_every_pre_trained_parameter(tuned, pretrained):
     before, after = (to_timm(weights(folder)["model"]) for folder in (pretrained, tuned[0]))
     assert after.keys() - before.keys() == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     for name in before.keys() & after.keys():
-        assert not torch.equal(before[name], after[name]), name  # position embeddings too
+        assert not torch.equal(before[name], after[name]), name  # position embeddings included
         assert_close(before[name], after[name], rtol=0, atol=1e-3)  # peak 9.4e-5, a few steps
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
 def test_resumed_fine_tuning_equals_an_uninterrupted_run(tuned, pretrained, photos, tmp_path, monkeypatch):
     interrupted(monkeypatch, 2, lambda: tune(tmp_path, photos, pretrained / "last.pth"))
-    # a worker, so that no sample leaves its seed in this process by chance
+    # a worker process: samples do not seed the main process
     assert tune(tmp_path, photos, pretrained / "last.pth", "--num_workers", 1) == tuned[1]
     assert_same(weights(tmp_path)["model"], weights(tuned[0])["model"])
 
@@ -418,12 +424,12 @@ def test_fine_tuning_runs_from_scratch_and_without_augmentations(words, photos, 
 
 
 def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):
-    with pytest.raises(ValueError, match="--batch_size 7: mixup and cutmix mix pairs"):
+    with pytest.raises(ValueError, match="--batch_size 7"):
         tune(tmp_path, photos, "none", *MODEL, "--batch_size", 7)
 
 
 def test_pool_token_is_refused_for_a_classifier_on_mean_pooling(tuned, photos):
-    with pytest.raises(ValueError, match="use --pool mean"):
+    with pytest.raises(ValueError, match="--pool token: .*--pool mean"):
         knn(tuned[0] / "classifier.pth", photos, "--pool", "token")
 
 
@@ -438,12 +444,12 @@ def test_mixed_images_have_mixed_labels():
         return torch.zeros(4, 3)
 
     batch = {"images": images.clone(), "label": torch.tensor([0, 1, 2, 0])}
-    assert loss(model, batch).item() == pytest.approx(math.log(3))  # labels sum to 1, mixed or not
+    assert loss(model, batch).item() == pytest.approx(math.log(3))  # labels sum to 1 with and without mixing
     assert not torch.equal(seen[0], images)
 
 
 def test_unknown_validation_classes_are_named(tuned, photos, tmp_path):
     shutil.copytree(photos / "val", tmp_path / "val")
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "yak")
-    with pytest.raises(ValueError, match=r"val has classes that train has not: \['yak'\]"):
+    with pytest.raises(ValueError, match=r"val .*'yak'"):
         call("main_finetune", "--eval", "--checkpoint", tuned[0] / "classifier.pth", "--data_path", tmp_path, *DEVICE)

@@ -1,4 +1,4 @@
-"""Checkpoints of every format that util.convert reads, honest and hostile, and the command line."""
+"""Reading of checkpoints in every format, of broken and malicious files, and the command line of util.convert."""
 
 import argparse
 import os
@@ -171,7 +171,7 @@ def test_filter_and_preprocessor_of_the_release_are_listed_as_dropped(mae, tmp_p
     assert weights.dropped == list(extra)
 
 
-@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("pooled", [True, False], ids=["fc_norm", "norm"])
 def test_norm_and_head_of_a_classifier_are_read(pooled, mae, tmp_path):
     state = classifier(mae, pooled)
     weights = read_weights(saved(tmp_path, {"state_dict": mm_of(state), "meta": {}}))
@@ -238,7 +238,7 @@ def test_weights_of_a_run_with_default_flags_have_every_setting(name):
 
 
 def test_q_bias_and_v_bias_are_joined_with_a_zero_key_bias(mae, tmp_path):
-    """As long_seq_mae saves them, in encoder and decoder."""
+    """long_seq_mae saves them so, in encoder and decoder."""
     state, joined = dict(mae), {}
     for key in [key for key in mae if key.endswith("qkv.bias")]:
         q, _, v = state.pop(key).chunk(3)
@@ -255,7 +255,7 @@ def test_q_bias_and_v_bias_are_joined_with_a_zero_key_bias(mae, tmp_path):
         read_weights(saved(tmp_path, {"model": state}))
 
 
-# ------------------------------------------------------------------------------------------------------ there and back
+# -------------------------------------------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize(("name", "target"), [("lsmae", "mae"), ("convmae", "mae"), ("mff", "mmpretrain")])
@@ -267,7 +267,7 @@ def test_reference_checkpoints_survive_a_round_trip(name, target, tmp_path):
     assert_same(torch.load(tmp_path / "out.pth", weights_only=True), theirs)
 
 
-@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("tuned", [False, True], ids=["pre-trained", "fine-tuned"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_converted_files_are_read_back_unchanged(host, tuned, tmp_path):
     state = classifier(state_of(host)) if tuned else state_of(host)
@@ -318,6 +318,7 @@ CONVMAE_LINE = (
         ((224, 224), {"input_size": [224, 224], "decoder_heads": 4}, ("[224, 56, 28]", 4)),
         ((64, 64), {"input_size": [64, 64]}, ("[64, 16, 8]", 2)),
     ],
+    ids=["no args", "args of Alpha-VL/ConvMAE", "decoder_heads in args", "64 px"],
 )
 def test_load_command_of_convmae_has_the_sizes_of_all_stages(size, args, given):
     encoder = ConvViT(size, 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
@@ -352,7 +353,7 @@ def test_formats_that_cannot_hold_the_encoder_are_refused(host, target, remedy, 
     assert not (tmp_path / "out.pth").exists()
 
 
-# -------------------------------------------------------------------------------------------------- what timm makes of it
+# ------------------------------------------------------------------------------------------------- converted files in timm
 
 
 @pytest.mark.parametrize("source", WRAPPERS)
@@ -407,7 +408,7 @@ def test_the_printed_load_command_loads_the_file_in_timm(kind, mae, tmp_path):
     assert ("num_classes=0" in line) == (kind in ("pretrained", "wide"))
     loaded = eval(line, {"timm": timm}).eval()
     assert same(loaded.state_dict(), to_timm(state))
-    if kind == "probe of the mean":  # the norm comes before the mean
+    if kind == "probe of the mean":  # the norm precedes the mean
         images = torch.randn(2, 3, 32, 32)
         tokens = loaded.forward_features(images)[:, 1:].mean(1)
         assert_close(loaded(images), tokens @ state["head.weight"].T + state["head.bias"], rtol=1e-4, atol=1e-4)
@@ -441,20 +442,20 @@ def test_mae_files_have_encoder_and_decoder(mae, tmp_path):
 
 def test_a_probe_on_mean_pooling_is_refused_by_mae(mae, tmp_path):
     content = {"format": "pixmim-1", "model": classifier(mae, pooled=False), "args": {"pool": "mean"}}
-    with pytest.raises(ValueError, match="use --to timm"):
+    with pytest.raises(ValueError, match=r"--to mae.*--to timm"):
         convert.convert(saved(tmp_path, content), tmp_path / "out.pth", "mae")
     assert not (tmp_path / "out.pth").exists()
 
 
 def test_converted_files_hold_tensors_only_and_no_hidden_storage(mae, tmp_path):
     everything = torch.randn(1000, 192, 192)
-    state = mae | {"blocks.0.attn.proj.weight": everything[0]}  # a view of 147 MB
+    state = mae | {"blocks.0.attn.proj.weight": everything[0]}  # a view of a storage of 147 MB
     convert.convert(saved(tmp_path, {"model": state, "args": argparse.Namespace(a=1)}), tmp_path / "out.pth", "timm")
     assert (tmp_path / "out.pth").stat().st_size < 10e6
     assert all(isinstance(x, Tensor) for x in torch.load(tmp_path / "out.pth", weights_only=True).values())
 
 
-# ------------------------------------------------------------------------------------------------------- what does not fit
+# ----------------------------------------------------------------------------------------------------- mismatching tensors
 
 
 def test_unknown_missing_and_misshaped_keys_are_all_listed(mae, tmp_path):
@@ -477,6 +478,7 @@ def test_unknown_missing_and_misshaped_keys_are_all_listed(mae, tmp_path):
     ("key", "value"),
     [("blocks.5.norm1.weight", torch.ones(192)), ("blocks.0.ls1.gamma", torch.ones(192)), ("fc_norm.weight", torch.ones(192)),
      ("reg_token", torch.ones(1, 4, 192)), ("head.bias", torch.ones(3)), ("module.norm.weight", torch.ones(192))],
+    ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 def test_an_unexpected_key_is_named(key, value, mae, tmp_path):
     with pytest.raises(ValueError, match=r"unknown|missing") as error:
@@ -513,6 +515,7 @@ def test_the_shape_of_every_tensor_is_checked(host, tmp_path):
         ("mff_vit", "backbone.proj_layers.1.weight", torch.ones(192, 64),
          "mis-shaped: backbone.proj_layers.1.weight is [192, 64], expected [192, 192]"),
     ],
+    ids=lambda x: x if isinstance(x, str) and ":" not in x else "",
 )  # fmt: skip
 def test_keys_that_do_not_fit_the_encoder_are_named(host, key, value, problem, tmp_path):
     state = state_of(host)
@@ -533,6 +536,7 @@ def test_missing_fusion_layers_are_named(host, part, tmp_path):
     ("content", "found"),
     [({"conv1.weight": torch.ones(1)}, "none of its 1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
      ({"epoch": 3, "loss": 0.1}, "a dict of epoch, loss"), (torch.ones(3), "a Tensor"), ({"model": {}}, "a dict of model")],
+    ids=["foreign tensors", "list", "empty dict", "dict without weights", "tensor", "empty model"],
 )  # fmt: skip
 def test_error_describes_the_content_of_an_unknown_file(content, found, tmp_path):
     with pytest.raises(ValueError, match=re.escape(found)) as error:
@@ -541,7 +545,7 @@ def test_error_describes_the_content_of_an_unknown_file(content, found, tmp_path
     assert "expected" in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------- broken and hostile
+# ---------------------------------------------------------------------------------------------- broken and malicious files
 
 BROKEN = {
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
@@ -560,7 +564,7 @@ def test_errors_of_broken_files_are_one_line(kind, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         read_weights(path)
     assert str(path) in str(error.value)
-    assert "weights_only" not in str(error.value)  # torch's advice to execute the file is not passed on
+    assert "weights_only" not in str(error.value)  # torch's advice to execute the file is not repeated
     assert "\n" not in str(error.value)
 
 
@@ -568,7 +572,7 @@ def test_errors_of_broken_files_are_one_line(kind, tmp_path):
 def test_truncated_files_are_named(share, mae, tmp_path):
     path = saved(tmp_path, {"model": mae})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"in\.pth is not a readable checkpoint .*copy or download it again"):
+    with pytest.raises(ValueError, match=r"in\.pth is not a readable checkpoint"):
         read_weights(path)
 
 
@@ -585,9 +589,9 @@ def test_old_files_with_an_inserted_byte_are_refused(tmp_path):
 
 
 def test_folders_and_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         read_weights(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         read_weights(tmp_path / "nothing.pth")
 
 
@@ -601,7 +605,7 @@ class Evil:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "before torch 1.6"])
 def test_pickled_code_is_refused_and_not_executed(new_format, mae, tmp_path):
     victim = tmp_path / "victim"
     content = {"model": mae, "args": Evil(f"touch {victim}")}
@@ -610,11 +614,11 @@ def test_pickled_code_is_refused_and_not_executed(new_format, mae, tmp_path):
         read_weights(tmp_path / "in.pth")
     assert not victim.exists()
     torch.load(tmp_path / "in.pth", weights_only=False)
-    assert victim.exists()  # control: the file does what it is feared for
+    assert victim.exists()  # control: the file executes the command
 
 
 class EvilGetattr:
-    """Builtins.getattr is on the allow-list, by name; it must not be the real one."""
+    """Pickles to builtins.getattr, which is on the allow-list; a placeholder must replace it."""
 
     def __reduce__(self):
         return getattr, ({}, "keys")
@@ -629,7 +633,7 @@ def test_allowed_globals_are_replaced_by_placeholders(mae, tmp_path):
 
 @pytest.fixture
 def message_hub():
-    """A history like mmengine's, whose module is there while saving only."""
+    """A training history like mmengine's, whose module can be imported while saving only."""
 
     class HistoryBuffer:
         def __init__(self):
@@ -683,7 +687,7 @@ def run(*arguments, module: bool = False) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("module", [True, False])
+@pytest.mark.parametrize("module", [True, False], ids=["module", "script"])
 def test_convert_runs_as_a_module_and_as_a_script(module, mae, tmp_path):
     result = run(saved(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", module=module)
     assert (result.returncode, result.stderr) == (0, "")
@@ -723,13 +727,13 @@ def test_an_invalid_flag_exits_with_2():
 def test_in_is_never_overwritten(spelling, mae, tmp_path):
     path = saved(tmp_path, {"model": mae})
     (tmp_path / "x").mkdir()
-    with pytest.raises(ValueError, match="OUT is IN"):
+    with pytest.raises(ValueError, match=r"in\.pth"):
         convert.convert(path, Path(os.path.join(tmp_path, spelling)), "timm")
 
 
 @pytest.mark.parametrize("out", ["", "nowhere/out.pth"])
 def test_an_unwritable_out_is_refused_before_reading(out, tmp_path):
-    with pytest.raises(ValueError, match="cannot write"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / out))):
         convert.convert(tmp_path / "missing.pth", tmp_path / out, "timm")
 
 

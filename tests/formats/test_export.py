@@ -1,4 +1,4 @@
-"""Every format that util.convert writes: read again as it was, and used by the library that it is for."""
+"""Every format that util.convert writes: read back unchanged, and loaded by its library."""
 
 import json
 import os
@@ -48,14 +48,14 @@ def mae(model) -> dict[str, Tensor]:
 
 
 def written(state: dict[str, Tensor], place: Path, target: str, args: dict | None = None, **options) -> Path:
-    """What `--to target` writes of a run's checkpoint, in the folder `place`."""
+    """File or folder that `--to target` writes from a run's checkpoint, in the folder `place`."""
     path = saved(place, {"format": "pixmim-1", "model": state, "args": args or {}})
     out = place / f"{target}-{len(list(place.iterdir()))}"
     convert.convert(path, out, target, **options)
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- there and back
+# --------------------------------------------------------------------------------------------------------- round trips
 
 FORMATS: dict[str, dict[str, Any]] = {
     "mae": {"target": "mae"},
@@ -68,7 +68,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mmseg VisionTransformer": {"target": "mmseg", "backbone": "VisionTransformer"},
     "detectron2": {"target": "detectron2"},
 }
-WHOLE = {"mae", "hf", "mmpretrain"}  # the others hold the encoder alone
+WHOLE = {"mae", "hf", "mmpretrain"}  # the others hold the encoder only
 SOURCES = {"mae": "mae", "timm": "timm", "hf": "hf", "mmpretrain": "mm", "mmseg": "mmseg", "detectron2": "mae"}
 
 
@@ -94,7 +94,7 @@ def test_mff_is_exported_as_a_plain_vit_encoder(kind, tmp_path):
 
 
 def five(name: str) -> str:
-    """What transformers 5.x calls a tensor in memory, from what 4.x calls it."""
+    """Name of a tensor in transformers 5.x in memory, from its name in 4.x."""
     for old, new in {
         "vit.encoder.layer.": "vit.layers.", "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
         "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1",
@@ -112,7 +112,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("bare", [False, True], ids=["with decoder", "bare encoder"])
 def test_tensor_names_of_all_transformers_versions_are_read(spelling, bare, mae, tmp_path):
     theirs = to_hf(to_timm(mae) if bare else mae)
     state = {SPELLINGS[spelling](name): value for name, value in theirs.items()}
@@ -141,7 +141,7 @@ def test_a_missing_query_key_or_value_is_refused(mae, tmp_path):
         read_weights(saved(tmp_path, state))
 
 
-# ------------------------------------------------------------------------------------------------------- what is in a file
+# ------------------------------------------------------------------------------------------------------- keys of files
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -221,12 +221,12 @@ def test_detectron2_matches_every_tensor_of_its_vit(size, mae, tmp_path):
 
 
 def test_detectron2_drops_position_embeddings_of_another_size(mae):
-    """Control, and the silent failure that docs/downstream.md warns of."""
+    """Control, and the silent failure described in docs/downstream.md."""
     assert "backbone.net.pos_embed" not in matched(vitdet(192, 2, 8, 14 * 14 + 1, 16), shapes(to_timm(mae)))
 
 
 def test_the_check_in_the_docs_lists_tensors_that_were_not_loaded(mae):
-    """docs/downstream.md, `lost`, on a model built like ViTDet's."""
+    """Function `lost` in docs/downstream.md, on a model built like ViTDet."""
     page = (Path(__file__).parents[2] / "docs" / "downstream.md").read_text()
     found: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], found)
@@ -263,16 +263,16 @@ def test_load_commands_of_vit_b_have_only_the_required_overrides(tmp_path):
     assert line == "--cfg-options model.pretrained=/x.pth model.backbone.patch_bias=True"
 
 
-# --------------------------------------------------------------------------------------------------- what libraries make of it
+# --------------------------------------------------------------------------------------------------- files in other libraries
 
 
 def close(theirs: Tensor, ours: Tensor) -> bool:
-    """What counts as equal below: float32, other orders of summation."""
+    """Equal up to float32 rounding in another order of summation."""
     return bool(torch.allclose(theirs, ours, rtol=1e-4, atol=2e-5))
 
 
 def slips(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Mistakes that a converter could make; each must be seen by every comparison."""
+    """States with mistakes of a converter; every comparison must detect each."""
     swapped, positionless, normless = dict(state), dict(state), dict(state)
     for x in ("weight", "bias"):
         swapped[f"blocks.0.norm1.{x}"], swapped[f"blocks.0.norm2.{x}"] = (
@@ -329,13 +329,13 @@ def test_other_libraries_give_our_features_and_reveal_swapped_tensors(library, m
     ours = model.encoder.forward_features(IMAGES)
     assert close(use(path, IMAGES), ours)
     for slip, state in slips(mae).items():
-        if library != "onnxruntime" or slip == "query and key":  # tracing takes a second
+        if library != "onnxruntime" or slip == "query and key":  # an export takes seconds
             assert not close(use(written(state, tmp_path, **options), IMAGES), ours), slip
 
 
 @torch.no_grad()
 def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
-    """Tokens of 1e-3: eps 1e-6 halves what the first norm gives, transformers' 1e-12 does not."""
+    """Tokens of 1e-3: eps 1e-6 halves the output of the first norm, transformers' 1e-12 does not."""
     faint = mae | {
         name: mae[name] * 1e-3
         for name in ("pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
@@ -362,7 +362,7 @@ def test_transformers_gives_our_loss_and_prediction(model, mae, tmp_path):
     assert torch.equal(output.mask.bool(), mask.removed)
     assert close(output.loss, loss)
     assert close(output.logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
-    for raw in (False, True):  # control: the loss of raw pixels is another
+    for raw in (False, True):  # control: the loss of raw pixels differs
         theirs.config.norm_pix_loss = not raw
         assert close(theirs(IMAGES, noise=noise).loss, loss) != raw
 
@@ -378,7 +378,7 @@ def test_zeroed_decoder_tensors_change_the_prediction_of_transformers(model, mae
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # transformers leaves a file open
-@pytest.mark.parametrize("encoder_only", [False, True])
+@pytest.mark.parametrize("encoder_only", [False, True], ids=["with decoder", "encoder only"])
 def test_folders_saved_by_transformers_are_read_unchanged(encoder_only, mae, tmp_path):
     kind = transformers.ViTModel if encoder_only else transformers.ViTMAEForPreTraining
     kind.from_pretrained(written(mae, tmp_path, "hf", encoder_only=encoder_only)).save_pretrained(tmp_path / "theirs")
@@ -398,7 +398,7 @@ def test_the_transformers_preprocessor_equals_the_evaluation_transform(mae, tmp_
     theirs = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     levels = ((theirs * std + mean) * 255 - torch.from_numpy(ours).permute(2, 0, 1)).abs()
-    assert levels.mean() < 1  # of 255: torchvision resizes tensors, ours are Pillow's
+    assert levels.mean() < 1  # of 255: torchvision resizes tensors, Pillow images
     assert levels.max() < 8
 
 
@@ -417,7 +417,7 @@ def test_timm_folders_state_their_preprocessing(mae, tmp_path):
 
 @torch.no_grad()
 def test_timm_folders_load_from_the_hub(mae, tmp_path, monkeypatch):
-    """As huggingface_hub keeps it after the download; nothing is asked of the network."""
+    """A folder in the cache of huggingface_hub, as after the download; without network."""
     snapshot = tmp_path / "cache" / "models--someone--pixmim" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     os.replace(written(mae, tmp_path, "timm", folder=True), snapshot)
@@ -437,7 +437,7 @@ PROBES = {  # kind of classifier -> whether norm became fc_norm, pool of the run
 
 
 def scores(state: dict[str, Tensor], kind: str) -> Tensor:
-    """What the classifier gives, computed by hand from tokens before the last norm."""
+    """Logits of the classifier, computed by hand from tokens before the last norm."""
     pooled, pool = PROBES[kind]
     encoder = MaskedViT(**SIZES).eval()
     encoder.load_state_dict(
@@ -495,7 +495,7 @@ def test_onnx_graphs_accept_batches_of_any_size(onnx_graph):
 @pytest.mark.parametrize("kind", ["timm folder", "hf encoder", "mae", "mmseg MAE"])
 @torch.no_grad()
 def test_position_embeddings_are_resampled_as_in_facebookresearch_mae(kind, mae, tmp_path):
-    """Bicubic without antialiasing, the class position as it was."""
+    """Bicubic without antialiasing; the position of the class token is kept."""
     state = read_weights(written(mae, tmp_path, input_size=(48, 64), **FORMATS[kind])).state
     grid = mae["pos_embed"][:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
     wanted = nn.functional.interpolate(grid, size=(6, 8), mode="bicubic", align_corners=False).flatten(2).mT
@@ -537,6 +537,7 @@ def test_resizing_to_the_same_input_size_changes_nothing(mae, tmp_path):
         ({"target": "timm", "encoder_only": True}, "--encoder_only .*--to hf.*--to timm"),
         ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer .*--to mmseg"),
     ],
+    ids=["input_size", "hf rectangle", "detectron2 rectangle", "folder", "encoder_only", "backbone"],
 )
 def test_conflicting_flags_are_refused_in_one_line(flags, words, mae, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
@@ -553,7 +554,11 @@ def test_transformers_files_without_decoder_require_encoder_only(mae, tmp_path):
         written(mff, tmp_path, "hf")
 
 
-@pytest.mark.parametrize(("kind", "needs"), [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)])
+@pytest.mark.parametrize(
+    ("kind", "needs"),
+    [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)],
+    ids=["timm folder", "hf", "onnx", "mmseg needs none"],
+)
 def test_an_unknown_grid_requires_input_size(kind, needs, tmp_path):
     encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
     options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
@@ -586,19 +591,19 @@ def written_from(path: Path, target: str, **options) -> Path:
 
 def test_folders_of_other_channels_require_mean_and_std(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
-    with pytest.raises(ValueError, match="mean and std of its 5 channels"):
+    with pytest.raises(ValueError, match="mean and std .*5 channels"):
         written(state, tmp_path, "timm", folder=True)
     five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
     folder = written(state, tmp_path, "timm", folder=True, args=five_channels)
     assert read_weights(folder).args["mean"] == [0.5] * 5
 
 
-# ----------------------------------------------------------------------------------------------------- broken and hostile
+# ----------------------------------------------------------------------------------------------------- broken and malicious files
 
 
 @pytest.fixture
 def folder(mae, tmp_path) -> Path:
-    """A folder that transformers would load, to be damaged."""
+    """A valid folder of transformers, for tests to damage."""
     return written(mae, tmp_path, "hf")
 
 
@@ -651,6 +656,7 @@ def test_invalid_mean_and_std_in_a_config_are_refused(key, value, mae, tmp_path)
         (b"[1, 2]", "no config.json that describes the model"),
         (None, "no config.json that describes the model"),
     ],
+    ids=["broken", "binary", "nested too deeply", "list", "missing"],
 )
 def test_an_invalid_config_is_refused_in_one_line(content, words, folder):
     (folder / "config.json").unlink()
@@ -715,10 +721,10 @@ def test_safetensors_that_begin_like_html_are_read(mae, tmp_path):
 
 def test_folders_without_weights_and_onnx_files_are_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="name the checkpoint file in it"):
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
         read_weights(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="save it in one part"):
+    with pytest.raises(ValueError, match="max_shard_size"):
         read_weights(folder)
     (tmp_path / "x.onnx").write_bytes(b"\x08\x0a")
     with pytest.raises(ValueError, match=r"x\.onnx is an ONNX graph"):
@@ -728,7 +734,7 @@ def test_folders_without_weights_and_onnx_files_are_refused(folder, tmp_path):
 def test_a_folder_with_a_convmae_is_refused(folder):
     state = mae_names(method(HOSTS["convvit"]()).state_dict())
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="holds a ConvMAE"):
+    with pytest.raises(ValueError, match=r"ConvMAE"):
         read_weights(folder)
     assert same(read_weights(folder / "model.safetensors").state, state)
 
@@ -741,9 +747,9 @@ def test_a_custom_encoder_is_not_resized(mae, tmp_path):
 def test_a_folder_that_is_not_empty_is_never_overwritten(mae, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    convert.convert(saved(tmp_path, {"model": mae}), out, "hf")  # an empty one will do
+    convert.convert(saved(tmp_path, {"model": mae}), out, "hf")  # an empty folder is accepted
     assert same(read_weights(out).state, mae)
-    with pytest.raises(ValueError, match="must be a new or empty folder"):
+    with pytest.raises(ValueError, match=re.escape(str(out))):
         convert.convert(tmp_path / "in.pth", out, "timm", folder=True)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -788,16 +794,14 @@ def test_push_errors_are_one_line(mae, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_args, **_kwargs: 1 / 0)
-    with pytest.raises(
-        SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out is written, upload it yourself"
-    ):
+    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out "):
         command(monkeypatch, path, tmp_path / "out", "--to", "hf", "--push_to_hub", "me/x")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(SystemExit, match="needs huggingface_hub: pip install huggingface_hub"):
+    with pytest.raises(SystemExit, match="--push_to_hub me/x .*pip install huggingface_hub"):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 
 def test_onnx_names_the_missing_package(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="--to onnx needs onnxscript: pip install onnx onnxscript"):
+    with pytest.raises(ValueError, match="--to onnx .*onnxscript: pip install onnx onnxscript"):
         written(mae, tmp_path, "onnx")
