@@ -1,18 +1,23 @@
-"""Linear probe: classifiers on frozen features, one for each learning rate, in one pass. The defaults are MAE's."""
+"""python main_linprobe.py --checkpoint FILE --data_path DIR: train linear classifiers on frozen features.
+
+Several --blr train one classifier each in the same pass. The defaults are MAE's for ViT-B/16 on 8 devices.
+"""
 
 import argparse
 import json
+from argparse import Namespace
+from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torchvision import transforms as T
 
-from engine_pretrain import grad_scaler, train_one_epoch, wrap
+from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
 from util.args import classifier_parser, run_main
 from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
+from util.data.folders import Source
 from util.data.sources import labelled_sources
 from util.data.transforms import T_MODES, Normalize, eval_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier
@@ -20,7 +25,7 @@ from util.evaluate.encoder import load_encoder, pooling, read_architecture
 from util.evaluate.probes import Probe
 from util.evaluate.scores import print_result, validate
 from util.rng import SeededTransform
-from util.run import start
+from util.run import Run, start_run
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -31,23 +36,23 @@ def get_parser() -> argparse.ArgumentParser:
         "--probe_as",
         choices=["mae", "mmselfsup"],
         default="mae",
-        help="mmselfsup: LARS adapts the bias too, val is resized bilinearly",
+        help="protocol: facebookresearch/mae's, or mmselfsup's (LARS also adapts the bias; val is resized bilinearly)",
     )
     return parser
 
 
-def lars(model: Probe, run) -> Lars:
-    """LARS as facebookresearch/mae has it: plain momentum SGD for the bias (mmselfsup adapts it as well)."""
+def build_lars(model: Probe, run: Run) -> Lars:
+    """LARS as in facebookresearch/mae: momentum SGD without adaptation for biases (mmselfsup adapts them as well)."""
     groups = []
     for head, blr in zip(model.heads, run.args.blr, strict=True):
-        scale = blr / max(run.args.blr)
+        scale = blr / (max(run.args.blr) or 1.0)
         groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
         groups.append({"params": [head.bias], "always_adapt": run.args.probe_as == "mmselfsup", "lr_scale": scale})
     return Lars(groups, run.lr, momentum=0.9, weight_decay=run.args.weight_decay, trust_coeff=0.001)
 
 
-def probe_loss(normalize):
-    """(model, batch) -> sum over the heads of their cross-entropies, so that each learns as if it were alone."""
+def probe_loss(normalize: Normalize) -> LossFn:
+    """Sum of the cross-entropies of all heads, so that each head learns as if it were alone."""
 
     def loss(model, batch):
         logits = model(normalize(batch)).float()
@@ -57,36 +62,45 @@ def probe_loss(normalize):
     return loss
 
 
-def main() -> None:
-    args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
-    interpolation = "bilinear" if args.probe_as == "mmselfsup" else "bicubic"
-    if args.eval:
-        evaluate_classifier(args, build_encoder, weights, interpolation)
-        return
+def val_interpolation(args: Namespace) -> str:
+    """Interpolation of validation images under --probe_as."""
+    return "bilinear" if args.probe_as == "mmselfsup" else "bicubic"
+
+
+def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
+    """(training state, validation images): data, frozen encoder with heads, optimiser, loss."""
+    args, weights = read_architecture(args, ENCODERS)
     train, val = labelled_sources(args.data_path)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
-    run = start(args)
+    run = begin(args)
     model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
     crop = SeededTransform(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
     loader = train_loader(run, train, crop, flip=True)
-    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, interpolation))
-    optimizer, scaler = lars(model, run), grad_scaler(run)
-    wrapped, loss_fn = wrap(model, run), probe_loss(Normalize(args, run.world.device))
-    saver = Saver(run, model, optimizer, scaler, loader)
+    loss_fn = probe_loss(Normalize(args, run.world.device))
+    return prepare_training(run, model, build_lars(model, run), loss_fn, loader), val
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    if args.eval:
+        evaluate_classifier(*read_architecture(args, ENCODERS), build_encoder, val_interpolation(args))
+        return
+    state, val = setup(args)
+    run, args, model = state.run, state.run.args, state.model
+    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, val_interpolation(args)))
+    saver = Saver(state)
     progress = saver.resume()
-    frozen = {name: value.clone() for name, value in encoder.state_dict().items()}
 
     for epoch in range(progress.epoch, args.epochs):
-        progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
+        progress = train_one_epoch(state, progress.start_of(epoch), saver)
         model.average_statistics(run.world)
         saver.after_epoch(progress)
-        results = validate(run, model, val_loader, len(train.classes), epoch + 1)
+        results = validate(run, model, val_loader, len(val.classes), epoch + 1)
     saver.close()
-    assert all(torch.equal(value, frozen[name]) for name, value in encoder.state_dict().items()), "the encoder changed"
     for blr, result in zip(args.blr, results, strict=True):
         run.log.info(f"--blr {blr:g}: {json.dumps(result)}")
     best = max(range(len(results)), key=lambda i: results[i]["acc1"])
-    save_classifier(run, model.classifier(best), train.classes)
+    save_classifier(run, model.classifier(best), val.classes)
     run.close()
     print_result(run.world, {**results[best], "blr": args.blr[best], "selected_on": "val"})
 

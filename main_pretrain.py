@@ -1,12 +1,17 @@
-"""Pre-train PixMIM, or with --lowpass_radius 0 --crop rrc its host alone (MAE). Defaults: ViT-B/16, 300 epochs, 8 devices."""
+"""python main_pretrain.py --data_path DIR: pre-train PixMIM, or with --lowpass_radius 0 --crop rrc its host alone (MAE).
+
+The defaults are the paper's ViT-B/16, 300 epochs, on 8 devices.
+"""
 
 import argparse
 import json
+from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from timm.optim import param_groups_weight_decay
 
-from engine_pretrain import grad_scaler, pretrain_loss, train_one_epoch, wrap
+from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_one_epoch
 from models import ENCODERS, build_model
 from util.args import (
     Parser,
@@ -22,77 +27,83 @@ from util.args import (
 )
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
+from util.data.folders import Source
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
 from util.evaluate.health import check_examples, check_loss
 from util.evaluate.knn import knn
-from util.meters import due
 from util.plots.reconstruction import log_pictures, reconstruct
-from util.run import start
+from util.run import Run, is_due, start_run
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     data = add_data_arguments(
-        parser, "images: train/<class>/ as ImageNet, a folder of any other structure, tar shards, or a stream of them"
+        parser,
+        "images: a folder of any structure (train/ if it has one), tar shards, a stream of shards, or a packed cache",
     )
     add_model_arguments(parser, ENCODERS, model="vit_base")
     # fmt: off
     data.add_argument("--stream_samples", type=number(int, 1),
-        help="images that make an epoch of a stream, which does not tell; others need none")
+        help="images per epoch of streamed shards, whose number is unknown; required for these (default: none)")
     add = add_method_arguments(parser).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
-        help="SimpleResizedCrop (PixMIM) or RandomResizedCrop of 0.2 to 1 of the area (MAE)")
+        help="src = SimpleResizedCrop (PixMIM); rrc = RandomResizedCrop of 0.2 to 1 of the area (MAE)")
     add("--crop_interpolation", choices=["auto", "bilinear", "bicubic"], default="auto",
-        help="of the crop's resize; auto = bilinear for src as the release, bicubic for rrc as MAE")
-    add("--grad_checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+        help="interpolation of the crop; auto = bilinear for src (as the release), bicubic for rrc (as MAE)")
+    add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
     )
     add_device_arguments(parser)
     add = add_run_arguments(parser, output_dir="output/pretrain").add_argument
-    add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = none")
+    add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")
     add("--knn_every", type=number(int, 0), default=0,
-        help="epochs between kNN accuracies (needs class folders in train/ and val/); 0 = none")
-    add("--knn_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/ for them; None = --data_path")
+        help="epochs between kNN evaluations, which need class folders in train/ and val/; 0 = none")
+    add("--knn_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/ for kNN (default: --data_path)")
     # fmt: on
     return parser
 
 
-def main() -> None:
-    args = resolve_defaults(get_parser().parse_args())
+def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
+    """(training state, image source): data, model, optimiser, loss."""
     source = pretrain_source(args)
-    labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
-    run = start(args)
+    run = begin(args)
     device = run.world.device
     model = build_model(args).to(device)
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
     loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
-    examples = load_batch(loader.dataset, [i * len(source) // 4 for i in range(4)], device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
-    scaler = grad_scaler(run)
-    normalize = Normalize(args, device)
-    wrapped, loss_fn = wrap(model, run), pretrain_loss(normalize)
-    saver = Saver(run, model, optimizer, scaler, loader)
+    return prepare_training(run, model, optimizer, pretrain_loss(Normalize(args, device)), loader), source
+
+
+def main() -> None:
+    args = resolve_defaults(get_parser().parse_args())
+    labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
+    state, source = setup(args)
+    run, model = state.run, state.model
+    examples = load_batch(state.loader.dataset, [i * len(source) // 4 for i in range(4)], run.world.device)
+    images, noise = Normalize(args, run.world.device)(examples), examples["noise"]
+    saver = Saver(state)
     progress = saver.resume()
-    for line in check_examples(model, normalize(examples), args):
+    for line in check_examples(model, images, args):
         run.log.info(line)
 
     for epoch in range(progress.epoch, args.epochs):
-        progress = train_one_epoch(run, wrapped, loader, optimizer, scaler, loss_fn, progress.within(epoch), saver)
+        progress = train_one_epoch(state, progress.start_of(epoch), saver)
         saver.after_epoch(progress)
         done = epoch + 1
-        if run.world.is_main and (warning := check_loss(done, model, normalize(examples), examples["noise"], args)):
+        if run.world.is_main and (warning := check_loss(done, model, images, noise, args)):
             run.log.info(warning)
-        if due(args.image_every, done, args.epochs) and run.world.is_main:
-            log_pictures(run.log, reconstruct(model, normalize(examples), examples["noise"], args), done)
-        if labelled and due(args.knn_every, done, args.epochs):
+        if is_due(args.image_every, done, args.epochs) and run.world.is_main:
+            log_pictures(run.log, reconstruct(model, images, noise, args), done)
+        if labelled and is_due(args.knn_every, done, args.epochs):
             result = knn(args, run.world, model.encoder, labelled)
             run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.info(f"epoch {done}  kNN {json.dumps(result)}")
     saver.close()
-    run.log.info(f"{args.epochs} epochs done: {run.folder / 'last.pth'}")
+    run.log.info(f"{args.epochs} epochs finished: {run.folder / 'last.pth'}")
     run.close()
 
 

@@ -20,7 +20,7 @@ def build_encoder(args: Namespace, **options) -> nn.Module:
 
 
 def build_target(args: Namespace) -> nn.Module:
-    """What is predicted: the low-passed image, or with radius 0 the image itself (MAE)."""
+    """The target: LowPass, or with --lowpass_radius 0 nn.Identity (MAE). ValueError for a radius without effect."""
     radius = args.lowpass_radius
     if radius == 0:
         return nn.Identity()
@@ -34,11 +34,11 @@ def build_target(args: Namespace) -> nn.Module:
 
 
 def build_model(args: Namespace) -> PixMIM:
-    """The host with its target and decoder, initialised."""
+    """The initialised PixMIM model that the model and method flags describe."""
     options = {}
     if args.fuse_layers:
         if "fuse_layers" not in signature(ENCODERS[args.model]).parameters:
-            raise ValueError(f"--fuse_layers: --model {args.model} fuses no layers")
+            raise ValueError(f"--fuse_layers: --model {args.model} does not fuse layers; use an mff_* model")
         options["fuse_layers"] = args.fuse_layers
     model = PixMIM(
         build_encoder(args, **options),

@@ -1,10 +1,10 @@
-"""ConvMAE (arXiv:2205.03892): two stages of masked convolutions below a ViT.
+"""ConvMAE's encoder (arXiv:2205.03892): two stages of masked convolutions followed by a ViT.
 
-Nothing is computed for removed patches. Both stages keep each visible patch as a small map of its own, 4 x 4 and then
-2 x 2 positions with the channels last; only the depthwise convolution looks beyond a patch, for which the maps are laid
-out as a picture that is zero where patches were removed. That is what multiplying by the mask gives.
+Nothing is computed for removed patches. Both stages store each visible patch as a small channels-last map of 4 x 4, then
+2 x 2 positions. Only the depthwise convolution looks beyond a patch: for it the maps are placed in an image that is zero
+at removed patches, which is equivalent to multiplying its input by the mask.
 
-Letters as in models_pixmim.py; n x n positions of a patch, D1 and D2 widths of the convolution stages.
+Letters as in models_pixmim.py; n x n positions per patch, D1 and D2 widths of the convolution stages.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from models_pixmim import (
 
 
 class Pointwise(nn.Conv2d):
-    """1 x 1 convolution of (..., D): a Linear whose weight has a convolution's shape."""
+    """1 x 1 convolution of (..., D) -> (..., D'), as a linear layer."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__(in_dim, dim, 1)
@@ -39,7 +39,7 @@ class Pointwise(nn.Conv2d):
 
 
 class Merge(nn.Conv2d):
-    """k x k convolution with stride k inside each patch: (B, V, n, n, D) -> (B, V, n / k, n / k, D')."""
+    """k x k convolution with stride k within each patch: (B, V, n, n, D) -> (B, V, n / k, n / k, D')."""
 
     def __init__(self, in_dim: int, dim: int, k: int):
         super().__init__(in_dim, dim, k, k)
@@ -51,7 +51,7 @@ class Merge(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """A finer grid -> a coarser one: strided convolution, norm, GELU."""
+    """Downsampling between stages: strided convolution, norm, GELU."""
 
     def __init__(self, in_dim: int, dim: int, k: int):
         super().__init__()
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Residual 5 x 5 depthwise convolution between two pointwise ones, and residual MLP; its norms have eps 1e-5."""
+    """Residual 5 x 5 depthwise convolution between two pointwise ones, and residual MLP. Norms have eps 1e-5."""
 
     def __init__(self, dim: int, drop_path: float):
         super().__init__()
@@ -79,26 +79,26 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Size, keep: Tensor | None) -> Tensor:
-        """(B, V, n, n, D) -> the same; `keep` (B, V) tells which patches of the grid they are, None = all of them."""
-        x = x + self.drop_path(self.conv2(self.look_around(self.conv1(self.norm1(x)), grid, keep)))
+        """(B, V, n, n, D) -> the same; `keep` (B, V) are the patches' indices, None = all patches."""
+        x = x + self.drop_path(self.conv2(self.depthwise(self.conv1(self.norm1(x)), grid, keep)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def look_around(self, x: Tensor, grid: Size, keep: Tensor | None) -> Tensor:
-        """Depthwise convolution over the whole picture, in which removed patches are zero."""
+    def depthwise(self, x: Tensor, grid: Size, keep: Tensor | None) -> Tensor:
+        """Depthwise convolution over the whole image, in which removed patches are zero."""
         n, patches = x.shape[2], x.flatten(2)
         if keep is not None:
-            everywhere = patches.new_zeros(len(x), grid[0] * grid[1], patches.shape[2])
-            patches = everywhere.scatter(1, keep.unsqueeze(-1).expand_as(patches), patches)
+            padded = patches.new_zeros(len(x), grid[0] * grid[1], patches.shape[2])
+            patches = padded.scatter(1, keep.unsqueeze(-1).expand_as(patches), patches)
         patches = patchify(self.attn(unpatchify(patches, n, grid)), n)
         return (patches if keep is None else take(patches, keep)).unflatten(2, (n, n, -1))
 
 
 class ConvViT(nn.Module):
-    """ConvMAE's encoder, with the names that Alpha-VL/ConvMAE gives its parameters; no class token.
+    """ConvMAE's encoder with the parameter names of Alpha-VL/ConvMAE. It has no class token.
 
-    `embed_dim` and `depth` of the two convolution stages and the ViT. Pooling is that repository's: the mean of the
-    patches, then `fc_norm`, which is learned where `global_pool` is "avg" (a classifier) and else a plain LayerNorm;
-    `norm` belongs to the fused output of pre-training.
+    `embed_dim` and `depth` are those of the two convolution stages and the ViT. Pooling follows that repository: mean of
+    the patches, then `fc_norm`, learned if `global_pool` is "avg" (a classifier), else without parameters. `norm` is
+    used for the fused output of pre-training only.
     """
 
     num_prefix_tokens = 0
@@ -119,7 +119,7 @@ class ConvViT(nn.Module):
     ):
         super().__init__()
         if patch_size % 4:
-            raise ValueError(f"ConvMAE halves a patch twice: a patch size of {patch_size} must be a multiple of 4")
+            raise ValueError(f"--patch_size {patch_size}: a patch size of ConvMAE must be a multiple of 4")
         if any(side % patch_size for side in img_size):
             raise ValueError(
                 f"an input size of {img_size[0]} x {img_size[1]} is not a multiple of the patch size {patch_size}"
@@ -153,16 +153,16 @@ class ConvViT(nn.Module):
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for timm.optim: stem and convolution stages are 0, ViT block i is i + 1, what follows is the last."""
+        """Layers for timm.optim's layer decay: stem and convolution stages first, then the ViT blocks, then the rest."""
         return {
             "stem": r"^(?:pos_embed|patch_embed|blocks[12])",
             "blocks": r"^blocks3\.(\d+)",
         }
 
     def stages(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Output of the convolution stages (B, V, 4, 4, D1), (B, V, 2, 2, D2), and of the ViT (B, V, D)."""
+        """Outputs of the two convolution stages, (B, V, 4, 4, D1) and (B, V, 2, 2, D2), and of the ViT, (B, V, D)."""
         if tuple(side // self.patch for side in images.shape[-2:]) != self.grid:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} px are not for a grid of {self.grid} patches")
+            raise ValueError(f"images of {tuple(images.shape[-2:])} px do not fit the grid of {self.grid} patches")
         patches, positions = patchify(images, self.patch), self.pos_embed
         if keep is not None:
             patches, positions = take(patches, keep), positions[0][keep]
@@ -182,15 +182,12 @@ class ConvViT(nn.Module):
         return x
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, V, D): normalised sum of all three stages at the visible patches."""
+        """(B, C, H, W) -> (B, V, D): sum of all three stages at the visible patches, after the final norm."""
         first, second, x = self.stages(images, mask.keep)
         return self.norm(x + self.stage1_output_decode(first).flatten(2) + self.stage2_output_decode(second).flatten(2))
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """Maps of whole images for detection and segmentation, (B, D1, 4h, 4w), (B, D2, 2h, 2w) and (B, D, h, w).
-
-        With 16-px patches those are strides of 4, 8 and 16 pixels.
-        """
+        """Feature maps of unmasked images: (B, D1, 4h, 4w), (B, D2, 2h, 2w), (B, D, h, w); strides 4, 8, 16 at patch 16."""
         first, second, x = self.stages(images, None)
         return [
             unpatchify(first.flatten(2), 4, self.grid),
@@ -199,7 +196,7 @@ class ConvViT(nn.Module):
         ]
 
     def forward_head(self, maps: list[Tensor], pre_logits: bool = False) -> Tensor:
-        """Maps -> classes (B, K), or with pre_logits pooled features (B, D)."""
+        """Feature maps -> logits (B, K), or with pre_logits pooled features (B, D)."""
         x = self.fc_norm(maps[-1].mean((2, 3)))
         return x if pre_logits else self.head(x)
 

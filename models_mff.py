@@ -1,4 +1,4 @@
-"""MFF (arXiv:2308.00261): a masked ViT whose decoder reads several layers fused, not the last alone."""
+"""MFF's encoder (arXiv:2308.00261): a masked ViT that fuses the outputs of several layers for the decoder."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,15 +12,15 @@ from models_pixmim import MaskedViT, PatchMask
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """0, 2, 4, 6, 8 and 11 of twelve layers, as released; of another depth those at the same relative place."""
+    """Fused layers: 0, 2, 4, 6, 8 and 11 of 12 as released, the same relative positions at other depths."""
     return tuple(sorted({round(layer * (depth - 1) / 11) for layer in (0, 2, 4, 6, 8, 11)}))
 
 
 class MFFViT(MaskedViT):
-    """MaskedViT that gives the decoder a weighted sum of `fuse_layers`, each but the last through a Linear of its own.
+    """MaskedViT whose `encode` returns a weighted sum of `fuse_layers`, each but the last through its own linear layer.
 
-    The fusion serves pre-training alone: features are those of the plain ViT (mmpretrain/models/selfsup/mff.py, whose
-    names the parameters have).
+    The fusion is used in pre-training only; features are those of the plain ViT. Parameter names as in mmpretrain
+    (models/selfsup/mff.py).
     """
 
     pretraining_only = ("proj_layers", "proj_weights")
@@ -31,12 +31,14 @@ class MFFViT(MaskedViT):
         self.fuse_layers = tuple(fuse_layers or default_layers(depth))
         if [*self.fuse_layers] != sorted({*range(depth)} & {*self.fuse_layers}) or self.fuse_layers[-1] != depth - 1:
             given = " ".join(map(str, self.fuse_layers))
-            raise ValueError(f"--fuse_layers {given}: they must ascend from 0 and end with the last, {depth - 1}")
+            raise ValueError(
+                f"--fuse_layers {given}: layers must ascend, start at 0 or later and end with the last, {depth - 1}"
+            )
         self.proj_layers = nn.ModuleList(nn.Linear(self.embed_dim, self.embed_dim) for _ in self.fuse_layers[:-1])
         self.proj_weights = nn.Parameter(torch.ones(len(self.fuse_layers), 1, 1, 1))
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): normalised sum of the fused layers."""
+        """(B, C, H, W) -> (B, 1 + V, D): weighted sum of the fused layers, after the final norm."""
         x = self.embed_visible(images, mask)
         share = self.proj_weights.flatten().softmax(0)
         projections = (*self.proj_layers, nn.Identity())

@@ -1,6 +1,6 @@
 """PixMIM: masked image modelling with a low-frequency target (arXiv:2303.02416), on timm's vision transformers.
 
-The paper in one file. It needs torch and timm only, so it can be copied alone into another project.
+Contents: patches and masks, the low-pass target, masked ViT, decoder, loss. Needs torch and timm only: copy this file alone.
 
 Letters: B batch, C channels, H W pixels, h w patches, L = h * w, V visible and R removed patches, D width,
 P = p * p * C values of a patch in (row, column, channel) order, U mask units.
@@ -19,16 +19,16 @@ Size = tuple[int, int]
 
 
 class PatchMask(NamedTuple):
-    """Which patches the encoder sees; patches are numbered row by row."""
+    """Visible and removed patches of each image; patches are numbered row by row."""
 
-    keep: Tensor  # (B, V) int64, visible patches, in the order of the encoder's tokens
-    drop: Tensor  # (B, R) int64, removed patches, in the order of the prediction
+    keep: Tensor  # (B, V) int64, visible patches in the order of the encoder's tokens
+    drop: Tensor  # (B, R) int64, removed patches in the order of the prediction
     restore: Tensor  # (B, L) int64, [visible | removed] -> raster order
     removed: Tensor  # (B, L) bool, True = to be reconstructed
 
 
 class MaskedEncoder(Protocol):
-    """What PixMIM asks of a host; one class that has these is a new host."""
+    """Interface of a host: a class with these members can be pre-trained by PixMIM."""
 
     embed_dim: int
     num_prefix_tokens: int
@@ -36,7 +36,7 @@ class MaskedEncoder(Protocol):
     grid: Size
     patch: int
     grad_checkpointing: bool
-    pretraining_only: tuple[str, ...]  # names of the parts that `encode` alone uses; probes and classifiers lack them
+    pretraining_only: tuple[str, ...]  # names of the parts that only `encode` uses; classifiers drop them
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor: ...  # (B, C, H, W) -> (B, prefix + V, D)
 
@@ -63,17 +63,17 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def mask_units(grid: Size, unit: int) -> int:
-    """Number of mask units, U: blocks of unit x unit patches, those at the edge clipped."""
+    """Number of mask units U: blocks of unit x unit patches, clipped at the edges."""
     return -(-grid[0] // unit) * -(-grid[1] // unit)
 
 
 def mask_from_noise(noise: Tensor, ratio: float, grid: Size, unit: int = 1) -> PatchMask:
-    """Mask that keeps, in ascending order of noise (B, U), the first int(L * (1 - ratio)) patches, as MAE does.
+    """Mask that keeps the int(L * (1 - ratio)) patches with the smallest noise (B, U), as MAE does.
 
-    Patches of one unit share its noise and follow each other in raster order, so the kept number is exact on every grid.
+    Patches of a unit share its noise and are kept in raster order, so the number kept is the same for every grid.
     """
     h, w = grid
-    if unit > 1:  # every patch takes the noise of its unit
+    if unit > 1:  # noise of the units -> noise of the patches
         noise = noise.unflatten(1, (-(-h // unit), -1))
         noise = noise.repeat_interleave(unit, 1).repeat_interleave(unit, 2)[:, :h, :w].flatten(1)
     if noise.shape[1] != h * w:
@@ -88,15 +88,17 @@ def mask_from_noise(noise: Tensor, ratio: float, grid: Size, unit: int = 1) -> P
 
 
 def low_pass_disc(size: Size, radius: float, kind: str = "reference") -> Tensor:
-    """Kept frequencies, (H, W) bool in the order of torch.fft.fft2.
+    """Frequencies that the filter keeps, (H, W) bool in the order of torch.fft.fft2.
 
-    `centered`: those at most `radius` bins from zero. `reference`: the release measures from the middle of the shifted
-    spectrum, ((H - 1) / 2, (W - 1) / 2), which on an even side lies half a bin below zero
+    `centered`: distance from zero at most `radius` bins. `reference`: distance from the middle of the shifted spectrum,
+    ((H - 1) / 2, (W - 1) / 2), which is half a bin below zero for even sides, as in the release
     (mmselfsup/models/target_generators/low_freq_generator.py).
     """
     distance2 = torch.zeros(size)
     for dim, n in enumerate(size):
-        k = (torch.arange(n) + n // 2) % n - n // 2  # integers: fftfreq(n) * n is not exact, boundary bins get lost
+        k = (
+            torch.arange(n) + n // 2
+        ) % n - n // 2  # exact integers; fftfreq(n) * n is not exact and loses boundary bins
         zero = (n - 1) / 2 - n // 2 if kind == "reference" else 0.0
         distance2 += ((k - zero) ** 2).unsqueeze(1 - dim)
     return distance2 <= radius**2
@@ -105,9 +107,9 @@ def low_pass_disc(size: Size, radius: float, kind: str = "reference") -> Tensor:
 class LowPass(nn.Module):
     """(B, C, H, W) normalised -> the same without its high frequencies: the target of PixMIM (section 3.2).
 
-    Computed on pixels in [0, 1], in float32 and without gradient whatever surrounds it. `radius` in frequency bins of
-    the image side; 40 at 224 px. `reference` takes the magnitude of the filtered image as the release does, `centered`
-    is the real zero-phase filter. Buffers are not saved.
+    Always computed in float32, without gradient, on pixels in [0, 1]. `radius` in frequency bins of the image side, 40
+    at 224 px. `reference` returns the magnitude of the complex filtered image, as the release does; `centered` is a
+    real zero-phase filter. Buffers are not saved.
     """
 
     mean: Tensor
@@ -132,8 +134,8 @@ class LowPass(nn.Module):
             raise ValueError(f"the low-pass target is built for {self.size} px, not for {tuple(images.shape[-2:])}")
         with torch.autocast(images.device.type, enabled=False):
             spectrum = torch.fft.rfft2(images.float() * self.std + self.mean)
-            # The even part of the disc gives the real part of the filtered image, the odd part its imaginary part:
-            # two real transforms instead of a complex one, and the same numbers.
+            # The even part of the disc yields the real part of the filtered image, the odd part the imaginary part: two
+            # real transforms instead of a complex one, with the same result.
             low = torch.fft.irfft2(spectrum * self.even, s=self.size)
             if self.kind == "reference":
                 low = torch.hypot(low, torch.fft.irfft2(spectrum * (1j * self.odd), s=self.size))
@@ -144,9 +146,9 @@ class LowPass(nn.Module):
 
 
 def sincos_pos_embed(dim: int, grid: Size, num_prefix_tokens: int) -> Tensor:
-    """Fixed position embedding (1, prefix + L, dim): columns in the first half, rows in the second, as MAE orders them."""
+    """Fixed position embedding (1, prefix + L, dim): columns in the first half, rows in the second, as in MAE."""
     if dim % 4:
-        raise ValueError(f"a sin-cos position embedding needs a width that 4 divides, not {dim}")
+        raise ValueError(f"width {dim}: a sin-cos position embedding needs a multiple of 4")
     omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     angles = [position.reshape(-1, 1) * omega for position in (cols, rows)]
@@ -155,7 +157,7 @@ def sincos_pos_embed(dim: int, grid: Size, num_prefix_tokens: int) -> Tensor:
 
 
 def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> None:
-    """Initial values of MAE: xavier-uniform linears and patch projection, zero biases, tokens normal(0.02)."""
+    """Initialise as MAE: linears and patch projection xavier-uniform, biases zero, tokens normal(0.02)."""
     for name, m in module.named_modules():
         if isinstance(m, nn.Linear) or name == projection:
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
@@ -165,26 +167,14 @@ def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> No
             nn.init.normal_(p, std=0.02)
 
 
-class ShortAttention(Attention):
-    """timm's attention; short sequences in half precision on a CPU by explicit products, which are faster there."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        explicit = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[1] <= 256
-        if not explicit or attn_mask is not None or is_causal:
-            return super().forward(x, attn_mask, is_causal)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = self.attn_drop((self.q_norm(q) * self.scale @ self.k_norm(k).mT).softmax(dim=-1))
-        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
-
-
 def transformer_block(dim: int, heads: int, drop_path: float = 0.0) -> Block:
-    """Block of MAE's encoder and decoder."""
+    """Transformer block of MAE's encoder and decoder."""
     norm_layer = partial(nn.LayerNorm, eps=1e-6)
     return Block(dim, heads, qkv_bias=True, norm_layer=norm_layer, attn_layer=ShortAttention, drop_path=drop_path)
 
 
 class MaskedViT(VisionTransformer):
-    """timm's ViT, key for key, with MAE's initial values and one method more: `encode`."""
+    """timm's VisionTransformer with the same state dict, MAE's initialisation and the method `encode`."""
 
     pretraining_only: tuple[str, ...] = ()
 
@@ -206,7 +196,7 @@ class MaskedViT(VisionTransformer):
         return self.patch_embed.patch_size[0]
 
     def embed_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches before the first block."""
+        """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches, before the first block."""
         proj = self.patch_embed.proj
         x = take(patchify(images, self.patch), mask.keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
@@ -215,7 +205,7 @@ class MaskedViT(VisionTransformer):
         return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): normalised class token and visible patches. Removed patches are never read."""
+        """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches after the final norm. Removed patches are not read."""
         x = self.embed_visible(images, mask)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
@@ -227,7 +217,7 @@ class Decoder(nn.Module):
     def __init__(self, grid: Size, in_dim: int, dim: int, depth: int, heads: int, out_dim: int, num_prefix_tokens: int):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"a decoder {dim} wide cannot be split among {heads} attention heads")
+            raise ValueError(f"decoder width {dim} is not a multiple of its {heads} attention heads")
         self.num_prefix_tokens = num_prefix_tokens
         self.grad_checkpointing = False
         self.embed = nn.Linear(in_dim, dim)
@@ -251,15 +241,15 @@ class Decoder(nn.Module):
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, N, 1) of each patch: unbiased variance, eps 1e-6, as MAE normalises its target."""
+    """Mean and standard deviation (B, N, 1) of each patch as in MAE: unbiased variance, eps 1e-6."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 class PixMIM(nn.Module):
-    """Mean squared error between what the decoder predicts of the removed patches and what `target` makes of the image.
+    """Masked autoencoder: mean squared error between predicted and target patches, over the removed patches.
 
-    `target` maps (B, C, H, W) to (B, C, H, W): LowPass for PixMIM, nn.Identity for the host alone (MAE).
+    `target` maps images (B, C, H, W) to target images: LowPass for PixMIM, nn.Identity for the host alone (MAE).
     """
 
     def __init__(
@@ -291,24 +281,25 @@ class PixMIM(nn.Module):
 
     @property
     def noise_length(self) -> int:
-        """U, how many numbers decide the mask of an image."""
+        """U, number of random values that determine the mask of an image."""
         return mask_units(self.encoder.grid, self.mask_unit)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade a second forward pass of every block for the memory of its activations."""
+        """Recompute the activations of every block in the backward pass to save memory."""
         self.encoder.grad_checkpointing = self.decoder.grad_checkpointing = enable
 
     @torch.no_grad()
     def targets(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, Tensor, Tensor]:
-        """Target (B, R, P) of the removed patches, float32, and the mean and std that normalised it.
+        """Target (B, R, P) of the removed patches, float32, and the mean and std by which it was normalised.
 
-        With norm_pix_loss those of each patch (B, R, 1), else 0 and 1."""
+        With norm_pix_loss those of each patch, (B, R, 1), else 0 and 1.
+        """
         target = take(patchify(self.target(images).float(), self.encoder.patch), mask.drop)
         mean, std = patch_statistics(target) if self.norm_pix_loss else (target.new_zeros(1), target.new_ones(1))
         return (target - mean) / std, mean, std
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, PatchMask]:
-        """Normalised images (B, C, H, W), noise (B, U) -> loss (), prediction (B, R, P) of `mask.drop`, mask."""
+        """Normalised images (B, C, H, W), noise (B, U) -> loss (), prediction (B, R, P) of the patches `mask.drop`, mask."""
         if noise is None:
             noise = torch.rand(len(images), self.noise_length, device=images.device)
         mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
@@ -316,6 +307,23 @@ class PixMIM(nn.Module):
         target, _, _ = self.targets(images, mask)
         return F.mse_loss(prediction, target), prediction, mask
 
+
+# ------------------------------------------------------------------------------------------------------- speed on CPUs
+
+
+class ShortAttention(Attention):
+    """timm's attention; on a CPU in half precision, short sequences use explicit matrix products, which are faster there."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        explicit = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[1] <= 256
+        if not explicit or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask, is_causal)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = self.attn_drop((self.q_norm(q) * self.scale @ self.k_norm(k).mT).softmax(dim=-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+# -------------------------------------------------------------------------------------------------------------- models
 
 ENCODERS: dict[str, Callable[..., MaskedViT]] = {
     "vit_pico": partial(MaskedViT, embed_dim=48, depth=2, num_heads=3, patch_size=16),  # for tests

@@ -28,7 +28,7 @@ from benchmarks.ablations import ablate, applicable_ablations
 from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_step
 from benchmarks.products import Products
 from benchmarks.results import append, spread
-from engine_pretrain import pretrain_loss, update
+from engine_pretrain import optimizer_step, pretrain_loss
 from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
 from util.args import (
@@ -57,7 +57,7 @@ def our_step(args, normalize: Normalize, model: nn.Module, fused: bool = True) -
         with autocast(args.amp, batch["images"].device):
             loss = loss_fn(model, batch)
         loss.backward()
-        update(optimizer, scaler, parameters)
+        optimizer_step(optimizer, scaler, parameters)
         return loss.detach()
 
     return step

@@ -165,7 +165,7 @@ def ranks(count: int, *words) -> list[tuple[int | None, str, str]]:
 
 
 def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
-    """What `start` would make of these flags, without joining anybody."""
+    """What `start_run` returns for these flags, without a process group."""
     defaults = {
         "seed": 0,
         "in_chans": 3,
@@ -176,8 +176,9 @@ def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
         "timeout_minutes": 1,
     }
     args = Namespace(**defaults | {"batch_size": 8, "accum_iter": 1, "amp": "off", "output_dir": str(tmp_path)} | flags)
-    batch = args.batch_size * args.accum_iter * size
-    return Run(args, World(rank, size, CPU), Log(tmp_path, False), tmp_path, batch, 0.1)
+    resume = getattr(args, "resume", "auto")
+    world, log = World(rank, size, CPU), Log(tmp_path, False)
+    return Run(args, world, log, tmp_path, args.batch_size, args.accum_iter, 0.1, resume)
 
 
 def interrupted(monkeypatch, step: int, main, number=signal.SIGTERM) -> int:

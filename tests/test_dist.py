@@ -64,11 +64,11 @@ def test_one_rank_sums_and_gathers_what_it_has():
 def test_a_missing_gpu_is_an_error_that_names_the_device():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="--device cuda:3: torch sees no GPU here"):
+    with pytest.raises(ValueError, match="--device cuda:3"):
         init_world("cuda:3", "bf16")
     assert init_world("auto", "bf16") == World(0, 1, CPU)
 
 
 def test_an_unknown_device_is_named():
-    with pytest.raises(ValueError, match="--device gpu: torch has no such device here"):
+    with pytest.raises(ValueError, match="--device gpu"):
         init_world("gpu", "off")

@@ -51,6 +51,6 @@ def test_set_lr_applies_the_scale_of_each_group():
 def test_peak_follows_the_linear_scaling_rule_and_the_run_asks_for_its_own_flags():
     assert peak_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # reference.md section 4
     args = Namespace(min_lr=1e-6, warmup_epochs=5, epochs=100)
-    run = Run(args, World(0, 1, CPU), None, None, 1024, 2e-3)
+    run = Run(args, World(0, 1, CPU), None, None, 1024, 1, 2e-3)
     assert run.lr_at(2.5) == mae_lr(2.5, 2e-3, 1e-6, 5, 100)
     assert run.lr_at(60) == mae_lr(60, 2e-3, 1e-6, 5, 100)

@@ -37,7 +37,7 @@ def test_lars_is_that_of_mae_step_by_step_for_every_head(probe_as, tmp_path):
     run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=0.0)
     run = run._replace(lr=max(rates) * 512 / 256)
     model = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2)
-    optimizer = main_linprobe.lars(model, run)
+    optimizer = main_linprobe.build_lars(model, run)
     slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup") for h in model.heads]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # nothing of the encoder
     for step in range(6):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from util.data.samplers import TrainSampler
 from util.data.samples import Samples
 from util.data.transforms import Normalize
 from util.evaluate.probes import Probe
-from util.meters import Meter, peak_tflops, step_flops
+from util.meters import Meter, image_flops, peak_tflops
 
 
 def products(tokens: int, dim: int, depth: int) -> int:
@@ -33,14 +34,15 @@ def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     batch = {"images": torch.zeros(3, 64, 64, 3, dtype=torch.uint8), "noise": torch.rand(3, 64)}
     forward = products(17, 48, 2) + 2 * 16 * 192 * 48  # 16 of 64 patches of 8 x 8 x 3 values, and the class token
     forward += products(65, 32, 1) + 2 * 17 * 48 * 32 + 2 * 48 * 32 * 192  # decoder, its embedding and prediction
-    assert step_flops(model, pretrain_loss(Normalize(args, CPU)), batch, args.amp) == 3 * forward
+    loss_fn = partial(pretrain_loss(Normalize(args, CPU)), model)
+    assert image_flops(model, loss_fn, batch, args.amp) == 3 * forward
     assert model.training
 
 
 def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_counting():
     probe = Probe(ENCODERS["vit_tiny"](img_size=32), 5, 1).train()
     before = probe.bn.running_mean.clone()
-    flops = step_flops(probe, lambda model, batch: model(batch["images"]), {"images": torch.randn(4, 3, 32, 32)}, "off")
+    flops = image_flops(probe, lambda batch: probe(batch["images"]), {"images": torch.randn(4, 3, 32, 32)}, "off")
     assert flops == products(5, 192, 12) + 2 * 4 * 768 * 192 + 2 * 192 * 5
     assert torch.equal(probe.bn.running_mean, before)
     assert probe.training
@@ -67,8 +69,8 @@ def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monk
 
 def test_the_log_has_the_share_of_the_peak_flops(tmp_path):
     run = one_rank(tmp_path, size=2)
-    meter = Meter(run, Progress(0, 0), TrainSampler(16, run), DevicePrefetcher([], CPU), str)
-    run.log.flops, meter.peak = 2e9, 100
+    meter = Meter(run, lambda batch: None, None)
+    meter.flops, meter.peak = 2e9, 100
     assert meter.speed(10_000) == {"tflops": pytest.approx(20), "peak_share": pytest.approx(0.2)}
 
 
@@ -85,7 +87,7 @@ def test_warns_if_training_waits_for_data(photos, tmp_path, monkeypatch, capsys)
     (warning,) = [line for line in said if "waiting for data" in line]
     share = int(warning.split("%")[0].removeprefix("warning: "))
     assert share > 50  # two steps of a second of waiting and far less of work
-    assert "of epoch 1 went into waiting for data: raise --num_workers (0 now); pre-training can read" in warning
+    assert "of epoch 1 was spent waiting for data: raise --num_workers (0 now)" in warning
     (first,) = [line for line in said if line.startswith("first step: ")]
     assert float(first.split()[2]) >= 1  # its batch took a second
 
@@ -95,10 +97,11 @@ def test_no_warning_if_training_does_not_wait_for_data(tmp_path, capsys):
     run.log.active = True
     for waited, warnings in ((0.05, 0), (0.2, 1)):
         feed = DevicePrefetcher([], CPU)
-        meter = Meter(run, Progress(0, 0), TrainSampler(16, run), feed, str)
+        meter = Meter(run, lambda batch: None, None)
+        meter.start_epoch(Progress(0, 0), feed, TrainSampler(16, run), str)
         meter.start -= 100
         feed.waited = 100 * waited
-        meter.close(2)
+        meter.end_epoch(2)
         assert capsys.readouterr().out.count("warning") == warnings
 
 

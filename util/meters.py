@@ -159,7 +159,9 @@ class Meter:
             if not self.skipped:
                 continue
             samples = self.sampler.samples(*divmod(step - 1, self.sampler.steps)).tolist()
-            run.log.scalars({"step": done, "epoch": done / self.sampler.steps, "skipped_step": step, "samples": samples})
+            run.log.scalars(
+                {"step": done, "epoch": done / self.sampler.steps, "skipped_step": step, "samples": samples}
+            )
             run.log.info(
                 f"warning: step {step}: loss or gradient is not finite, update skipped; samples "
                 f"{' '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}; to inspect it: "

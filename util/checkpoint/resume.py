@@ -79,9 +79,7 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
 
 def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) -> None:
     """ValueError if the checkpoint belongs to a run that computes something else: flags, batch, weights, images."""
-    before, now = (
-        args_to_dict(resolve_defaults(args)) for args in (Namespace(**content["args"]), run.args)
-    )
+    before, now = (args_to_dict(resolve_defaults(args)) for args in (Namespace(**content["args"]), run.args))
     for flag in sorted((set(before) & set(now)) - FREE):
         if before[flag] != now[flag]:
             raise ValueError(

@@ -42,7 +42,9 @@ def read_checkpoint(path: Path) -> dict:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not ours:
-        raise ValueError(f"{path} is not a checkpoint of a run of this project; --resume takes last.pth or epoch-NNNN.pth")
+        raise ValueError(
+            f"{path} is not a checkpoint of a run of this project; --resume takes last.pth or epoch-NNNN.pth"
+        )
     return content
 
 

@@ -17,13 +17,13 @@ class TrainSampler(Sampler):
 
     def __init__(self, count: int, run: Run):
         self.count, self.seed, self.batch, self.world = count, run.args.seed, run.batch, run.world
-        self.micro = run.args.batch_size
+        self.micro = run.batch_size
         self.parts = -(-self.micro // WORKER_BATCH)  # of a micro-batch
         self.steps = count // run.batch  # of an epoch, whose remaining images are not used
         self.epoch = self.first = 0
         if not self.steps:
             raise ValueError(
-                f"--batch_size {self.micro} x --accum_iter {run.args.accum_iter} x {self.world.size} ranks = "
+                f"--batch_size {self.micro} x --accum_iter {run.accum_iter} x {self.world.size} ranks = "
                 f"{run.batch} images per step, but --data_path has {count}; lower --batch_size"
             )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from util.checkpoint.state import on_host, write_checkpoint
+from util.checkpoint.state import copy_to_host, write_checkpoint
 from util.data.batches import eval_loader
 from util.data.sources import labelled_source
 from util.data.transforms import eval_transform
@@ -21,14 +21,14 @@ from util.run import Run, args_to_dict
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
     """Write OUTPUT_DIR/classifier.pth, in timm's names, for `timm.create_model(..., checkpoint_path=)` and --eval."""
     if run.world.is_main:
-        args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(on_host(state))
+        args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := default_format(state):
             run.log.info(f"load with: {load_command(Weights.from_state(state, args), target, path)}")
 
 
 def evaluate_classifier(
-    args: Namespace, build_encoder: Callable, weights: Weights | None, interpolation: str = "bicubic"
+    args: Namespace, weights: Weights | None, build_encoder: Callable, interpolation: str = "bicubic"
 ) -> None:
     """Print the accuracy of a saved classifier on DIR/val (--eval)."""
     count = weights.num_classes if weights else 0

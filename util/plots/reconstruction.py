@@ -46,7 +46,7 @@ def reconstruct(model: Any, images: Tensor, noise: Tensor, args: Namespace) -> R
         target * std + mean,
         mask_images(images * std + mean, removed),
         torch.where(where, predicted, images) * std + mean,
-        (predicted - target) * std,
+        predicted * std + mean - (target * std + mean),
         getattr(model.target, "radius", None),
         "true patch mean and std" if model.norm_pix_loss else "pixels",
     )
@@ -57,7 +57,7 @@ def paste_patches(images: Tensor, patches: Tensor, index: Tensor, patch: int) ->
     images = images.clone(memory_format=torch.contiguous_format)
     grid = (
         images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
-    )  # a (B, h, w, p, p, C) view
+    )  # (B, h, w, p, p, C) view
     rows = torch.arange(len(images), device=images.device)[:, None]
     grid[rows, index // grid.shape[2], index % grid.shape[2]] = patches.unflatten(2, (patch, patch, -1))
     return images
