@@ -210,7 +210,7 @@ def test_loss_is_the_mean_over_removed_patches():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 6, "img_size": (24, 24)}, "patch size of 6 "),
+        ({"patch_size": 6, "img_size": (24, 24)}, "--patch_size 6"),
         ({"img_size": (24, 30), "patch_size": 8}, "24 x 30 .*patch size 8"),
         ({"img_size": (32, 32), "global_pool": "token"}, "--pool mean"),
     ],

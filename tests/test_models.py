@@ -346,7 +346,7 @@ def test_units_are_kept_or_removed_as_a_whole():
 
 
 def test_noise_of_a_wrong_length_is_refused():
-    with pytest.raises(ValueError, match=r"10 .*12"):
+    with pytest.raises(ValueError, match=r"10 .*3 x 4"):
         mask_from_noise(torch.rand(1, 10), 0.5, (3, 4))
 
 

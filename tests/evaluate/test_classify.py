@@ -429,7 +429,7 @@ def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):
 
 
 def test_pool_token_is_refused_for_a_classifier_on_mean_pooling(tuned, photos):
-    with pytest.raises(ValueError, match="--pool token: .*--pool mean"):
+    with pytest.raises(ValueError, match=r"--pool token: .*--pool mean"):
         knn(tuned[0] / "classifier.pth", photos, "--pool", "token")
 
 

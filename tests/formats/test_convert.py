@@ -329,7 +329,7 @@ def test_load_command_of_convmae_has_the_sizes_of_all_stages(size, args, given):
 def test_a_rectangular_convmae_has_a_load_command_for_its_encoder_only():
     encoder = ConvViT((32, 64), 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
     state, args = mae_names(method(encoder).state_dict()), {"input_size": [32, 64]}
-    assert "models_convvit takes the encoder" in load_command(
+    assert "models_convvit loads the encoder" in load_command(
         Weights.from_state(state, args, "mae", []), "mae", "x.pth"
     )
     line = load_command(Weights.from_state(to_timm(state), args, "mae", []), "mae", "x.pth")

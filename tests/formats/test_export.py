@@ -591,7 +591,7 @@ def written_from(path: Path, target: str, **options) -> Path:
 
 def test_folders_of_other_channels_require_mean_and_std(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
-    with pytest.raises(ValueError, match="mean and std .*5 channels"):
+    with pytest.raises(ValueError, match=r"mean and std .*5 channels"):
         written(state, tmp_path, "timm", folder=True)
     five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
     folder = written(state, tmp_path, "timm", folder=True, args=five_channels)
@@ -797,11 +797,11 @@ def test_push_errors_are_one_line(mae, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out "):
         command(monkeypatch, path, tmp_path / "out", "--to", "hf", "--push_to_hub", "me/x")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(SystemExit, match="--push_to_hub me/x .*pip install huggingface_hub"):
+    with pytest.raises(SystemExit, match=r"--push_to_hub me/x .*pip install huggingface_hub"):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 
 def test_onnx_names_the_missing_package(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="--to onnx .*onnxscript: pip install onnx onnxscript"):
+    with pytest.raises(ValueError, match=r"--to onnx .*onnxscript: pip install onnx onnxscript"):
         written(mae, tmp_path, "onnx")
