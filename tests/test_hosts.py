@@ -136,7 +136,7 @@ def test_gradient_checkpointing_gives_the_same_weights(host, trained, photos, tm
 
 
 @every_host
-@pytest.mark.parametrize("flag", ["", "--grad_checkpointing"])
+@pytest.mark.parametrize("flag", ["", "--grad_checkpointing"], ids=["stored", "recomputed"])
 def test_gradient_checkpointing_computes_every_block_twice(host, flag):
     model, images, noise = built(parsed(host, flag))
     calls = dict.fromkeys((n for n, _ in model.named_modules() if re.search(r"blocks\d?\.\d+$", n)), 0)
@@ -263,7 +263,11 @@ def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
 
 
 @every_host
-@pytest.mark.parametrize(("pool", "size"), [(None, None), ("mean", None), (None, (48, 24)), ("mean", (48, 32))])
+@pytest.mark.parametrize(
+    ("pool", "size"),
+    [(None, None), ("mean", None), (None, (48, 24)), ("mean", (48, 32))],
+    ids=["default", "mean", "48 x 24", "mean, 48 x 32"],
+)
 def test_knn_features_equal_the_reference_at_any_input_size(host, pool, size, trained, photos, monkeypatch):
     args, state = parsed(host), weights(trained(host))["model"]
     words = [*["--pool", pool] * bool(pool), *["--input_size", *(size or ())] * bool(size)]
@@ -289,7 +293,7 @@ def probe(folder, photos, checkpoint, *words) -> dict:
 
 
 @every_host
-@pytest.mark.parametrize("pool", [None, "mean"])
+@pytest.mark.parametrize("pool", [None, "mean"], ids=["default pool", "mean"])
 def test_a_probe_keeps_the_encoder_and_eval_repeats_its_scores(host, pool, trained, photos, tmp_path):
     best = probe(tmp_path, photos, trained(host) / "last.pth", *["--pool", pool] * bool(pool))
     after, before = weights(tmp_path)["model"], to_timm(weights(trained(host))["model"])
@@ -479,29 +483,28 @@ def test_the_decoder_reads_the_layers_of_fuse_layers(trained):
         model, images, noise = built(parsed("deep", f"--fuse_layers {layers}"))
         model.load_state_dict(state)
         found.append(model(images, noise)[0].item())
-    assert (
-        min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5
-    )  # float32 losses of about 1 have a resolution of 1e-7
+    assert min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5  # float32 near 1 has a resolution of 1e-7
     assert len(weights(trained("deep"))["model"]["proj_weights"]) == 6
 
 
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("lsmae", "--fuse_layers 11", "--fuse_layers: --model vit_pico fuses no layers"),
-        ("convvit", "--fuse_layers 11", "--fuse_layers: --model convvit_pico fuses no layers"),
+        ("lsmae", "--fuse_layers 11", "--fuse_layers.* --model vit_pico "),
+        ("convvit", "--fuse_layers 11", "--fuse_layers.* --model convvit_pico "),
         *[
-            ("deep", f"--fuse_layers {layers}", f"--fuse_layers {layers}: they must ascend from 0 and end with the last, 11")
+            ("deep", f"--fuse_layers {layers}", f"--fuse_layers {layers}: .* 11$")
             for layers in ("7 3 11", "11 3", "3 3 11", "3 7", "3 7 11 12", "12")
         ],
-        ("convvit", "--patch_size 6", "ConvMAE halves a patch twice: a patch size of 6 must be a multiple of 4"),
-        ("convvit", "--input_size 32 44", "an input size of 32 x 44 is not a multiple of the patch size 8"),
-        ("mff", "--input_size 36", "an input size of 36 x 36 is not a multiple of the patch size 8"),
+        ("convvit", "--patch_size 6", "--patch_size 6: .* 4$"),
+        ("convvit", "--input_size 32 44", " 32 x 44 .* 8$"),
+        ("mff", "--input_size 36", " 36 x 36 .* 8$"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_the_model_are_refused_in_one_line(host, flags, message, photos, tmp_path):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=message) as caught:
         pretrain(photos, tmp_path, *(HOSTS | DEEP)[host].split(), *flags.split())
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "last.pth").exists()
 
 
