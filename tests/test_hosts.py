@@ -72,12 +72,12 @@ def trained(photos, tmp_path_factory):
     return run
 
 
-def parsed(host: str, flags: str = "") -> Namespace:
+def parse_flags(host: str, flags: str = "") -> Namespace:
     words = [*PRETRAIN, *(HOSTS | DEEP)[host].split(), *flags.split()]
     return resolve_defaults(main_pretrain.get_parser().parse_args([*words, "--data_path", "x"]))
 
 
-def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
+def build_inputs(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
     """(model, images, noise); the same in every call with the same sizes."""
     torch.manual_seed(0)
     model = build_model(args)
@@ -92,7 +92,7 @@ def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
 def test_target_is_low_passed_or_with_radius_0_raw(host):
     predictions, found = [], []
     for flags in METHODS.values():
-        model, images, noise = built(parsed(host, flags))
+        model, images, noise = build_inputs(parse_flags(host, flags))
         loss, prediction, mask = model(images, noise)
         assert loss.item() == pytest.approx(slow_loss(model, images, prediction, mask), rel=1e-5)
         predictions.append(prediction)
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_gives_the_same_weights(host, trained, photos, tm
 @every_host
 @pytest.mark.parametrize("flag", ["", "--grad_checkpointing"], ids=["stored", "recomputed"])
 def test_gradient_checkpointing_computes_every_block_twice(host, flag):
-    model, images, noise = built(parsed(host, flag))
+    model, images, noise = build_inputs(parse_flags(host, flag))
     calls = dict.fromkeys((n for n, _ in model.named_modules() if re.search(r"blocks\d?\.\d+$", n)), 0)
     for name in calls:
 
@@ -154,7 +154,7 @@ def test_gradient_checkpointing_computes_every_block_twice(host, flag):
 @every_host
 def test_the_compiled_model_is_one_graph_with_equal_loss_and_gradients(host):
     """Without inductor, which takes minutes: a graph break is an error here."""
-    model, images, noise = built(parsed(host))
+    model, images, noise = build_inputs(parse_flags(host))
     losses, gradients = [], []
     for run in (model, torch.compile(model, dynamic=False, fullgraph=True, backend="eager")):
         model.zero_grad()
@@ -231,7 +231,7 @@ def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, in
     return model.eval()
 
 
-def pooled(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
+def pool_features(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
     """Features of images, by definition."""
     if isinstance(model, ConvViT):
         return F.layer_norm(model.stages(images, None)[2].mean(1), (48,), eps=1e-6)
@@ -239,7 +239,7 @@ def pooled(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
     return tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
 
 
-def seen_by_neighbours(monkeypatch, checkpoint, photos, *words) -> Tensor:
+def knn_features(monkeypatch, checkpoint, photos, *words) -> Tensor:
     """Features of train/ and val/, of unit length, that main_knn compares."""
     seen, real = [], knn_votes
 
@@ -269,12 +269,12 @@ def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
     ids=["default", "mean", "48 x 24", "mean, 48 x 32"],
 )
 def test_knn_features_equal_the_reference_at_any_input_size(host, pool, size, trained, photos, monkeypatch):
-    args, state = parsed(host), weights(trained(host))["model"]
+    args, state = parse_flags(host), weights(trained(host))["model"]
     words = [*["--pool", pool] * bool(pool), *["--input_size", *(size or ())] * bool(size)]
-    found = seen_by_neighbours(monkeypatch, trained(host) / "last.pth", photos, *words)
+    found = knn_features(monkeypatch, trained(host) / "last.pth", photos, *words)
     height, width = args.input_size
     model = reference(host, state, size or args.input_size, (height // 8, width // 8))
-    expected = F.normalize(pooled(model, normalised_photos(photos, size or args.input_size), pool), dim=1)
+    expected = F.normalize(pool_features(model, normalised_photos(photos, size or args.input_size), pool), dim=1)
     assert_close(found, expected.detach(), rtol=0, atol=1e-5)
     assert torch.pdist(found).min() > 1e-3  # 100 times the tolerance: images differ
 
@@ -435,7 +435,7 @@ def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndar
     [(host, flags) for host in HOSTS for flags in METHODS.values()] + [("deep", "--fuse_layers 3 7 11")],
 )
 def test_visualize_draws_the_reconstruction_of_the_runs_model(host, flags, trained, photos, tmp_path):
-    args = parsed(host, flags)
+    args = parse_flags(host, flags)
     model = build_model(args)
     model.load_state_dict(pixmim_names(weights(trained(host, flags))["model"]))
     samples = Samples(
@@ -480,7 +480,7 @@ def test_the_decoder_reads_the_layers_of_fuse_layers(trained):
     state = pixmim_names(weights(trained("deep", "--fuse_layers 3 7 11"))["model"])
     found = []
     for layers in ("3 7 11", "3 8 11", "2 7 11"):
-        model, images, noise = built(parsed("deep", f"--fuse_layers {layers}"))
+        model, images, noise = build_inputs(parse_flags("deep", f"--fuse_layers {layers}"))
         model.load_state_dict(state)
         found.append(model(images, noise)[0].item())
     assert min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5  # float32 near 1 has a resolution of 1e-7
@@ -550,9 +550,9 @@ def test_a_custom_encoder_requires_no_conversion_rule(photos, tmp_path, monkeypa
     assert rename("scale", "mae", "mae") is None
 
     checkpoint = whole / "last.pth"
-    found = seen_by_neighbours(monkeypatch, checkpoint, photos, "--input_size", 24, 16)
+    found = knn_features(monkeypatch, checkpoint, photos, "--input_size", 24, 16)
     model = reference("scaled_vit", state, (24, 16), (2, 2))
-    expected = F.normalize(pooled(model, normalised_photos(photos, (24, 16)), None), dim=1)
+    expected = F.normalize(pool_features(model, normalised_photos(photos, (24, 16)), None), dim=1)
     assert_close(found, expected.detach(), rtol=0, atol=1e-5)
 
     last = tune(tmp_path / "tuned", photos, checkpoint, "--epochs", 1)

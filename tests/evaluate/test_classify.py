@@ -43,7 +43,7 @@ TUNE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
-def counted(scores: np.ndarray, labels: list[int]) -> dict:
+def count_scores(scores: np.ndarray, labels: list[int]) -> dict:
     """Accuracies in percent, by a loop over samples."""
     top1, top5, losses = [], [], []
     for row, label in zip(scores, labels, strict=True):
@@ -66,7 +66,7 @@ def test_scores_equal_a_count_by_hand(classes, labels):
     score = Score(classes, CPU)
     for part in np.array_split(np.arange(len(labels)), 2):
         score.add(torch.tensor(scores[part], dtype=torch.float32), torch.tensor(labels)[part])
-    assert score.result(ALONE) == pytest.approx(counted(scores, labels), abs=1e-3)  # rounded to 3 places
+    assert score.result(ALONE) == pytest.approx(count_scores(scores, labels), abs=1e-3)  # rounded to 3 places
     assert list(score.result(ALONE)) == ["acc1", "acc5", "mean_class_acc", "loss", "n"]
 
 
@@ -110,7 +110,7 @@ def test_knn_accuracy_equals_a_loop_over_single_features(pool, pretrained, photo
         sets.append((tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1), source.labels.tolist()))
     (train, labels), (queries, truth) = sets
     votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
-    expected = counted(votes, truth)
+    expected = count_scores(votes, truth)
     expected.pop("loss")  # votes are not logits
     found = knn(pretrained / "last.pth", photos, "--pool", pool, "--k", 3, "--temperature", 0.5)
     assert found == pytest.approx(expected, abs=1e-3)

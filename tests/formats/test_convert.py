@@ -54,24 +54,24 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
-def perturbed(model: nn.Module) -> nn.Module:
+def perturb(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
     return model.eval()
 
 
-def method(encoder: MaskedEncoder) -> PixMIM:
-    return perturbed(PixMIM(encoder, nn.Identity(), decoder_dim=64, decoder_depth=1, decoder_heads=2))
+def build_pixmim(encoder: MaskedEncoder) -> PixMIM:
+    return perturb(PixMIM(encoder, nn.Identity(), decoder_dim=64, decoder_depth=1, decoder_heads=2))
 
 
 def state_of(host: str) -> dict[str, Tensor]:
-    return mae_names(method(HOSTS[host]()).state_dict())
+    return mae_names(build_pixmim(HOSTS[host]()).state_dict())
 
 
 @pytest.fixture
 def model() -> PixMIM:
-    return method(HOSTS["vit"]())
+    return build_pixmim(HOSTS["vit"]())
 
 
 @pytest.fixture
@@ -79,11 +79,11 @@ def mae(model) -> dict[str, Tensor]:
     return mae_names(model.state_dict())
 
 
-def mm_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_mm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {rename(key, "mae", "mm"): value for key, value in state.items()}
 
 
-def classifier(state: dict[str, Tensor], pooled: bool = True) -> dict[str, Tensor]:
+def make_classifier(state: dict[str, Tensor], pooled: bool = True) -> dict[str, Tensor]:
     """A fine-tuned encoder: fc_norm in place of norm, and a head for 5 classes."""
     state = to_timm(state)
     if pooled:
@@ -91,12 +91,12 @@ def classifier(state: dict[str, Tensor], pooled: bool = True) -> dict[str, Tenso
     return state | {"head.weight": torch.randn(5, 192), "head.bias": torch.randn(5)}
 
 
-def saved(folder: Path, content) -> Path:
+def save_content(folder: Path, content) -> Path:
     torch.save(content, folder / "in.pth")
     return folder / "in.pth"
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -105,25 +105,25 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 WRAPPERS = {
     "pixmim": lambda s: {"format": "pixmim-1", "model": s, "optimizer": {}, "args": {"model": "vit_tiny", "epochs": 3}},
     "mae": lambda s: {"model": s, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(blr=1e-3)},
-    "mm": lambda s: {"state_dict": mm_of(s), "meta": {"epoch": 3}, "optimizer": {"state": {}}},
+    "mm": lambda s: {"state_dict": to_mm_names(s), "meta": {"epoch": 3}, "optimizer": {"state": {}}},
     "timm": lambda s: to_timm(s),
 }
 
 
 @pytest.mark.parametrize("source", WRAPPERS)
 def test_the_same_weights_are_read_from_every_format(source, mae, tmp_path):
-    weights = read_weights(saved(tmp_path, WRAPPERS[source](mae)))
+    weights = read_weights(save_content(tmp_path, WRAPPERS[source](mae)))
     assert weights.source == source
-    assert same(weights.state, to_timm(mae) if source == "timm" else mae)
+    assert are_equal(weights.state, to_timm(mae) if source == "timm" else mae)
     assert weights.dropped == []
     assert weights.args == {"pixmim": {"model": "vit_tiny", "epochs": 3}, "mae": {"blr": 1e-3}}.get(source, {})
 
 
 def test_renaming_tensors_is_invertible(model, mae):
     state = model.state_dict()
-    assert same(pixmim_names(mae), state)
-    assert same({rename(key, "mm", "mae"): value for key, value in mm_of(mae).items()}, mae)
-    assert {key.split(".")[0] for key in mm_of(mae)} == {"backbone", "neck"}
+    assert are_equal(pixmim_names(mae), state)
+    assert are_equal({rename(key, "mm", "mae"): value for key, value in to_mm_names(mae).items()}, mae)
+    assert {key.split(".")[0] for key in to_mm_names(mae)} == {"backbone", "neck"}
 
 
 def test_tensor_names_equal_those_of_mmpretrain():
@@ -152,37 +152,37 @@ def test_rules_match_whole_names_only(key):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_prefixes_of_ddp_and_compile_are_removed(prefix, mae, tmp_path):
     state = {prefix + key: value for key, value in mae.items()}
-    assert same(read_weights(saved(tmp_path, {"model": state})).state, mae)
+    assert are_equal(read_weights(save_content(tmp_path, {"model": state})).state, mae)
 
 
 def test_files_from_before_torch_1_6_and_safetensors_are_read(mae, tmp_path):
     path = tmp_path / "legacy.pth"
     torch.save({"model": mae, "args": argparse.Namespace(blr=1)}, path, _use_new_zipfile_serialization=False)
-    assert same(read_weights(path).state, mae)
+    assert are_equal(read_weights(path).state, mae)
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(to_timm(mae), tmp_path / "x.safetensors")
-    assert same(read_weights(tmp_path / "x.safetensors").state, to_timm(mae))
+    assert are_equal(read_weights(tmp_path / "x.safetensors").state, to_timm(mae))
 
 
 def test_filter_and_preprocessor_of_the_release_are_listed_as_dropped(mae, tmp_path):
     extra = {"target_generator.low_pass_filter": torch.ones(3, 32, 32), "data_preprocessor.mean": torch.ones(3, 1, 1)}
-    weights = read_weights(saved(tmp_path, {"state_dict": mm_of(mae) | extra, "meta": {}}))
-    assert same(weights.state, mae)
+    weights = read_weights(save_content(tmp_path, {"state_dict": to_mm_names(mae) | extra, "meta": {}}))
+    assert are_equal(weights.state, mae)
     assert weights.dropped == list(extra)
 
 
 @pytest.mark.parametrize("pooled", [True, False], ids=["fc_norm", "norm"])
 def test_norm_and_head_of_a_classifier_are_read(pooled, mae, tmp_path):
-    state = classifier(mae, pooled)
-    weights = read_weights(saved(tmp_path, {"state_dict": mm_of(state), "meta": {}}))
-    assert same(weights.state, state)
+    state = make_classifier(mae, pooled)
+    weights = read_weights(save_content(tmp_path, {"state_dict": to_mm_names(state), "meta": {}}))
+    assert are_equal(weights.state, state)
     facts = tensor_sizes(weights.state)
     assert (facts["num_classes"], facts["pooled"]) == (5, pooled)
 
 
 @pytest.mark.parametrize("family", ["mae", "mm"])
 def test_batch_norm_of_a_linear_probe_is_folded_into_the_head(family, mae, tmp_path):
-    state = classifier(mae, pooled=False)
+    state = make_classifier(mae, pooled=False)
     norm = nn.BatchNorm1d(192, affine=False, eps=1e-6)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
@@ -193,8 +193,8 @@ def test_batch_norm_of_a_linear_probe_is_folded_into_the_head(family, mae, tmp_p
     else:
         stats = {f"neck.bn.{key}": value for key, value in norm.state_dict().items()}
         heads = {"head.layers.head.weight": head[0], "head.layers.head.bias": head[1]}
-        content = {"state_dict": mm_of(state) | stats | heads, "meta": {}}
-    weights = read_weights(saved(tmp_path, content))
+        content = {"state_dict": to_mm_names(state) | stats | heads, "meta": {}}
+    weights = read_weights(save_content(tmp_path, content))
     features = torch.randn(4, 192)
     ours = features @ weights.state["head.weight"].T + weights.state["head.bias"]
     assert_close(ours, norm.eval()(features) @ head[0].T + head[1], rtol=1e-4, atol=1e-4)
@@ -227,7 +227,7 @@ def test_weights_of_a_run_with_default_flags_have_every_setting(name):
     """Runs of earlier versions hold None for defaults that are resolved after parsing today."""
     encoder = ENCODERS[name](img_size=(64, 64))
     args = {"model": name, "input_size": [64, 64], "in_chans": 3, "mean": None, "std": None, "lowpass_radius": None}
-    weights = Weights.from_state(mae_names(method(encoder).state_dict()), args)
+    weights = Weights.from_state(mae_names(build_pixmim(encoder).state_dict()), args)
     assert (weights.model, weights.num_heads, weights.input_size, weights.grid) == (name, 3, (64, 64), (4, 4))
     assert (weights.mean, weights.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert weights.lowpass_radius == 40 * 64 / 224
@@ -244,15 +244,15 @@ def test_q_bias_and_v_bias_are_joined_with_a_zero_key_bias(mae, tmp_path):
         q, _, v = state.pop(key).chunk(3)
         state |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
         joined[key] = torch.cat([q, torch.zeros(len(q)), v])
-    weights = read_weights(saved(tmp_path, {"model": state}))
+    weights = read_weights(save_content(tmp_path, {"model": state}))
     assert len(joined) == 3
-    assert same(weights.state, mae | joined)
+    assert are_equal(weights.state, mae | joined)
     assert weights.dropped == []
 
     block = "decoder_blocks.0.attn"
     del state[f"{block}.v_bias"]
     with pytest.raises(ValueError, match=rf"unknown: {block}\.q_bias; missing: {block}\.qkv\.bias$"):
-        read_weights(saved(tmp_path, {"model": state}))
+        read_weights(save_content(tmp_path, {"model": state}))
 
 
 # -------------------------------------------------------------------------------------------------------- round trips
@@ -261,8 +261,8 @@ def test_q_bias_and_v_bias_are_joined_with_a_zero_key_bias(mae, tmp_path):
 @pytest.mark.parametrize(("name", "target"), [("lsmae", "mae"), ("convmae", "mae"), ("mff", "mmpretrain")])
 def test_reference_checkpoints_survive_a_round_trip(name, target, tmp_path):
     theirs = read(name)["checkpoint"]
-    modules = pixmim_names(read_weights(saved(tmp_path, theirs)).state)
-    ours = saved(tmp_path, {"format": "pixmim-1", "model": mae_names(modules)})
+    modules = pixmim_names(read_weights(save_content(tmp_path, theirs)).state)
+    ours = save_content(tmp_path, {"format": "pixmim-1", "model": mae_names(modules)})
     convert.convert(ours, tmp_path / "out.pth", target)
     assert_same(torch.load(tmp_path / "out.pth", weights_only=True), theirs)
 
@@ -270,31 +270,31 @@ def test_reference_checkpoints_survive_a_round_trip(name, target, tmp_path):
 @pytest.mark.parametrize("tuned", [False, True], ids=["pre-trained", "fine-tuned"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_converted_files_are_read_back_unchanged(host, tuned, tmp_path):
-    state = classifier(state_of(host)) if tuned else state_of(host)
-    path = saved(tmp_path, {"format": "pixmim-1", "model": state})
+    state = make_classifier(state_of(host)) if tuned else state_of(host)
+    path = save_content(tmp_path, {"format": "pixmim-1", "model": state})
     for target in {"mae", "mmpretrain"} & {*FORMATS[family(state)]}:
         report = convert.convert(path, tmp_path / "out.pth", target)
         again = read_weights(tmp_path / "out.pth")
-        assert same(again.state, state)
+        assert are_equal(again.state, state)
         assert again.source == {"mae": "mae", "mmpretrain": "mm"}[target]
         assert "dropped  nothing" in report
 
 
 def test_a_fine_tuned_convmae_survives_a_round_trip(tmp_path):
-    model = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg"))
+    model = perturb(HOSTS["convvit"](num_classes=5, global_pool="avg"))
     fusion = {key for key in model.state_dict() if key.startswith(model.pretraining_only)}
     state = {key: value for key, value in model.state_dict().items() if key not in fusion}
-    assert state.keys() == classifier(state_of("convvit")).keys()
-    report = convert.convert(saved(tmp_path, state), tmp_path / "out.pth", "mae")
-    assert same(torch.load(tmp_path / "out.pth", weights_only=True)["model"], state)
-    assert reported_line(report).startswith("models_convvit.ConvViT(img_size=[32, 16, 8], patch_size=[2, 2, 2],")
+    assert state.keys() == make_classifier(state_of("convvit")).keys()
+    report = convert.convert(save_content(tmp_path, state), tmp_path / "out.pth", "mae")
+    assert are_equal(torch.load(tmp_path / "out.pth", weights_only=True)["model"], state)
+    assert load_line(report).startswith("models_convvit.ConvViT(img_size=[32, 16, 8], patch_size=[2, 2, 2],")
     assert "num_classes=5, global_pool=True, qkv_bias=True" in report
 
 
 def test_a_convmae_probe_is_written_with_the_fc_norm_of_its_repository(tmp_path):
-    probe = perturbed(HOSTS["convvit"](num_classes=5, global_pool="avg", fc_norm=False))
+    probe = perturb(HOSTS["convvit"](num_classes=5, global_pool="avg", fc_norm=False))
     state = to_timm(probe.state_dict())
-    report = convert.convert(saved(tmp_path, state), tmp_path / "out.pth", "mae")
+    report = convert.convert(save_content(tmp_path, state), tmp_path / "out.pth", "mae")
     tuned = HOSTS["convvit"](num_classes=5, global_pool="avg").eval()
     unused = {key: value for key, value in tuned.state_dict().items() if key.startswith(tuned.pretraining_only)}
     tuned.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True)["model"] | unused)
@@ -322,13 +322,13 @@ CONVMAE_LINE = (
 )
 def test_load_command_of_convmae_has_the_sizes_of_all_stages(size, args, given):
     encoder = ConvViT(size, 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
-    weights = Weights.from_state(mae_names(method(encoder).state_dict()), args, "mae", [])
+    weights = Weights.from_state(mae_names(build_pixmim(encoder).state_dict()), args, "mae", [])
     assert load_command(weights, "mae", "x.pth") == CONVMAE_LINE.format(*given)
 
 
 def test_a_rectangular_convmae_has_a_load_command_for_its_encoder_only():
     encoder = ConvViT((32, 64), 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
-    state, args = mae_names(method(encoder).state_dict()), {"input_size": [32, 64]}
+    state, args = mae_names(build_pixmim(encoder).state_dict()), {"input_size": [32, 64]}
     assert "models_convvit loads the encoder" in load_command(
         Weights.from_state(state, args, "mae", []), "mae", "x.pth"
     )
@@ -349,7 +349,7 @@ def test_load_command_of_a_convmae_encoder_matches_its_norm():
 )  # fmt: skip
 def test_formats_that_cannot_hold_the_encoder_are_refused(host, target, remedy, tmp_path):
     with pytest.raises(ValueError, match=rf"--to {target} .*{host}.* --to {remedy}$"):
-        convert.convert(saved(tmp_path, {"model": state_of(host)}), tmp_path / "out.pth", target)
+        convert.convert(save_content(tmp_path, {"model": state_of(host)}), tmp_path / "out.pth", target)
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -358,7 +358,7 @@ def test_formats_that_cannot_hold_the_encoder_are_refused(host, target, remedy, 
 
 @pytest.mark.parametrize("source", WRAPPERS)
 def test_timm_gives_the_features_of_the_encoder(source, model, mae, tmp_path):
-    convert.convert(saved(tmp_path, WRAPPERS[source](mae)), tmp_path / "out.pth", "timm")
+    convert.convert(save_content(tmp_path, WRAPPERS[source](mae)), tmp_path / "out.pth", "timm")
     theirs = timm.create_model(TIMM, num_classes=0, checkpoint_path=str(tmp_path / "out.pth"), **TIMM_OPTIONS).eval()
     images = torch.randn(2, 3, 32, 32)
     assert_close(theirs.forward_features(images), model.encoder.forward_features(images), rtol=1e-5, atol=1e-5)
@@ -387,7 +387,7 @@ def test_swapped_tensors_change_the_features_in_timm(slip, mae):
     assert (features(wrong, images) - features(state, images)).abs().max() > 1e-3
 
 
-def reported_line(report: str) -> str:
+def load_line(report: str) -> str:
     return report.splitlines()[-1].removeprefix("load it").strip()
 
 
@@ -395,19 +395,19 @@ def reported_line(report: str) -> str:
 def test_the_printed_load_command_loads_the_file_in_timm(kind, mae, tmp_path):
     state, args = mae, {}
     if kind in ("mean of patches", "class token"):
-        state = classifier(mae, pooled=kind == "mean of patches")
+        state = make_classifier(mae, pooled=kind == "mean of patches")
     elif kind == "probe of the mean":
-        state, args = classifier(mae, pooled=False), {"pool": "mean"}
+        state, args = make_classifier(mae, pooled=False), {"pool": "mean"}
     elif kind == "wide":
         encoder = MaskedViT(
             img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2, in_chans=1, mlp_ratio=2
         )
         state, args = encoder.state_dict(), {"input_size": [16, 48]}
-    path = saved(tmp_path, {"format": "pixmim-1", "model": state, "args": args})
-    line = reported_line(convert.convert(path, tmp_path / "out.pth", "timm"))
+    path = save_content(tmp_path, {"format": "pixmim-1", "model": state, "args": args})
+    line = load_line(convert.convert(path, tmp_path / "out.pth", "timm"))
     assert ("num_classes=0" in line) == (kind in ("pretrained", "wide"))
     loaded = eval(line, {"timm": timm}).eval()
-    assert same(loaded.state_dict(), to_timm(state))
+    assert are_equal(loaded.state_dict(), to_timm(state))
     if kind == "probe of the mean":  # the norm precedes the mean
         images = torch.randn(2, 3, 32, 32)
         tokens = loaded.forward_features(images)[:, 1:].mean(1)
@@ -415,12 +415,12 @@ def test_the_printed_load_command_loads_the_file_in_timm(kind, mae, tmp_path):
 
 
 def test_mff_without_fusion_layers_equals_timms_vit(tmp_path):
-    model = method(HOSTS["mff_vit"]())
-    path = saved(tmp_path, {"state_dict": mm_of(mae_names(model.state_dict())), "meta": {}})
+    model = build_pixmim(HOSTS["mff_vit"]())
+    path = save_content(tmp_path, {"state_dict": to_mm_names(mae_names(model.state_dict())), "meta": {}})
     report = convert.convert(path, tmp_path / "out.pth", "timm")
     fusion = ["proj_weights", *(f"proj_layers.{n}.{kind}" for n in (0, 1) for kind in ("weight", "bias"))]
     assert report.splitlines()[1] == f"dropped  mask_token and decoder_* (20 keys), {', '.join(fusion)}"
-    theirs, images = eval(reported_line(report), {"timm": timm}).eval(), torch.randn(2, 3, 32, 32)
+    theirs, images = eval(load_line(report), {"timm": timm}).eval(), torch.randn(2, 3, 32, 32)
     assert_close(theirs.forward_features(images), model.encoder.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
@@ -432,25 +432,27 @@ def test_load_command_omits_the_defaults_of_timm():
 
 
 def test_mae_files_have_encoder_and_decoder(mae, tmp_path):
-    report = convert.convert(saved(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", "mae")
+    report = convert.convert(save_content(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", "mae")
     content = torch.load(tmp_path / "out.pth", weights_only=True)
-    assert same(content["model"], mae)
+    assert are_equal(content["model"], mae)
     assert content.keys() == {"model"}
-    assert reported_line(report).startswith("models_mae.MaskedAutoencoderViT(img_size=32, patch_size=8,")
+    assert load_line(report).startswith("models_mae.MaskedAutoencoderViT(img_size=32, patch_size=8,")
     assert "decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2" in report
 
 
 def test_a_probe_on_mean_pooling_is_refused_by_mae(mae, tmp_path):
-    content = {"format": "pixmim-1", "model": classifier(mae, pooled=False), "args": {"pool": "mean"}}
+    content = {"format": "pixmim-1", "model": make_classifier(mae, pooled=False), "args": {"pool": "mean"}}
     with pytest.raises(ValueError, match=r"--to mae.*--to timm"):
-        convert.convert(saved(tmp_path, content), tmp_path / "out.pth", "mae")
+        convert.convert(save_content(tmp_path, content), tmp_path / "out.pth", "mae")
     assert not (tmp_path / "out.pth").exists()
 
 
 def test_converted_files_hold_tensors_only_and_no_hidden_storage(mae, tmp_path):
     everything = torch.randn(1000, 192, 192)
     state = mae | {"blocks.0.attn.proj.weight": everything[0]}  # a view of a storage of 147 MB
-    convert.convert(saved(tmp_path, {"model": state, "args": argparse.Namespace(a=1)}), tmp_path / "out.pth", "timm")
+    convert.convert(
+        save_content(tmp_path, {"model": state, "args": argparse.Namespace(a=1)}), tmp_path / "out.pth", "timm"
+    )
     assert (tmp_path / "out.pth").stat().st_size < 10e6
     assert all(isinstance(x, Tensor) for x in torch.load(tmp_path / "out.pth", weights_only=True).values())
 
@@ -459,13 +461,13 @@ def test_converted_files_hold_tensors_only_and_no_hidden_storage(mae, tmp_path):
 
 
 def test_unknown_missing_and_misshaped_keys_are_all_listed(mae, tmp_path):
-    state = mm_of(mae)
+    state = to_mm_names(mae)
     del state["backbone.layers.1.ln2.bias"], state["neck.mask_token"]
     state |= {"backbone.layers.0.gamma": torch.ones(1), "neck.extra": torch.ones(1)}
     state["backbone.layers.0.attn.qkv.weight"] = torch.zeros(100, 192)
     state["neck.decoder_pred.bias"] = torch.zeros(191)
     with pytest.raises(ValueError, match=r"in\.pth \(read as mm\)") as error:
-        read_weights(saved(tmp_path, {"state_dict": state, "meta": {}}))
+        read_weights(save_content(tmp_path, {"state_dict": state, "meta": {}}))
     unknown, missing, misshaped = re.split(r"; (?:missing|mis-shaped): ", str(error.value).split("unknown: ")[1])
     assert unknown == "backbone.layers.0.gamma, neck.extra"
     assert missing == "neck.mask_token, backbone.layers.1.ln2.bias"
@@ -482,7 +484,7 @@ def test_unknown_missing_and_misshaped_keys_are_all_listed(mae, tmp_path):
 )  # fmt: skip
 def test_an_unexpected_key_is_named(key, value, mae, tmp_path):
     with pytest.raises(ValueError, match=r"unknown|missing") as error:
-        read_weights(saved(tmp_path, mae | {key: value}))
+        read_weights(save_content(tmp_path, mae | {key: value}))
     assert key.split(".")[0] in str(error.value)
 
 
@@ -519,9 +521,11 @@ def test_the_shape_of_every_tensor_is_checked(host, tmp_path):
 )  # fmt: skip
 def test_keys_that_do_not_fit_the_encoder_are_named(host, key, value, problem, tmp_path):
     state = state_of(host)
-    content = {"model": state | {key: value}} if host == "convvit" else {"state_dict": mm_of(state) | {key: value}}
+    content = (
+        {"model": state | {key: value}} if host == "convvit" else {"state_dict": to_mm_names(state) | {key: value}}
+    )
     with pytest.raises(ValueError, match=rf"in\.pth .*py: {re.escape(problem)}$"):
-        read_weights(saved(tmp_path, content))
+        read_weights(save_content(tmp_path, content))
 
 
 @pytest.mark.parametrize(("host", "part"), [("convvit", "stage1_output_decode"), ("mff_vit", "proj_layers.1")])
@@ -529,7 +533,7 @@ def test_missing_fusion_layers_are_named(host, part, tmp_path):
     state = state_of(host)
     gone = [key for key in state if key.startswith(part)]
     with pytest.raises(ValueError, match=rf"py: missing: {re.escape(', '.join(gone))}$"):
-        read_weights(saved(tmp_path, {"model": {key: state[key] for key in state.keys() - gone}}))
+        read_weights(save_content(tmp_path, {"model": {key: state[key] for key in state.keys() - gone}}))
 
 
 @pytest.mark.parametrize(
@@ -540,7 +544,7 @@ def test_missing_fusion_layers_are_named(host, part, tmp_path):
 )  # fmt: skip
 def test_error_describes_the_content_of_an_unknown_file(content, found, tmp_path):
     with pytest.raises(ValueError, match=re.escape(found)) as error:
-        read_weights(saved(tmp_path, content))
+        read_weights(save_content(tmp_path, content))
     assert "in.pth" in str(error.value)
     assert "expected" in str(error.value)
 
@@ -570,7 +574,7 @@ def test_errors_of_broken_files_are_one_line(kind, tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_truncated_files_are_named(share, mae, tmp_path):
-    path = saved(tmp_path, {"model": mae})
+    path = save_content(tmp_path, {"model": mae})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ValueError, match=r"in\.pth is not a readable checkpoint"):
         read_weights(path)
@@ -625,7 +629,7 @@ class EvilGetattr:
 
 
 def test_allowed_globals_are_replaced_by_placeholders(mae, tmp_path):
-    path = saved(tmp_path, {"model": mae, "x": EvilGetattr(), "y": np.float64(3), "z": np.arange(3)})
+    path = save_content(tmp_path, {"model": mae, "x": EvilGetattr(), "y": np.float64(3), "z": np.arange(3)})
     content = load_content(path)
     assert {type(content[key]) for key in "xyz"} == {Placeholder}
     assert not any(vars(content[key]) for key in "xyz")
@@ -655,19 +659,19 @@ def message_hub():
 
 
 def test_mmengines_message_hub_is_ignored(message_hub, mae, tmp_path):
-    path = saved(tmp_path, {"state_dict": mm_of(mae), "meta": {"epoch": 1}, "message_hub": message_hub})
+    path = save_content(tmp_path, {"state_dict": to_mm_names(mae), "meta": {"epoch": 1}, "message_hub": message_hub})
     asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     assert {"mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray", "builtins.getattr"} <= set(asked)
     for part in [part for part in sys.modules if part.startswith("mmengine")]:
         del sys.modules[part]
     weights = read_weights(path)
-    assert (weights.source, same(weights.state, mae)) == ("mm", True)
+    assert (weights.source, are_equal(weights.state, mae)) == ("mm", True)
     assert not any(part.startswith("mmengine") for part in sys.modules)
 
 
 def test_reading_leaves_torchs_safe_globals_unchanged(mae, tmp_path):
     before = set(torch.serialization.get_safe_globals())
-    read_weights(saved(tmp_path, {"model": mae, "args": argparse.Namespace(a=np.float64(1))}))
+    read_weights(save_content(tmp_path, {"model": mae, "args": argparse.Namespace(a=np.float64(1))}))
     assert set(torch.serialization.get_safe_globals()) == before
 
 
@@ -689,18 +693,18 @@ def run(*arguments, module: bool = False) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("module", [True, False], ids=["module", "script"])
 def test_convert_runs_as_a_module_and_as_a_script(module, mae, tmp_path):
-    result = run(saved(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", module=module)
+    result = run(save_content(tmp_path, WRAPPERS["mm"](mae)), tmp_path / "out.pth", module=module)
     assert (result.returncode, result.stderr) == (0, "")
     assert "mm, 50 keys mapped" in result.stdout
     assert "mask_token and decoder_* (20 keys)" in result.stdout
-    assert same(torch.load(tmp_path / "out.pth", weights_only=True), to_timm(mae))
+    assert are_equal(torch.load(tmp_path / "out.pth", weights_only=True), to_timm(mae))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_failed_conversion_exits_with_1_and_does_not_change_out(mae, tmp_path):
     out = tmp_path / "out.pth"
     out.write_bytes(b"precious")
-    result = run(saved(tmp_path, {"model": mae | {"extra": torch.ones(1)}}), out, "--to", "mae")
+    result = run(save_content(tmp_path, {"model": mae | {"extra": torch.ones(1)}}), out, "--to", "mae")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -709,9 +713,9 @@ def test_a_failed_conversion_exits_with_1_and_does_not_change_out(mae, tmp_path)
 
 def test_a_custom_encoder_is_read_unchanged_but_not_converted(mae, tmp_path):
     state = mae | {"gate.weight": torch.ones(3)}
-    path = saved(tmp_path, {"format": "pixmim-1", "model": state, "args": {"model": "gated"}})
+    path = save_content(tmp_path, {"format": "pixmim-1", "model": state, "args": {"model": "gated"}})
     weights = read_weights(path)
-    assert same(weights.state, state)
+    assert are_equal(weights.state, state)
     assert family(state) is default_format(state) is None
     result = run(path, tmp_path / "out.pth", module=True)
     assert (result.returncode, result.stdout) == (1, "")
@@ -725,7 +729,7 @@ def test_an_invalid_flag_exits_with_2():
 
 @pytest.mark.parametrize("spelling", ["in.pth", "./x/../in.pth"])
 def test_in_is_never_overwritten(spelling, mae, tmp_path):
-    path = saved(tmp_path, {"model": mae})
+    path = save_content(tmp_path, {"model": mae})
     (tmp_path / "x").mkdir()
     with pytest.raises(ValueError, match=r"in\.pth"):
         convert.convert(path, Path(os.path.join(tmp_path, spelling)), "timm")
@@ -738,7 +742,7 @@ def test_an_unwritable_out_is_refused_before_reading(out, tmp_path):
 
 
 def test_a_full_disk_changes_no_file_and_leaves_no_temporary_file(mae, tmp_path, monkeypatch):
-    path, out = saved(tmp_path, {"model": mae}), tmp_path / "out.pth"
+    path, out = save_content(tmp_path, {"model": mae}), tmp_path / "out.pth"
     out.write_bytes(b"precious")
 
     def half_written(content, file):

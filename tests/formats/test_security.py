@@ -199,7 +199,7 @@ def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escap
 # -------------------------------------------------------------------------------------------------------------- sockets
 
 
-def listening(pids: list[int]) -> set[tuple[str, int]]:
+def listening_sockets(pids: list[int]) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket on which these processes listen."""
     held = {os.readlink(descriptor) for pid in pids for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
     found = set()
@@ -212,7 +212,7 @@ def listening(pids: list[int]) -> set[tuple[str, int]]:
     return found
 
 
-def while_it_trains(photos, folder: Path, count: int, look: Callable, **group):
+def inspect_training(photos, folder: Path, count: int, look: Callable, **group):
     """Result of `look` at the processes of a training run, which is then stopped by SIGTERM."""
     words = [
         "main_pretrain.py",
@@ -240,7 +240,7 @@ def while_it_trains(photos, folder: Path, count: int, look: Callable, **group):
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
 def test_a_single_process_opens_no_listening_socket(photos, tmp_path):
-    assert while_it_trains(photos, tmp_path / "run", 1, listening) == set()
+    assert inspect_training(photos, tmp_path / "run", 1, listening_sockets) == set()
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
@@ -249,7 +249,7 @@ def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos,
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    seen = while_it_trains(photos, tmp_path / "run", 2, listening, **group)
+    seen = inspect_training(photos, tmp_path / "run", 2, listening_sockets, **group)
     assert port in {number for _, number in seen}
     others = {address for address, number in seen if number != port}
     assert all(re.fullmatch(r"0100007F|0{24}01000000|0{16}FFFF00000100007F", address) for address in others), seen
