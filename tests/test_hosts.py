@@ -187,12 +187,12 @@ def on_two_ranks(trained, photos, tmp_path_factory):
     ports = [
         socket.create_server(("127.0.0.1", 0)) for _ in jobs
     ]  # one per job, so that no rank joins an earlier group
-    listed = []
+    commands = []
     for (name, (main, words)), port in zip(jobs.items(), ports, strict=True):
         place = ["--data_path", str(photos), "--output_dir", str(folder / name), "--batch_size", "4"]
-        listed.append([port.getsockname()[1], main, [*words, *place]])
+        commands.append([port.getsockname()[1], main, [*words, *place]])
         port.close()
-    for status, _, err in ranks(2, "-c", JOBS, json.dumps(listed)):
+    for status, _, err in ranks(2, "-c", JOBS, json.dumps(commands)):
         assert status == 0, err
     return folder
 
