@@ -1,4 +1,7 @@
-"""Features of images by an encoder, in a file with their names: class token, mean or map of the patches."""
+"""python main_features.py --checkpoint output/pixmim/last.pth --data_path DIR --output FILE.npy: features of images.
+
+One vector per image, the class token or the mean of the patch tokens, or with --maps a map of all patch tokens.
+"""
 
 import argparse
 import json
@@ -33,35 +36,37 @@ from util.evaluate.scores import print_result
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser, "folder of images in whatever structure, all of which are taken, or of tar shards")
+    add_data_arguments(parser, "folder of images, read recursively, or of tar shards")
     add_checkpoint_arguments(parser)
     add_model_arguments(parser, ENCODERS)
     add_device_arguments(parser)
     add = parser.add_argument_group("features").add_argument
     add("--output", required=True, metavar="FILE.npy|FILE.safetensors",
-        help="float32 (N, D), of maps (N, D, h, w); the names are in FILE.json, or in the metadata of the safetensors")  # fmt: skip
-    add("--maps", action="store_true", help="features of each patch, instead of one vector for an image")
-    add("--batch_size", type=number(int, 1), default=256, help="images in one forward pass")
+        help="file to write: float32 (N, D), with --maps (N, D, h, w); names of the images in FILE.json or the metadata")  # fmt: skip
+    add("--maps", action="store_true", help="write the features of each patch instead of one vector per image")
+    add("--batch_size", type=number(int, 1), default=256, help="images per forward pass")
     parser.set_defaults(amp="off")
     return parser
 
 
-def images_of(data_path: str) -> tuple[Source, list[str]]:
-    """All images below a folder or in its tar shards, in the order of their names, and these."""
+def find_images(data_path: str) -> tuple[Source, list[str]]:
+    """(Images below a folder or in its tar shards, in the order of their names, the names)."""
     if is_stream(data_path) or is_cache(data_path):
-        raise ValueError(f"--data_path {data_path}: features are of images that lie here, in a folder or in tar shards")
+        raise ValueError(
+            f"--data_path {data_path}: streams and caches are not supported; use a folder of images or of tar shards"
+        )
     paths = list_images(data_path) if Path(data_path).is_dir() else []
     if paths:
         names = [os.fsdecode(os.path.relpath(path, os.fsencode(data_path))) for path in paths]
         return Folder(np.array(paths), np.zeros(len(paths), np.int64), []), names
     tars = local_tars(data_path)
     if tars is None:
-        raise ValueError(f"--data_path {data_path}: there is no image and no tar shard of images")
-    return tars, tar_names(tars)
+        raise ValueError(f"--data_path {data_path}: no images and no tar shards found")
+    return tars, list_members(tars)
 
 
-def tar_names(tars: Tars) -> list[str]:
-    """SHARD: MEMBER of each image."""
+def list_members(tars: Tars) -> list[str]:
+    """Name of each image: "SHARD: MEMBER"."""
     names: list[str] = []
     for shard, end in zip(tars.paths, tars.ends, strict=True):
         with tarfile.open(shard, "r:") as tar:
@@ -70,34 +75,37 @@ def tar_names(tars: Tars) -> list[str]:
     return names
 
 
-def write(path: Path, rows: Iterator[np.ndarray], names: list[str], about: dict) -> tuple[int, ...]:
-    """Shape of what was written; a .npy grows on the disk, a .safetensors in memory. A failure leaves nothing."""
+def write_features(path: Path, rows: Iterator[np.ndarray], names: list[str], metadata: dict) -> tuple[int, ...]:
+    """Write the features and their names; returns the shape. An error leaves no file.
+
+    A .npy is written batch by batch, a .safetensors is collected in memory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".npy":
-            shape = fill(temporary, rows, len(names))
-            path.with_suffix(".json").write_text(json.dumps(about | {"files": names}, indent=1) + "\n")
+            shape = write_rows(temporary, rows, len(names))
+            path.with_suffix(".json").write_text(json.dumps(metadata | {"files": names}, indent=1) + "\n")
         else:
-            from safetensors.numpy import save_file  # timm brings it; no other format needs it
+            from safetensors.numpy import save_file  # a dependency of timm; only this format needs it
 
             whole = np.concatenate([*rows])
             shape = whole.shape
-            save_file({"features": whole}, temporary, metadata=about | {"files": json.dumps(names)})
+            save_file({"features": whole}, temporary, metadata=metadata | {"files": json.dumps(names)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return shape
 
 
-def fill(path: Path, rows: Iterator[np.ndarray], count: int) -> tuple[int, ...]:
-    """Write rows, as they come, to a .npy of `count` of them; returns its shape."""
+def write_rows(path: Path, rows: Iterator[np.ndarray], count: int) -> tuple[int, ...]:
+    """Write batches of rows to a .npy with `count` rows; returns its shape."""
     first = next(rows)
     array = np.lib.format.open_memmap(path, "w+", np.float32, (count, *first.shape[1:]))
     done = 0
-    for some in chain([first], rows):
-        array[done : done + len(some)] = some
-        done += len(some)
+    for batch in chain([first], rows):
+        array[done : done + len(batch)] = batch
+        done += len(batch)
     array.flush()
     return array.shape
 
@@ -108,17 +116,17 @@ def main() -> None:
     if output.suffix not in (".npy", ".safetensors"):
         raise ValueError(f"--output {output}: its name must end in .npy or .safetensors")
     if args.maps and args.pool:
-        raise ValueError(f"--pool {args.pool} makes one vector of an image, --maps keeps its patches: choose one")
+        raise ValueError(f"--pool {args.pool} gives one vector per image, --maps all patches: choose one")
     world = init_world(args.device, args.amp)
     if world.size > 1:
-        raise ValueError(f"main_features.py runs alone, not on {world.size} ranks: start it with python")
+        raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
-    source, names = images_of(args.data_path)
+    source, names = find_images(args.data_path)
     loader = eval_loader(args, world, source, eval_transform(args.input_size))
     batches = encode_batches(args, world, encoder, loader, patch_features if args.maps else features)
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
-    about = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
-    shape = write(output, (x.cpu().numpy() for x, _ in batches), names, about)
+    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
+    shape = write_features(output, (x.cpu().numpy() for x, _ in batches), names, metadata)
     print_result(world, {"output": str(output), "shape": shape})
     world.close()
 

@@ -1,4 +1,4 @@
-"""Accuracy of the weighted nearest neighbours of an encoder, without any training."""
+"""python main_knn.py --checkpoint output/pixmim/last.pth --data_path DIR: k-NN accuracy of a frozen encoder."""
 
 import argparse
 
@@ -26,9 +26,14 @@ def get_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, ENCODERS)
     add_device_arguments(parser)
     add = parser.add_argument_group("kNN").add_argument
-    add("--batch_size", type=number(int, 1), default=256, help="images of one rank in one forward pass")
-    add("--k", type=number(int, 1), default=20, help="neighbours that vote")
-    add("--temperature", type=number(float, 1e-3), default=0.07, help="a vote weighs exp(cosine / temperature)")
+    add("--batch_size", type=number(int, 1), default=256, help="images per rank and forward pass")
+    add("--k", type=number(int, 1), default=20, help="number of neighbours that vote")
+    add(
+        "--temperature",
+        type=number(float, 1e-3),
+        default=0.07,
+        help="a vote has the weight exp(cosine similarity / temperature)",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What models_convmae.py promises; the reference implementation's numbers are in test_reference.py."""
+"""Properties of models_convmae.py. test_reference.py compares it with the reference implementation."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ def small_mask(batch: int = 2):
 
 
 def dense(encoder: ConvViT, images: Tensor, removed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The stages on whole pictures (B, D, h, w), removed patches zeroed before each depthwise convolution as published."""
+    """Maps (B, D, h, w) of the stages; removed patches are zeroed before each depthwise convolution, as published."""
 
     def norm(x, layer):
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], layer.weight, layer.bias, 1e-5).permute(0, 3, 1, 2)
@@ -57,7 +57,7 @@ def dense(encoder: ConvViT, images: Tensor, removed: Tensor | None = None) -> tu
 
 
 def dense_encode(encoder: ConvViT, images: Tensor, mask) -> Tensor:
-    """Everything for every patch, the visible ones picked afterwards."""
+    """Tokens of the visible patches, selected after computing those of all patches."""
     first, second, third = dense(encoder, images, mask.removed)
     x = take(encoder.patch_embed4(third.flatten(2).mT) + encoder.pos_embed, mask.keep)
     x = encoder.blocks3(x)
@@ -67,7 +67,7 @@ def dense_encode(encoder: ConvViT, images: Tensor, mask) -> Tensor:
     return encoder.norm(x)
 
 
-def test_tokens_and_gradients_are_those_of_masking_the_whole_picture():
+def test_tokens_and_gradients_equal_those_of_dense_masked_convolutions():
     encoder, images, mask = small_encoder(), torch.randn(2, 3, *SIZE), small_mask()
     answers = []
     for encode in (encoder.encode, partial(dense_encode, encoder)):
@@ -92,18 +92,18 @@ def test_removed_pixels_reach_no_visible_token_at_any_depth():
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))  # bit for bit
 
 
-def test_pixels_of_other_visible_patches_do_reach_a_patch_in_the_convolutions():
-    """Control: the convolution looks beyond the patch, else the test above could not fail."""
+def test_convolutions_reach_neighbouring_visible_patches():
+    """Control: the convolution reaches beyond the patch; otherwise the test above could not fail."""
     encoder, images = small_encoder(), torch.randn(1, 3, *SIZE)
     mask = mask_from_noise(torch.arange(15.0)[None], 0.7, GRID)  # 0, 1, 2, 3: neighbours in the first row
     other = images.clone()
     other[:, :, :PATCH, :PATCH] += 1
     first, changed = (encoder.stages(x, mask.keep)[0] for x in (images, other))
     assert not torch.equal(first[:, 1], changed[:, 1])
-    assert torch.equal(first[:, 3], changed[:, 3])  # two blocks of 5 x 5 reach 4 of the 4 x 4 positions: one patch far
+    assert torch.equal(first[:, 3], changed[:, 3])  # two 5 x 5 convolutions reach 4 positions, the side of one patch
 
 
-def test_features_of_whole_images_are_maps_of_all_three_stages():
+def test_features_are_maps_of_all_three_stages():
     encoder, images = small_encoder(), torch.randn(2, 3, *SIZE)
     first, second, third = dense(encoder, images)
     maps = encoder.forward_features(images)
@@ -120,14 +120,14 @@ def test_strides_of_the_maps_are_4_8_and_16_at_patch_16():
     ]  # fmt: skip
 
 
-def test_nothing_removed_is_the_dense_model():
+def test_masked_stages_without_removed_patches_equal_the_dense_stages():
     encoder, images = small_encoder(), torch.randn(2, 3, *SIZE)
     everything = torch.arange(15).expand(2, 15)
     for masked, whole in zip(encoder.stages(images, everything), encoder.stages(images, None), strict=True):
         assert_close(masked, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_pooling_is_the_mean_of_the_patches_then_a_norm_that_a_classifier_learns():
+def test_pooling_is_the_normalised_mean_of_the_patches():
     images = torch.randn(2, 3, *SIZE)
     frozen, classifier = small_encoder(), small_encoder(num_classes=5, global_pool="avg")
     for encoder in (frozen, classifier):
@@ -141,14 +141,14 @@ def test_pooling_is_the_mean_of_the_patches_then_a_norm_that_a_classifier_learns
 
 
 def convmae_layer(name: str, depth: int) -> int:
-    """util/lr_decay.py of Alpha-VL/ConvMAE: 0 the stem and both convolution stages, then the ViT's blocks, then the rest."""
+    """Layer in util/lr_decay.py of Alpha-VL/ConvMAE: 0 = stem and convolution stages, then the ViT blocks, then the rest."""
     if name == "pos_embed" or name.startswith(("patch_embed", "blocks1", "blocks2")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks3") else depth + 1
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_layer_decay_is_that_of_convmae_for_every_parameter(name):
+def test_layer_decay_of_every_parameter_equals_that_of_convmae(name):
     with torch.device("meta"):
         model = ENCODERS[name](num_classes=10, global_pool="avg").requires_grad_(True)
     for part in model.pretraining_only:
@@ -171,12 +171,12 @@ def test_drop_path_rises_over_all_three_stages():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_initial_values():
+def test_initial_values_equal_those_of_convmae():
     encoder = ConvViT(SIZE, PATCH, embed_dim=(8, 12, 24), depth=(1, 1, 1), num_heads=3)
-    bound = (6 / (24 + 12 * 4)) ** 0.5  # xavier-uniform over the flattened kernel, as MAE's projection
+    bound = (6 / (24 + 12 * 4)) ** 0.5  # xavier-uniform over the flattened kernel, as in MAE
     weight = encoder.patch_embed3.proj.weight
     assert 0.95 * bound < weight.abs().max() <= bound
-    assert encoder.blocks1[0].conv1.weight.abs().max() <= 8**-0.5  # torch's own for the convolutions
+    assert encoder.blocks1[0].conv1.weight.abs().max() <= 8**-0.5  # torch's default for convolutions
     assert torch.equal(encoder.pos_embed.data, sincos_pos_embed(24, GRID, 0))
     assert not encoder.pos_embed.requires_grad
     eps = {name: m.eps for name, m in encoder.named_modules() if isinstance(m, nn.LayerNorm)}
@@ -197,7 +197,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_the_loss_is_that_of_the_removed_patches_alone():
+def test_loss_is_the_mean_over_removed_patches():
     model = perturb(PixMIM(small_encoder(), nn.Identity(), decoder_dim=16, decoder_depth=1, decoder_heads=2))
     images = torch.randn(2, 3, *SIZE)
     loss, prediction, mask = model(images, torch.rand(2, 15))
@@ -210,11 +210,12 @@ def test_the_loss_is_that_of_the_removed_patches_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 6, "img_size": (24, 24)}, "patch size of 6 must be a multiple of 4"),
-        ({"img_size": (24, 30), "patch_size": 8}, "24 x 30 is not a multiple of the patch size 8"),
-        ({"img_size": (32, 32), "global_pool": "token"}, "no class token; use --pool mean"),
+        ({"patch_size": 6, "img_size": (24, 24)}, "--patch_size 6"),
+        ({"img_size": (24, 30), "patch_size": 8}, "24 x 30 .*patch size 8"),
+        ({"img_size": (32, 32), "global_pool": "token"}, "--pool mean"),
     ],
+    ids=["patch_size", "img_size", "global_pool"],
 )
-def test_what_convmae_cannot_be_is_refused(options, message):
+def test_invalid_sizes_and_pooling_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ConvViT(**options)

@@ -1,4 +1,4 @@
-"""Every host through everything: ConvMAE, MFF and LSMAE under PixMIM and alone, and a host that is not ours."""
+"""ConvMAE, MFF, LSMAE and a custom encoder through pre-training, kNN, probe, fine-tuning, visualisation and conversion."""
 
 import json
 import re
@@ -55,14 +55,14 @@ HOSTS = {  # patches of 8 px; the stages of ConvMAE have patches of 2 and 4 px
     "lsmae": "--model vit_pico --input_size 40 56 --mask_unit 2 --decoder_dim 48 --decoder_heads 3",  # grid 5 x 7
 }
 DEEP = {"deep": "--model mff_vit_tiny --input_size 32"}  # MFF with twelve layers
-METHODS = {"PixMIM": "", "alone": "--lowpass_radius 0 --crop rrc"}
+METHODS = {"PixMIM": "", "raw pixels": "--lowpass_radius 0 --crop rrc"}
 every_host = pytest.mark.parametrize("host", HOSTS)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
-    """(host, further flags) -> folder of its run of 2 epochs of 2 steps, made once. Copy it before you change it."""
+    """(host, more flags) -> folder of a run of 2 epochs of 2 steps, shared by all tests. Copy it before changing it."""
 
     @cache
     def run(host: str, flags: str = ""):
@@ -72,13 +72,13 @@ def trained(photos, tmp_path_factory):
     return run
 
 
-def parsed(host: str, flags: str = "") -> Namespace:
+def parse_flags(host: str, flags: str = "") -> Namespace:
     words = [*PRETRAIN, *(HOSTS | DEEP)[host].split(), *flags.split()]
     return resolve_defaults(main_pretrain.get_parser().parse_args([*words, "--data_path", "x"]))
 
 
-def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
-    """(model, images, noise), the same in every call with the same sizes."""
+def build_inputs(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
+    """(model, images, noise); the same in every call with the same sizes."""
     torch.manual_seed(0)
     model = build_model(args)
     torch.manual_seed(1)
@@ -89,21 +89,21 @@ def built(args: Namespace) -> tuple[PixMIM, Tensor, Tensor]:
 
 
 @every_host
-def test_the_target_is_the_low_passed_image_and_alone_the_image(host):
+def test_target_is_low_passed_or_with_radius_0_raw(host):
     predictions, found = [], []
     for flags in METHODS.values():
-        model, images, noise = built(parsed(host, flags))
+        model, images, noise = build_inputs(parse_flags(host, flags))
         loss, prediction, mask = model(images, noise)
         assert loss.item() == pytest.approx(slow_loss(model, images, prediction, mask), rel=1e-5)
         predictions.append(prediction)
         found.append(model.target)
-    assert torch.equal(*predictions)  # the method does not touch the host
+    assert torch.equal(*predictions)  # the method does not change the encoder
     assert [type(target) for target in found] == [LowPass, nn.Identity]
 
 
 @every_host
 @every_method
-def test_a_run_stopped_within_an_epoch_and_resumed_is_the_unbroken_one_bit_for_bit(
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_run(
     host, method, trained, photos, tmp_path, monkeypatch
 ):
     words = f"{HOSTS[host]} {METHODS[method]}".split()
@@ -117,28 +117,28 @@ def test_a_run_stopped_within_an_epoch_and_resumed_is_the_unbroken_one_bit_for_b
 
 
 @every_host
-def test_accumulating_two_batches_of_four_is_one_batch_of_eight(host, trained, photos, tmp_path):
+def test_accumulating_two_batches_of_4_equals_a_batch_of_8(host, trained, photos, tmp_path):
     pretrain(photos, tmp_path, *HOSTS[host].split(), "--batch_size", 4, "--accum_iter", 2)
     assert_close_runs(trained(host), tmp_path, 1e-6)
 
 
 @every_host
-def test_bf16_losses_are_near_those_of_float32_and_not_they(host, trained, photos, tmp_path):
+def test_bf16_losses_are_close_but_not_equal_to_float32(host, trained, photos, tmp_path):
     pretrain(photos, tmp_path, *HOSTS[host].split(), "--amp", "bf16")
     assert losses(tmp_path) == pytest.approx(losses(trained(host)), rel=0.02)  # 8 bits of mantissa
     assert all(mine != theirs for mine, theirs in zip(losses(tmp_path), losses(trained(host)), strict=True))
 
 
 @every_host
-def test_recomputing_activations_changes_nothing(host, trained, photos, tmp_path):
+def test_gradient_checkpointing_gives_the_same_weights(host, trained, photos, tmp_path):
     pretrain(photos, tmp_path, *HOSTS[host].split(), "--grad_checkpointing")
     assert_same(weights(trained(host))["model"], weights(tmp_path)["model"])
 
 
 @every_host
-@pytest.mark.parametrize("flag", ["", "--grad_checkpointing"])
-def test_every_block_is_computed_twice_where_activations_are_recomputed(host, flag):
-    model, images, noise = built(parsed(host, flag))
+@pytest.mark.parametrize("flag", ["", "--grad_checkpointing"], ids=["stored", "recomputed"])
+def test_gradient_checkpointing_computes_every_block_twice(host, flag):
+    model, images, noise = build_inputs(parse_flags(host, flag))
     calls = dict.fromkeys((n for n, _ in model.named_modules() if re.search(r"blocks\d?\.\d+$", n)), 0)
     for name in calls:
 
@@ -152,9 +152,9 @@ def test_every_block_is_computed_twice_where_activations_are_recomputed(host, fl
 
 
 @every_host
-def test_the_compiled_model_is_one_graph_with_the_same_loss_and_gradients(host):
+def test_the_compiled_model_is_one_graph_with_equal_loss_and_gradients(host):
     """Without inductor, which takes minutes: a graph break is an error here."""
-    model, images, noise = built(parsed(host))
+    model, images, noise = build_inputs(parse_flags(host))
     losses, gradients = [], []
     for run in (model, torch.compile(model, dynamic=False, fullgraph=True, backend="eager")):
         model.zero_grad()
@@ -174,34 +174,36 @@ for port, name, words in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"], sys.argv[1:] = str(port), words
     importlib.import_module(name).main()
 """
-PLAIN = ["--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop_path", "0"]  # nothing that a rank draws for itself
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop_path", "0"]  # no random numbers of a rank
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(trained, photos, tmp_path_factory):
-    """Folder with a folder of each host's run, and of ConvMAE's fine-tuning, with batches of 4 on each of two ranks."""
+    """Folder with the runs of all hosts, and of ConvMAE's fine-tuning, on two ranks with batches of 4."""
     folder = tmp_path_factory.mktemp("ranks")
     jobs = {host: ["main_pretrain", [*PRETRAIN, *SIZES, *flags.split()]] for host, flags in HOSTS.items()}
     checkpoint = str(trained("convvit") / "last.pth")
     jobs["tuned"] = ["main_finetune", [*DEVICE, *TUNE, *PLAIN, "--checkpoint", checkpoint]]
-    ports = [socket.create_server(("127.0.0.1", 0)) for _ in jobs]  # one for each, so that no rank meets the last group
-    listed = []
+    ports = [
+        socket.create_server(("127.0.0.1", 0)) for _ in jobs
+    ]  # one per job, so that no rank joins an earlier group
+    commands = []
     for (name, (main, words)), port in zip(jobs.items(), ports, strict=True):
         place = ["--data_path", str(photos), "--output_dir", str(folder / name), "--batch_size", "4"]
-        listed.append([port.getsockname()[1], main, [*words, *place]])
+        commands.append([port.getsockname()[1], main, [*words, *place]])
         port.close()
-    for status, _, err in ranks(2, "-c", JOBS, json.dumps(listed)):
+    for status, _, err in ranks(2, "-c", JOBS, json.dumps(commands)):
         assert status == 0, err
     return folder
 
 
 @every_host
-def test_two_ranks_are_one_with_the_doubled_batch(host, on_two_ranks, trained):
+def test_two_ranks_equal_one_rank_with_twice_the_batch(host, on_two_ranks, trained):
     assert json.loads((on_two_ranks / host / "config.json").read_text())["world_size"] == 2
     assert_close_runs(trained(host), on_two_ranks / host, 1e-5)
 
 
-def test_two_ranks_fine_tune_every_parameter_of_ConvMAE_as_one_does(on_two_ranks, trained, photos, tmp_path):
+def test_fine_tuning_convmae_on_two_ranks_equals_one_rank(on_two_ranks, trained, photos, tmp_path):
     tune(tmp_path, photos, trained("convvit") / "last.pth", *PLAIN)
     assert_close_runs(tmp_path, on_two_ranks / "tuned", 1e-5)
     before, after = to_timm(weights(trained("convvit"))["model"]), weights(on_two_ranks / "tuned")["model"]
@@ -213,7 +215,7 @@ def test_two_ranks_fine_tune_every_parameter_of_ConvMAE_as_one_does(on_two_ranks
 
 
 def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, int]) -> Encoder:
-    """timm's ViT, or ConvViT as it is built by hand, with a checkpoint's encoder trained at another `grid`."""
+    """timm's ViT or a ConvViT with the weights of a checkpoint that was trained at `grid`."""
     if host == "convvit":
         model: Encoder = ConvViT(size, 8, embed_dim=(16, 24, 48), depth=(1, 1, 2), num_heads=3)
         del model.stage1_output_decode, model.stage2_output_decode
@@ -229,16 +231,16 @@ def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, in
     return model.eval()
 
 
-def pooled(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
-    """Feature of images by its definition."""
+def pool_features(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
+    """Features of images, by definition."""
     if isinstance(model, ConvViT):
         return F.layer_norm(model.stages(images, None)[2].mean(1), (48,), eps=1e-6)
     tokens = model.forward_features(images)
     return tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
 
 
-def seen_by_neighbours(monkeypatch, checkpoint, photos, *words) -> Tensor:
-    """Features of train/ and val/, of length 1, among which main_knn looks for neighbours."""
+def knn_features(monkeypatch, checkpoint, photos, *words) -> Tensor:
+    """Features of train/ and val/, of unit length, that main_knn compares."""
     seen, real = [], knn_votes
 
     def votes(train, labels, queries, *rest):
@@ -252,7 +254,7 @@ def seen_by_neighbours(monkeypatch, checkpoint, photos, *words) -> Tensor:
 
 
 def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
-    """All of train/ and val/ as they are evaluated."""
+    """All images of train/ and val/, prepared for evaluation."""
     args, parts = one_rank(photos).args, []
     for source in labelled_sources(str(photos)):
         samples = Samples(source, eval_transform(size), args)
@@ -261,20 +263,24 @@ def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
 
 
 @every_host
-@pytest.mark.parametrize(("pool", "size"), [(None, None), ("mean", None), (None, (48, 24)), ("mean", (48, 32))])
-def test_features_of_neighbours_are_those_of_the_reference_at_any_size(host, pool, size, trained, photos, monkeypatch):
-    args, state = parsed(host), weights(trained(host))["model"]
+@pytest.mark.parametrize(
+    ("pool", "size"),
+    [(None, None), ("mean", None), (None, (48, 24)), ("mean", (48, 32))],
+    ids=["default", "mean", "48 x 24", "mean, 48 x 32"],
+)
+def test_knn_features_equal_the_reference_at_any_input_size(host, pool, size, trained, photos, monkeypatch):
+    args, state = parse_flags(host), weights(trained(host))["model"]
     words = [*["--pool", pool] * bool(pool), *["--input_size", *(size or ())] * bool(size)]
-    found = seen_by_neighbours(monkeypatch, trained(host) / "last.pth", photos, *words)
+    found = knn_features(monkeypatch, trained(host) / "last.pth", photos, *words)
     height, width = args.input_size
     model = reference(host, state, size or args.input_size, (height // 8, width // 8))
-    expected = F.normalize(pooled(model, normalised_photos(photos, size or args.input_size), pool), dim=1)
+    expected = F.normalize(pool_features(model, normalised_photos(photos, size or args.input_size), pool), dim=1)
     assert_close(found, expected.detach(), rtol=0, atol=1e-5)
-    assert torch.pdist(found).min() > 1e-3  # a hundred times that, so images are told apart
+    assert torch.pdist(found).min() > 1e-3  # 100 times the tolerance: images differ
 
 
 @every_host
-def test_accuracy_of_neighbours_is_the_same_in_the_run_and_from_its_checkpoint(host, trained, photos):
+def test_knn_accuracy_in_the_run_equals_that_of_its_checkpoint(host, trained, photos):
     (during,) = records(trained(host), "knn_acc1")
     after = knn(trained(host) / "last.pth", photos)
     assert during == {"epoch": 2} | {f"knn_{name}": value for name, value in after.items()}
@@ -287,15 +293,15 @@ def probe(folder, photos, checkpoint, *words) -> dict:
 
 
 @every_host
-@pytest.mark.parametrize("pool", [None, "mean"])
-def test_a_probe_leaves_the_encoder_as_it_was_and_scores_the_same_again(host, pool, trained, photos, tmp_path):
+@pytest.mark.parametrize("pool", [None, "mean"], ids=["default pool", "mean"])
+def test_a_probe_keeps_the_encoder_and_eval_repeats_its_scores(host, pool, trained, photos, tmp_path):
     best = probe(tmp_path, photos, trained(host) / "last.pth", *["--pool", pool] * bool(pool))
     after, before = weights(tmp_path)["model"], to_timm(weights(trained(host))["model"])
     assert_same({name: value for name, value in after.items() if name.split(".")[0] not in ("bn", "heads")}, before)
     assert after["heads.0.bias"].norm() > 0
     flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE]
     again = result("main_linprobe", *flags)
-    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)  # the batch norm is folded
+    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)  # the batch norm is folded into the head
 
 
 def test_a_probe_of_a_probe_keeps_its_pooling(trained, photos, tmp_path):
@@ -311,13 +317,13 @@ def test_a_probe_of_a_probe_keeps_its_pooling(trained, photos, tmp_path):
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("convvit", "--model vit_pico", "a convvit, does not fit --model vit_pico: missing: .* and .* more; unknown: "),
-        ("lsmae", "--model convvit_pico", "a vit, does not fit --model convvit_pico: missing: "),
+        ("convvit", "--model vit_pico", "convvit.*--model vit_pico: missing: .* and .* more; unknown: "),
+        ("lsmae", "--model convvit_pico", "vit.*--model convvit_pico: missing: "),
         ("lsmae", "--patch_size 16 --input_size 32", "of another shape: patch_embed.proj.weight"),
-        ("convvit", "--model vit_pico --input_size 48 48", "a convvit, does not fit --model vit_pico"),
+        ("convvit", "--model vit_pico --input_size 48 48", "convvit.*--model vit_pico"),
     ],
 )
-def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, flags, message, trained, photos):
+def test_knn_refuses_another_model_or_patch_size_in_one_line(host, flags, message, trained, photos):
     with pytest.raises(ValueError, match=message) as caught:
         knn(trained(host) / "last.pth", photos, *flags.split())
     assert len(str(caught.value)) < 600
@@ -326,19 +332,21 @@ def test_a_checkpoint_of_another_host_or_patch_is_answered_in_one_line(host, fla
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("deep", "--fuse_layers 3 11", "fuses 6 layers, not 2; say which by --fuse_layers"),
-        ("convvit", "--model vit_pico", "does not fit --model vit_pico with --input_size"),
-        ("lsmae", "--decoder_dim 96", "these --decoder_[*] flags: size mismatch for decoder.mask_token"),
+        ("deep", "--fuse_layers 3 11", "6 layers, not 2.*--fuse_layers"),
+        ("convvit", "--model vit_pico", "--model vit_pico .*--input_size"),
+        ("lsmae", "--decoder_dim 96", "--decoder_[*].* decoder.mask_token"),
     ],
 )
-def test_a_picture_of_what_a_checkpoint_is_not_is_answered_in_one_line(host, flags, message, trained, photos, tmp_path):
+def test_visualize_refuses_flags_that_contradict_the_checkpoint_in_one_line(
+    host, flags, message, trained, photos, tmp_path
+):
     with pytest.raises(ValueError, match=message) as caught:
         draw(trained(host) / "last.pth", photos / "val", tmp_path / "x.png", *flags.split())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
+def test_conversion_drops_the_layers_used_in_pre_training_only(name):
     with torch.device("meta"):
         encoder = ENCODERS[name]()
     left = {key for key in encoder.state_dict() if key.split(".")[0] in encoder.pretraining_only}
@@ -346,10 +354,10 @@ def test_converting_drops_the_parts_that_a_host_leaves_behind(name):
 
 
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe"])
-def test_the_class_token_of_ConvMAE_is_refused(main, trained, photos, tmp_path):
+def test_pool_token_is_refused_for_convmae(main, trained, photos, tmp_path):
     flags = ["--checkpoint", trained("convvit") / "last.pth", "--data_path", photos, "--pool", "token", *DEVICE]
     output = ["--output_dir", tmp_path / "new"] if main == "main_linprobe" else []
-    with pytest.raises(ValueError, match=r"^--pool token: ConvMAE has no class token; use --pool mean$"):
+    with pytest.raises(ValueError, match=r"^--pool token: .*--pool mean$"):
         result(main, *flags, *output)
     assert not (tmp_path / "new").exists()
 
@@ -359,7 +367,7 @@ def test_the_class_token_of_ConvMAE_is_refused(main, trained, photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def tuned(trained, photos, tmp_path_factory):
-    """host -> (folder, result) of an epoch of fine-tuning; LSMAE's at another size than it was pre-trained at."""
+    """host -> (folder, result) of one epoch of fine-tuning; LSMAE at another input size than in pre-training."""
 
     @cache
     def run(host: str):
@@ -371,7 +379,7 @@ def tuned(trained, photos, tmp_path_factory):
 
 
 @every_host
-def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(host, tuned, photos):
+def test_eval_of_a_fine_tuned_classifier_repeats_its_scores(host, tuned, photos):
     folder, last = tuned(host)
     flags = ["--checkpoint", folder / "classifier.pth", "--data_path", photos, *DEVICE]
     assert result("main_finetune", *flags, "--eval") == last
@@ -392,10 +400,10 @@ def test_a_fine_tuned_classifier_gives_the_same_logits_in_timm(host, tuned):
     images = torch.randn(5, 3, *size)
     logits = theirs(images)
     assert_close(ours(images), logits, rtol=1e-5, atol=1e-7)
-    assert torch.pdist(logits.detach()).min() > 1e-5  # they depend on the image
+    assert torch.pdist(logits.detach()).min() > 1e-5  # logits depend on the image
 
 
-def test_a_classifier_of_ConvMAE_has_the_parts_that_its_repository_loads(tuned, trained, photos, tmp_path):
+def test_convmae_classifiers_have_the_keys_of_its_repository(tuned, trained, photos, tmp_path):
     probe(tmp_path, photos, trained("convvit") / "last.pth")
     before = weights(trained("convvit"))["model"]
     decoder = {name for name in before if name.startswith(("decoder", "mask_token"))}
@@ -412,7 +420,7 @@ def test_a_classifier_of_ConvMAE_has_the_parts_that_its_repository_loads(tuned, 
 
 
 def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndarray]:
-    """Columns (B, H, W, 3) of a picture, at their own size again."""
+    """Columns (B, H, W, 3) of a picture, scaled back to the input size."""
     zoom = max(1, round(224 / size[1]))
     height, width = (side * zoom for side in size)
     header = picture.shape[0] - rows * (height + 8)
@@ -426,8 +434,8 @@ def cells(picture: np.ndarray, size: tuple[int, int], rows: int) -> list[np.ndar
     ("host", "flags"),
     [(host, flags) for host in HOSTS for flags in METHODS.values()] + [("deep", "--fuse_layers 3 7 11")],
 )
-def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, flags, trained, photos, tmp_path):
-    args = parsed(host, flags)
+def test_visualize_draws_the_reconstruction_of_the_runs_model(host, flags, trained, photos, tmp_path):
+    args = parse_flags(host, flags)
     model = build_model(args)
     model.load_state_dict(pixmim_names(weights(trained(host, flags))["model"]))
     samples = Samples(
@@ -458,7 +466,7 @@ def test_the_picture_shows_what_the_model_of_the_run_makes_of_its_images(host, f
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos, tmp_path):
+def test_fusing_only_the_last_layer_equals_a_plain_vit(trained, photos, tmp_path):
     pretrain(photos, tmp_path, *DEEP["deep"].split(), "--model", "vit_tiny")
     alone = trained("deep", "--fuse_layers 11")
     state = weights(alone)["model"]
@@ -467,57 +475,58 @@ def test_fusing_the_last_layer_alone_is_a_plain_ViT_bit_for_bit(trained, photos,
     assert losses(alone) == losses(tmp_path)
 
 
-def test_the_decoder_reads_the_layers_that_are_named(trained):
-    """The same weights, other layers: another loss. The number of layers is that of the weights of the sum."""
+def test_the_decoder_reads_the_layers_of_fuse_layers(trained):
+    """The same weights with other layers give another loss; there is one fusion weight per layer."""
     state = pixmim_names(weights(trained("deep", "--fuse_layers 3 7 11"))["model"])
     found = []
     for layers in ("3 7 11", "3 8 11", "2 7 11"):
-        model, images, noise = built(parsed("deep", f"--fuse_layers {layers}"))
+        model, images, noise = build_inputs(parse_flags("deep", f"--fuse_layers {layers}"))
         model.load_state_dict(state)
         found.append(model(images, noise)[0].item())
-    assert min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5  # float32 losses of about 1 are told apart at 1e-7
+    assert min(abs(a - b) for a, b in combinations(found, 2)) > 1e-5  # float32 near 1 has a resolution of 1e-7
     assert len(weights(trained("deep"))["model"]["proj_weights"]) == 6
 
 
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("lsmae", "--fuse_layers 11", "--fuse_layers: --model vit_pico fuses no layers"),
-        ("convvit", "--fuse_layers 11", "--fuse_layers: --model convvit_pico fuses no layers"),
+        ("lsmae", "--fuse_layers 11", "--fuse_layers.* --model vit_pico "),
+        ("convvit", "--fuse_layers 11", "--fuse_layers.* --model convvit_pico "),
         *[
-            ("deep", f"--fuse_layers {layers}", f"--fuse_layers {layers}: they must ascend from 0 and end with the last, 11")
+            ("deep", f"--fuse_layers {layers}", f"--fuse_layers {layers}: .* 11$")
             for layers in ("7 3 11", "11 3", "3 3 11", "3 7", "3 7 11 12", "12")
         ],
-        ("convvit", "--patch_size 6", "ConvMAE halves a patch twice: a patch size of 6 must be a multiple of 4"),
-        ("convvit", "--input_size 32 44", "an input size of 32 x 44 is not a multiple of the patch size 8"),
-        ("mff", "--input_size 36", "an input size of 36 x 36 is not a multiple of the patch size 8"),
+        ("convvit", "--patch_size 6", "--patch_size 6: .* 4$"),
+        ("convvit", "--input_size 32 44", " 32 x 44 .* 8$"),
+        ("mff", "--input_size 36", " 36 x 36 .* 8$"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit_the_host_are_refused_in_one_line(host, flags, message, photos, tmp_path):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+def test_settings_that_do_not_fit_the_model_are_refused_in_one_line(host, flags, message, photos, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
         pretrain(photos, tmp_path, *(HOSTS | DEEP)[host].split(), *flags.split())
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "last.pth").exists()
 
 
 @pytest.mark.parametrize(
     ("host", "flags", "message"),
     [
-        ("deep", "--fuse_layers 3 7 11", r"with --fuse_layers None, not \[3, 7, 11\]; give the same flag"),
-        ("mff", "--model vit_pico", "with --model mff_vit_pico, not vit_pico; give the same flag"),
-        ("lsmae", "--mask_unit 1", "with --mask_unit 2, not 1; give the same flag"),
+        ("deep", "--fuse_layers 3 7 11", r"--fuse_layers None, .*\[3, 7, 11\]"),
+        ("mff", "--model vit_pico", "--model mff_vit_pico, .* vit_pico"),
+        ("lsmae", "--mask_unit 1", "--mask_unit 2, .* 1"),
     ],
 )
-def test_a_run_is_not_resumed_with_another_host(host, flags, message, trained, photos, tmp_path):
+def test_resuming_with_another_model_is_refused(host, flags, message, trained, photos, tmp_path):
     words = [*(HOSTS | DEEP)[host].split(), *flags.split(), "--resume", trained(host) / "last.pth"]
     with pytest.raises(ValueError, match=message):
         pretrain(photos, tmp_path, *words)
 
 
-# ------------------------------------------------------------------------------------------------ a host that is not ours
+# ------------------------------------------------------------------------------------------------ a custom encoder
 
 
 class Scaled(MaskedViT):
-    """A ViT whose tokens are scaled by what only pre-training learns."""
+    """A ViT with a scale of its tokens that is used in pre-training only."""
 
     pretraining_only = ("scale",)
 
@@ -529,21 +538,21 @@ class Scaled(MaskedViT):
         return self.scale * super().encode(images, mask)
 
 
-def test_a_custom_encoder_needs_no_conversion_rule(photos, tmp_path, monkeypatch):
+def test_a_custom_encoder_requires_no_conversion_rule(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(ENCODERS, "scaled_vit", partial(Scaled, embed_dim=48, depth=2, num_heads=3))
     words = ["--model", "scaled_vit"]
     whole, broken = pretrain(photos, tmp_path / "whole", *words, "--save_every", 1), tmp_path / "broken"
     pretrain(photos, broken, *words, "--resume", whole / "epoch-0001.pth")
     state = weights(whole)["model"]
     assert_same(state, weights(broken)["model"])
-    assert [x["epoch"] for x in records(broken)] == [1.5, 2]  # the second epoch alone
+    assert [x["epoch"] for x in records(broken)] == [1.5, 2]  # the second epoch only
     assert not torch.equal(state["scale"], torch.ones(48))
     assert rename("scale", "mae", "mae") is None
 
     checkpoint = whole / "last.pth"
-    found = seen_by_neighbours(monkeypatch, checkpoint, photos, "--input_size", 24, 16)
+    found = knn_features(monkeypatch, checkpoint, photos, "--input_size", 24, 16)
     model = reference("scaled_vit", state, (24, 16), (2, 2))
-    expected = F.normalize(pooled(model, normalised_photos(photos, (24, 16)), None), dim=1)
+    expected = F.normalize(pool_features(model, normalised_photos(photos, (24, 16)), None), dim=1)
     assert_close(found, expected.detach(), rtol=0, atol=1e-5)
 
     last = tune(tmp_path / "tuned", photos, checkpoint, "--epochs", 1)

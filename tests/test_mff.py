@@ -1,4 +1,4 @@
-"""What models_mff.py promises; the reference implementation's numbers are in test_reference.py."""
+"""Properties of models_mff.py. test_reference.py compares it with the reference implementation."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def plain_twin(encoder: MFFViT) -> MaskedViT:
     return twin
 
 
-def test_one_hot_weights_on_the_last_layer_are_mae():
+def test_fusion_weights_on_the_last_layer_only_give_mae():
     encoder = perturb(MFFViT(fuse_layers=(0, 1, 3), **SIZES))
     encoder.proj_weights.data = torch.tensor([-1e4, -1e4, 0.0]).view(-1, 1, 1, 1)
     options = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -57,7 +57,7 @@ def test_tokens_are_the_norm_of_the_weighted_sum_of_the_layers():
     assert torch.equal(tokens, encoder.encode(scribble(images, mask), mask))
 
 
-def test_features_of_whole_images_are_those_of_the_plain_vit():
+def test_features_equal_those_of_the_plain_vit():
     encoder, images = perturb(MFFViT(**SIZES)).eval(), torch.randn(2, 3, 32, 48)
     assert torch.equal(encoder(images), plain_twin(encoder).eval()(images))
 
@@ -73,7 +73,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_fusion_begins_with_equal_weights():
+def test_initial_fusion_weights_are_equal():
     encoder = MFFViT(**SIZES)
     share = encoder.proj_weights.flatten().softmax(0)
     assert_close(share, torch.full_like(share, 1 / len(share)))
@@ -83,16 +83,16 @@ def test_fusion_begins_with_equal_weights():
     ("depth", "layers"),
     [(12, (0, 2, 4, 6, 8, 11)), (24, (0, 4, 8, 13, 17, 23)), (6, (0, 1, 2, 3, 4, 5)), (2, (0, 1)), (1, (0,))],
 )
-def test_layers_of_another_depth_lie_at_the_same_relative_place(depth, layers):
+def test_default_fused_layers_scale_with_the_depth(depth, layers):
     assert default_layers(depth) == layers
 
 
-def test_the_released_layers_are_the_default_of_vit_base():
+def test_default_fused_layers_of_vit_base_are_those_of_the_release():
     with torch.device("meta"):
         assert ENCODERS["mff_vit_base"]().fuse_layers == (0, 2, 4, 6, 8, 11)
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (3, 1), (0, 0, 3), (0, 4), (1, 3, 5)])
-def test_layers_that_do_not_ascend_to_the_last_are_refused(layers):
-    with pytest.raises(ValueError, match=f"--fuse_layers {' '.join(map(str, layers))}: .* end with the last, 3"):
+def test_fused_layers_must_ascend_to_the_last_layer(layers):
+    with pytest.raises(ValueError, match=f"--fuse_layers {' '.join(map(str, layers))}: .*3"):
         MFFViT(fuse_layers=layers, **SIZES)

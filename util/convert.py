@@ -1,4 +1,4 @@
-"""Convert checkpoints between repositories: `python -m util.convert IN OUT`."""
+"""python -m util.convert IN OUT --to FORMAT: convert checkpoints between repositories."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 if not __package__:  # python util/convert.py
     sys.path[0] = str(Path(__file__).parents[1])
 
-from util.args import SizeAction, number
+from util.args import HelpFormatter, SizeAction, number
 from util.formats.commands import load_command
 from util.formats.hub import push
 from util.formats.keys import DECODER, FORMATS
@@ -28,17 +28,22 @@ def convert(
     input_size: tuple[int, int] | None = None,
     backbone: str = "MAE",
 ) -> str:
-    """Write `out`, a file or folder of tensors only, in the format of `target`; returns the report."""
+    """Write `out`, a file or folder with the tensors of `source` in the format `target`; returns the report.
+
+    ValueError if the format cannot hold the weights or `out` cannot be written.
+    """
     if source.resolve() == out.resolve():
-        raise ValueError(f"OUT is IN ({out}): choose another name")
+        raise ValueError(f"IN and OUT are the same file, {out}: choose another OUT")
     _check_flags(target, folder, encoder_only, backbone)
     folder = folder or target == "hf"
     occupied = any(out.iterdir()) if folder and out.is_dir() else out.exists() if folder else out.is_dir()
     if occupied or not out.parent.is_dir():
         what = "new or empty folder" if folder else "file"
-        raise ValueError(f"cannot write {out}: it must be a {what} in an existing folder")
+        raise ValueError(f"cannot write {out}: OUT must be a {what} in an existing folder")
     weights = read_weights(source)
-    select_tensors(weights, target, encoder_only)  # refuses a host that the format cannot hold, before resampling
+    select_tensors(
+        weights, target, encoder_only
+    )  # before resampling: an encoder that the format cannot hold is refused
     weights = weights if input_size is None else resize_weights(weights, input_size)
     line = load_command(weights, target, out, folder, encoder_only, backbone)
     chosen = select_tensors(weights, target, encoder_only)
@@ -76,18 +81,18 @@ def _check_flags(target: str, folder: bool, encoder_only: bool, backbone: str) -
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser = argparse.ArgumentParser(prog="python -m util.convert", description=(__doc__ or "").splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain / mmsegmentation, timm or transformers; "
                               "or a folder of timm or transformers")
-    add("OUT", type=Path, help="file to write; with --folder and --to hf a new folder")
+    add("OUT", type=Path, help="file to write; with --folder or --to hf a new folder")
     add("--to", choices=FORMATS["vit"], default="timm", help="format; mae includes Alpha-VL/ConvMAE")
-    add("--folder", action="store_true", help="timm: a folder with config.json, for local-dir: and the Hugging Face Hub")
-    add("--encoder_only", action="store_true", help="hf: write a ViTModel without decoder instead of a ViTMAEForPreTraining")
-    add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: class whose names the attention layers have")
+    add("--folder", action="store_true", help="timm: write a folder with config.json, for local-dir: and the Hub")
+    add("--encoder_only", action="store_true", help="hf: write a ViTModel without decoder, not a ViTMAEForPreTraining")
+    add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: backbone class that loads the file")
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
-        help="resample position embeddings for images of this side in pixels, or H W")
-    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository, a new one is private")
+        help="resample the position embeddings to this input size in pixels: one side, or H W")
+    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository of the Hugging Face Hub; a new one is private")
     # fmt: on
     return parser
 

@@ -1,4 +1,4 @@
-"""What an encoder is worth: accuracies counted by hand, kNN, probes, fine-tuning, and every format of checkpoint."""
+"""Evaluation of encoders: scores, kNN, linear probes, fine-tuning, from checkpoints of every format."""
 
 import json
 import math
@@ -40,11 +40,11 @@ PROBE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "0", "--pool",
 TUNE = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.003"]
 
 
-# ------------------------------------------------------------------------------------------------------------ counting
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
-def counted(scores: np.ndarray, labels: list[int]) -> dict:
-    """Accuracies in percent, one sample after the other."""
+def count_scores(scores: np.ndarray, labels: list[int]) -> dict:
+    """Accuracies in percent, by a loop over samples."""
     top1, top5, losses = [], [], []
     for row, label in zip(scores, labels, strict=True):
         order = sorted(range(len(row)), key=lambda c, row=row: -row[c])
@@ -61,17 +61,17 @@ def counted(scores: np.ndarray, labels: list[int]) -> dict:
     [(9, [0] * 20 + [1] * 3 + [8] * 2), (3, [0, 1, 2, 2, 2]), (2, [1, 1, 1])],
     ids=["imbalanced, most classes absent", "fewer than five classes", "one class of two present"],
 )
-def test_scores_are_those_counted_by_hand(classes, labels):
+def test_scores_equal_a_count_by_hand(classes, labels):
     scores = np.random.default_rng(0).normal(size=(len(labels), classes))
     score = Score(classes, CPU)
     for part in np.array_split(np.arange(len(labels)), 2):
         score.add(torch.tensor(scores[part], dtype=torch.float32), torch.tensor(labels)[part])
-    assert score.result(ALONE) == pytest.approx(counted(scores, labels), abs=1e-3)  # rounded to 3 places
+    assert score.result(ALONE) == pytest.approx(count_scores(scores, labels), abs=1e-3)  # rounded to 3 places
     assert list(score.result(ALONE)) == ["acc1", "acc5", "mean_class_acc", "loss", "n"]
 
 
 def slow_knn(train, labels, query, classes: int, k: int, temperature: float) -> list[float]:
-    """Votes for one query, over NumPy."""
+    """Votes for one query, by a loop in NumPy."""
     cosines = [float(np.dot(x, query) / np.linalg.norm(x) / np.linalg.norm(query)) for x in train]
     votes = [0.0] * classes
     for i in sorted(range(len(train)), key=lambda i: -cosines[i])[:k]:
@@ -80,12 +80,14 @@ def slow_knn(train, labels, query, classes: int, k: int, temperature: float) -> 
 
 
 @pytest.mark.parametrize("k", [1, 5, 100])
-def test_votes_are_those_of_a_loop_over_all_neighbours(k):
+def test_knn_votes_equal_a_loop_over_all_neighbours(k):
     train, labels, queries = torch.randn(30, 8), torch.randint(0, 4, (30,)), torch.randn(6, 8)
     votes = knn_votes(F.normalize(train), labels, F.normalize(queries), 4, k, 0.07)
     for query, mine in zip(queries.numpy(), votes, strict=True):
         slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
-        assert_close(mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6)  # ours are relative to the nearest
+        assert_close(
+            mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6
+        )  # ours have the weight 1 for the nearest
 
 
 # ------------------------------------------------------------------------------------------------------------------ kNN
@@ -96,7 +98,7 @@ def knn(checkpoint, photos, *words) -> dict:
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
-def test_knn_of_a_checkpoint_is_that_of_its_features_one_by_one(pool, pretrained, photos):
+def test_knn_accuracy_equals_a_loop_over_single_features(pool, pretrained, photos):
     encoder = MaskedViT(**TIMM | PICO | {"num_classes": 0}, num_heads=3).eval()
     encoder.load_state_dict(to_timm(weights(pretrained)["model"]))
     args = Namespace(in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, timeout_minutes=1)
@@ -108,14 +110,14 @@ def test_knn_of_a_checkpoint_is_that_of_its_features_one_by_one(pool, pretrained
         sets.append((tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1), source.labels.tolist()))
     (train, labels), (queries, truth) = sets
     votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
-    expected = counted(votes, truth)
-    expected.pop("loss")  # votes are no logits
+    expected = count_scores(votes, truth)
+    expected.pop("loss")  # votes are not logits
     found = knn(pretrained / "last.pth", photos, "--pool", pool, "--k", 3, "--temperature", 0.5)
     assert found == pytest.approx(expected, abs=1e-3)
     assert list(found) == list(expected)
 
 
-def test_a_rank_without_images_has_no_features_of_the_right_shape(photos):
+def test_a_rank_without_images_has_empty_features_of_the_right_width(photos):
     args = one_rank(photos).args
     encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8)
     source = labelled_sources(str(photos))[1]
@@ -124,7 +126,7 @@ def test_a_rank_without_images_has_no_features_of_the_right_shape(photos):
     assert (features.shape, labels.shape) == ((0, 192), (0,))
 
 
-def test_an_untrained_encoder_is_the_control_and_needs_a_model(photos):
+def test_an_untrained_encoder_requires_model(photos):
     assert knn("none", photos, *MODEL)["n"] == 9
     with pytest.raises(ValueError, match=r"--checkpoint none .* --model"):
         knn("none", photos)
@@ -138,25 +140,27 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("source", FORMATS)
-def test_foreign_checkpoints_are_taken_as_they_are(source, pretrained, photos, tmp_path):
+def test_knn_reads_foreign_checkpoints_without_conversion(source, pretrained, photos, tmp_path):
     torch.save(FORMATS[source](weights(pretrained)["model"]), tmp_path / "foreign.pth")
     assert knn(tmp_path / "foreign.pth", photos) == knn(pretrained / "last.pth", photos)
 
 
-@pytest.mark.parametrize("options", [{"target": "hf"}, {"target": "timm", "folder": True}])
-def test_folders_of_transformers_and_timm_are_taken_as_they_are(options, pretrained_tiny, photos, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"target": "hf"}, {"target": "timm", "folder": True}], ids=["transformers", "timm"]
+)
+def test_knn_and_probe_read_folders_of_transformers_and_timm(options, pretrained_tiny, photos, tmp_path):
     convert.convert(pretrained_tiny / "last.pth", tmp_path / "x", **options)
     ours = knn(pretrained_tiny / "last.pth", photos)
     assert knn(tmp_path / "x", photos) == ours
     assert knn(tmp_path / "x", photos, "--input_size", 32, 24) == knn(
         pretrained_tiny / "last.pth", photos, "--input_size", 32, 24
     )
-    said = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
-    assert result("main_linprobe", *said)["n"] == 9
+    words = ["--checkpoint", tmp_path / "x", "--data_path", photos, *DEVICE, *PROBE, "--output_dir", tmp_path / "probe"]
+    assert result("main_linprobe", *words)["n"] == 9
     assert weights(tmp_path / "probe")["args"]["checkpoint"] == str(tmp_path / "x" / "model.safetensors")
 
 
-def test_a_folder_that_is_not_square_or_has_other_heads_is_read_by_its_config(photos, tmp_path):
+def test_grid_and_heads_of_a_folder_are_read_from_its_config(photos, tmp_path):
     encoder = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=192, depth=12, num_heads=3)
     torch.save(encoder.state_dict(), tmp_path / "x.pth")
     convert.convert(tmp_path / "x.pth", tmp_path / "x", "timm", folder=True, input_size=(16, 24))
@@ -185,40 +189,40 @@ def test_another_input_size_resamples_the_position_embedding(pretrained, photos,
     ]
     small, large = (x[0, 1:].unflatten(0, (n, n)).permute(2, 0, 1)[None] for x, n in zip(embeds, (2, 4), strict=True))
     assert_close(large, F.interpolate(small, (4, 4), mode="bicubic", align_corners=False), rtol=1e-5, atol=1e-5)
-    assert torch.equal(embeds[0][:, 0], embeds[1][:, 0])  # the class token has no place
+    assert torch.equal(embeds[0][:, 0], embeds[1][:, 0])  # the class token is not resampled
 
 
-@pytest.mark.parametrize("grids", [((4, 4), (6, 6)), ((2, 6), (5, 3)), ((3, 5), (4, 4))])
-def test_resampling_is_that_of_timm(grids):
+@pytest.mark.parametrize(
+    "grids", [((4, 4), (6, 6)), ((2, 6), (5, 3)), ((3, 5), (4, 4))], ids=lambda g: f"{g[0]} to {g[1]}"
+)
+def test_resampled_position_embeddings_equal_timms(grids):
     old, new = grids
     embed = torch.randn(1, 1 + old[0] * old[1], 8)
     theirs = resample_abs_pos_embed(embed, [*new], [*old], num_prefix_tokens=1, antialias=False)
     assert_close(resample_pos_embed(embed, old, new, 1), theirs, rtol=0, atol=1e-6)
 
 
-def test_resampling_to_a_square_of_as_many_patches_is_done():
+def test_grids_of_equal_length_are_resampled():
     embed = torch.arange(16.0).view(1, 16, 1)
     assert not torch.equal(resample_pos_embed(embed, (2, 8), (4, 4), 0), embed)
 
 
-def test_a_foreign_checkpoint_that_is_no_square_asks_for_its_size(photos, tmp_path):
+def test_a_rectangular_foreign_checkpoint_requires_input_size(photos, tmp_path):
     state = MaskedViT(img_size=(16, 24), patch_size=8, embed_dim=48, depth=2, num_heads=3).state_dict()
     torch.save({"model": state}, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match=r"foreign\.pth: 6 patches .*--input_size H W"):
+    with pytest.raises(ValueError, match=r"foreign\.pth.* 6 patches .*--input_size"):
         knn(tmp_path / "foreign.pth", photos)
     assert knn(tmp_path / "foreign.pth", photos, "--input_size", 16, 24)["n"] == 9
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_with_the_list(pretrained, photos):
-    with pytest.raises(
-        ValueError, match=r"last\.pth, a vit, does not fit --model vit_small: .*of another shape: blocks\.0"
-    ):
+def test_a_checkpoint_of_another_model_is_refused_with_the_keys(pretrained, photos):
+    with pytest.raises(ValueError, match=r"last\.pth.*--model vit_small: .*blocks\.0"):
         knn(pretrained / "last.pth", photos, "--model", "vit_small")
 
 
-def test_eval_of_a_pre_trained_checkpoint_says_that_there_is_no_classifier(pretrained, photos, tmp_path):
+def test_eval_refuses_a_checkpoint_without_classifier(pretrained, photos, tmp_path):
     for main in ("main_linprobe", "main_finetune"):
-        with pytest.raises(ValueError, match=r"last\.pth has no classifier"):
+        with pytest.raises(ValueError, match=r"--eval: .*last\.pth"):
             result(main, "--eval", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE)
 
 
@@ -237,19 +241,21 @@ def probed(pretrained, photos, tmp_path_factory):
     return folder, probe(folder, photos, pretrained / "last.pth", "--blr", 0.1, 3, 30)
 
 
-def test_a_probe_changes_its_heads_and_statistics_alone(probed, pretrained):
+def test_a_probe_trains_only_its_heads_and_statistics(probed, pretrained):
     after, before = weights(probed[0])["model"], weights(pretrained)["model"]
     fresh = {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
     fresh |= {f"heads.{i}.{x}" for i in range(3) for x in ("weight", "bias")}
     assert after.keys() - fresh == to_timm(before).keys()
     for name in after.keys() - fresh:
         assert torch.equal(after[name], before[name])
-    assert not torch.equal(after["heads.0.weight"], after["heads.2.weight"])  # they began equal
+    assert not torch.equal(
+        after["heads.0.weight"], after["heads.2.weight"]
+    )  # equal initial weights, other learning rates
     assert after["bn.num_batches_tracked"] == 2 * 2
     assert after["heads.1.bias"].norm() > 0
 
 
-def test_each_of_several_learning_rates_learns_as_if_it_were_alone(probed, pretrained, photos, tmp_path):
+def test_parallel_probes_equal_separate_probes(probed, pretrained, photos, tmp_path):
     together = weights(probed[0])["model"]
     for i, blr in enumerate((0.1, 3, 30)):
         probe(tmp_path / str(i), photos, pretrained / "last.pth", "--blr", blr)
@@ -258,7 +264,7 @@ def test_each_of_several_learning_rates_learns_as_if_it_were_alone(probed, pretr
             assert_close(together[f"heads.{i}.{part}"], alone[f"heads.0.{part}"], rtol=1e-4, atol=1e-6)
 
 
-def test_the_best_learning_rate_is_reported_and_its_classifier_kept(probed, photos):
+def test_the_best_learning_rate_is_reported_and_saved(probed, photos):
     folder, best = probed
     assert list(best) == ["acc1", "acc5", "mean_class_acc", "loss", "n", "blr", "selected_on"]
     assert best["n"] == 9
@@ -270,11 +276,11 @@ def test_the_best_learning_rate_is_reported_and_its_classifier_kept(probed, phot
     assert again["acc1"] == best["acc1"]
 
 
-def test_ranks_probe_together_even_where_one_has_nothing_to_evaluate(pretrained, photos, tmp_path):
+def test_two_ranks_probe_as_one_though_one_has_no_validation_image(pretrained, photos, tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "train").symlink_to(photos / "train")
     (tmp_path / "val" / "bee").mkdir()
-    shutil.copy(photos / "val" / "bee" / "1.png", tmp_path / "val" / "bee")  # one image for two ranks
+    shutil.copy(photos / "val" / "bee" / "1.png", tmp_path / "val" / "bee")  # one validation image for two ranks
     words = ["main_linprobe.py", *DEVICE, *PROBE, "--epochs", 1, "--checkpoint", pretrained / "last.pth", "--blr", 1, 3]
     (status, out, err), (other, silence, _) = ranks(
         2, *words, "--data_path", tmp_path, "--output_dir", tmp_path / "out"
@@ -285,14 +291,14 @@ def test_ranks_probe_together_even_where_one_has_nothing_to_evaluate(pretrained,
     flags = ["--eval", "--checkpoint", tmp_path / "out" / "classifier.pth", "--data_path", tmp_path, *DEVICE]
     again = result("main_linprobe", *flags)
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
-    one = ["--batch_size", 16, "--epochs", 1, "--blr", 1, 3]  # the same step on one rank: the same images in the mean
+    one = ["--batch_size", 16, "--epochs", 1, "--blr", 1, 3]  # the same images per step on one rank
     probe(tmp_path / "one", tmp_path, pretrained / "last.pth", *one)
     means = [weights(tmp_path / name)["model"]["bn.running_mean"] for name in ("out", "one")]
     assert_close(*means, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
-def test_the_folded_classifier_is_the_probe_inside_timm(pool, pretrained, photos, tmp_path):
+def test_the_folded_classifier_in_timm_equals_the_probe(pool, pretrained, photos, tmp_path):
     probe(tmp_path, photos, pretrained / "last.pth", "--pool", pool, "--blr", 3)
     options = TIMM | PICO | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
     encoder = MaskedViT(**options | {"num_classes": 0}, num_heads=3)
@@ -306,7 +312,7 @@ def test_the_folded_classifier_is_the_probe_inside_timm(pool, pretrained, photos
     assert_close(theirs(images), ours(images)[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_the_release_s_probe_evaluates_bilinearly(pretrained, photos, tmp_path):
+def test_the_mmselfsup_probe_evaluates_with_bilinear_resizing(pretrained, photos, tmp_path):
     best = probe(tmp_path, photos, pretrained / "last.pth", "--probe_as", "mmselfsup")
     flags = ["--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE, "--eval"]
     again = result("main_linprobe", *flags, "--probe_as", "mmselfsup")
@@ -314,7 +320,7 @@ def test_the_release_s_probe_evaluates_bilinearly(pretrained, photos, tmp_path):
     assert result("main_linprobe", *flags)["loss"] != again["loss"]
 
 
-def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
+def test_pooling_gives_the_class_token_or_the_mean_of_the_patches():
     images = torch.randn(2, 3, 16, 16)
     for pool in ("token", "mean"):
         encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8, **pooling(None, pool)).eval()
@@ -322,43 +328,43 @@ def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
         assert_close(features(encoder, images), tokens[:, 0] if pool == "token" else tokens[:, 1:].sum(1) / 4)
 
 
-def test_a_finished_probe_started_again_gives_its_result(probed, pretrained, photos, tmp_path):
+def test_a_finished_probe_prints_its_result_again(probed, pretrained, photos, tmp_path):
     folder = shutil.copytree(probed[0], tmp_path / "probe")
     assert probe(folder, photos, pretrained / "last.pth", "--blr", 0.1, 3, 30) == probed[1]
     assert (folder / "log.jsonl").read_text() == (probed[0] / "log.jsonl").read_text()
 
 
-def test_a_probe_of_other_weights_in_the_same_folder_is_refused(probed, pretrained, photos, tmp_path):
+def test_resuming_a_probe_with_other_weights_is_refused(probed, pretrained, photos, tmp_path):
     folder = shutil.copytree(probed[0], tmp_path / "probe")
     other = torch.load(pretrained / "last.pth", weights_only=True)
     other["model"]["norm.bias"] += 1
     del other["sha256"]
     torch.save(other, tmp_path / "other.pth")
     content = torch.load(folder / "last.pth", weights_only=True)
-    content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights in it
+    content["args"]["checkpoint"] = str(tmp_path / "other.pth")  # the same name, other weights
     del content["sha256"]
     write_checkpoint(folder / "last.pth", content)
-    with pytest.raises(ValueError, match="began with other weights than --checkpoint has now"):
+    with pytest.raises(ValueError, match=r"weights .*--checkpoint"):
         probe(folder, photos, tmp_path / "other.pth", "--blr", 0.1, 3, 30)
 
 
-def test_a_classifier_is_written_from_the_hosts_memory(tmp_path, monkeypatch):
+def test_classifiers_are_copied_to_the_cpu_before_saving(tmp_path, monkeypatch):
     written, state = [], ENCODERS["vit_tiny"](img_size=16, patch_size=8, num_classes=3).state_dict()
     monkeypatch.setattr(
         "util.evaluate.classifier.write_checkpoint", lambda path, content: written.append(content) or path
     )
     run = one_rank(tmp_path)
-    save_classifier(run, state, ["a", "b", "c"])  # on a GPU its bytes could not be summed up
+    save_classifier(run, state, ["a", "b", "c"])  # a checksum requires tensors on the CPU
     assert_same(written[0]["model"], state)
     assert all(written[0]["model"][name].data_ptr() != value.data_ptr() for name, value in state.items())
 
 
-def test_similarities_of_any_size_do_not_overflow():
+def test_knn_votes_do_not_overflow_at_low_temperatures():
     train = F.normalize(torch.randn(30, 8), dim=1)
     labels = torch.arange(30) % 3
     votes = knn_votes(train, labels, train, 3, k=5, temperature=1e-3)
     assert votes.isfinite().all()
-    assert torch.equal(votes.argmax(1), labels)  # at this temperature the nearest, itself, decides
+    assert torch.equal(votes.argmax(1), labels)  # at this temperature only the nearest, the query itself, counts
 
 
 # ----------------------------------------------------------------------------------------------------------- fine-tuning
@@ -375,7 +381,7 @@ def tuned(pretrained, photos, tmp_path_factory):
     return folder, tune(folder, photos, pretrained / "last.pth")
 
 
-def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(tuned, photos):
+def test_eval_of_a_fine_tuned_classifier_repeats_its_scores(tuned, photos):
     folder, last = tuned
     assert list(last) == ["acc1", "acc5", "mean_class_acc", "loss", "n"]
     assert last["n"] == 9
@@ -383,7 +389,7 @@ def test_a_fine_tuned_classifier_scores_the_same_when_it_is_loaded_again(tuned, 
     assert result("main_finetune", *flags) == last
 
 
-def test_a_fine_tuned_classifier_loads_into_timm_and_scores_the_same_there(tuned, photos):
+def test_a_fine_tuned_classifier_scores_the_same_in_timm(tuned, photos):
     folder, last = tuned
     options = TIMM | PICO | {"global_pool": "avg", "checkpoint_path": str(folder / "classifier.pth")}
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -394,18 +400,18 @@ def test_a_fine_tuned_classifier_loads_into_timm_and_scores_the_same_there(tuned
     assert score.result(ALONE) == pytest.approx(last, abs=1e-4)
 
 
-def test_every_parameter_is_tuned_from_the_pre_trained_ones(tuned, pretrained):
+def test_fine_tuning_changes_every_pre_trained_parameter(tuned, pretrained):
     before, after = (to_timm(weights(folder)["model"]) for folder in (pretrained, tuned[0]))
     assert after.keys() - before.keys() == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     for name in before.keys() & after.keys():
-        assert not torch.equal(before[name], after[name]), name  # position embeddings too
+        assert not torch.equal(before[name], after[name]), name  # position embeddings included
         assert_close(before[name], after[name], rtol=0, atol=1e-3)  # peak 9.4e-5, a few steps
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and newer, of worker processes
-def test_fine_tuning_resumed_is_fine_tuning_unbroken(tuned, pretrained, photos, tmp_path, monkeypatch):
+def test_resumed_fine_tuning_equals_an_uninterrupted_run(tuned, pretrained, photos, tmp_path, monkeypatch):
     interrupted(monkeypatch, 2, lambda: tune(tmp_path, photos, pretrained / "last.pth"))
-    # a worker, so that no sample leaves its seed in this process by chance
+    # a worker process: samples do not seed the main process
     assert tune(tmp_path, photos, pretrained / "last.pth", "--num_workers", 1) == tuned[1]
     assert_same(weights(tmp_path)["model"], weights(tuned[0])["model"])
 
@@ -413,21 +419,21 @@ def test_fine_tuning_resumed_is_fine_tuning_unbroken(tuned, pretrained, photos, 
 @pytest.mark.parametrize(
     "words", ["--aa none --mixup 0 --cutmix 0 --reprob 0", "--mixup 0.8 --cutmix 0 --layer_decay 1"]
 )
-def test_fine_tuning_goes_without_its_augmentations_and_from_scratch(words, photos, tmp_path):
+def test_fine_tuning_runs_from_scratch_and_without_augmentations(words, photos, tmp_path):
     assert tune(tmp_path, photos, "none", *MODEL, *words.split(), "--epochs", 1)["n"] == 9
 
 
 def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):
-    with pytest.raises(ValueError, match="--batch_size 7: mixup and cutmix mix pairs"):
+    with pytest.raises(ValueError, match="--batch_size 7"):
         tune(tmp_path, photos, "none", *MODEL, "--batch_size", 7)
 
 
-def test_the_class_token_of_a_fine_tuned_mean_is_not_measured(tuned, photos):
-    with pytest.raises(ValueError, match="use --pool mean"):
+def test_pool_token_is_refused_for_a_classifier_on_mean_pooling(tuned, photos):
+    with pytest.raises(ValueError, match=r"--pool token: .*--pool mean"):
         knn(tuned[0] / "classifier.pth", photos, "--pool", "token")
 
 
-def test_fine_tuning_draws_labels_as_it_mixes_images():
+def test_mixed_images_have_mixed_labels():
     args = Namespace(reprob=0.0, mixup=0.8, cutmix=1.0, smoothing=0.1)
     loss = main_finetune.finetune_loss(args, lambda batch: batch["images"], 3, CPU)
     images, seen = torch.randn(4, 3, 16, 16), []
@@ -438,12 +444,12 @@ def test_fine_tuning_draws_labels_as_it_mixes_images():
         return torch.zeros(4, 3)
 
     batch = {"images": images.clone(), "label": torch.tensor([0, 1, 2, 0])}
-    assert loss(model, batch).item() == pytest.approx(math.log(3))  # labels sum to 1, mixed or not
+    assert loss(model, batch).item() == pytest.approx(math.log(3))  # labels sum to 1 with and without mixing
     assert not torch.equal(seen[0], images)
 
 
-def test_classes_that_the_classifier_does_not_know_are_named(tuned, photos, tmp_path):
+def test_unknown_validation_classes_are_named(tuned, photos, tmp_path):
     shutil.copytree(photos / "val", tmp_path / "val")
     (tmp_path / "val" / "cat").rename(tmp_path / "val" / "yak")
-    with pytest.raises(ValueError, match=r"val has classes that train has not: \['yak'\]"):
+    with pytest.raises(ValueError, match=r"val .*'yak'"):
         call("main_finetune", "--eval", "--checkpoint", tuned[0] / "classifier.pth", "--data_path", tmp_path, *DEVICE)

@@ -1,4 +1,4 @@
-"""Every format that util.convert writes: read again as it was, and used by the library that it is for."""
+"""Every format that util.convert writes: read back unchanged, and loaded by its library."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 from reference.make import read
 from safetensors.torch import save_file
-from test_convert import HOSTS, SIZES, Evil, classifier, method, reported_line, same, saved
+from test_convert import HOSTS, SIZES, Evil, are_equal, build_pixmim, load_line, make_classifier, save_content
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -39,7 +39,7 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def model() -> PixMIM:
-    return method(HOSTS["vit"]())
+    return build_pixmim(HOSTS["vit"]())
 
 
 @pytest.fixture
@@ -47,15 +47,15 @@ def mae(model) -> dict[str, Tensor]:
     return mae_names(model.state_dict())
 
 
-def written(state: dict[str, Tensor], place: Path, target: str, args: dict | None = None, **options) -> Path:
-    """What `--to target` writes of a run's checkpoint, in the folder `place`."""
-    path = saved(place, {"format": "pixmim-1", "model": state, "args": args or {}})
+def write_format(state: dict[str, Tensor], place: Path, target: str, args: dict | None = None, **options) -> Path:
+    """File or folder that `--to target` writes from a run's checkpoint, in the folder `place`."""
+    path = save_content(place, {"format": "pixmim-1", "model": state, "args": args or {}})
     out = place / f"{target}-{len(list(place.iterdir()))}"
     convert.convert(path, out, target, **options)
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- there and back
+# --------------------------------------------------------------------------------------------------------- round trips
 
 FORMATS: dict[str, dict[str, Any]] = {
     "mae": {"target": "mae"},
@@ -68,7 +68,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mmseg VisionTransformer": {"target": "mmseg", "backbone": "VisionTransformer"},
     "detectron2": {"target": "detectron2"},
 }
-WHOLE = {"mae", "hf", "mmpretrain"}  # the others hold the encoder alone
+WHOLE = {"mae", "hf", "mmpretrain"}  # the others hold the encoder only
 SOURCES = {"mae": "mae", "timm": "timm", "hf": "hf", "mmpretrain": "mm", "mmseg": "mmseg", "detectron2": "mae"}
 
 
@@ -77,24 +77,24 @@ PAIRS = [(one, two) for one, two in product(FORMATS, FORMATS) if one in WHOLE or
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_conversion_between_any_two_formats_keeps_every_tensor(first, second, mae, tmp_path):
-    one = written(mae, tmp_path, **FORMATS[first])
+    one = write_format(mae, tmp_path, **FORMATS[first])
     report = convert.convert(one, tmp_path / "two", **FORMATS[second])
     whole = first in WHOLE and second in WHOLE
     weights = read_weights(tmp_path / "two")
-    assert same(weights.state, mae if whole else to_timm(mae))
+    assert are_equal(weights.state, mae if whole else to_timm(mae))
     assert weights.source == SOURCES[FORMATS[second]["target"]]
     lost = first in WHOLE and second not in WHOLE
     assert report.splitlines()[1] == f"dropped  {'mask_token and decoder_* (20 keys)' if lost else 'nothing'}"
 
 
 @pytest.mark.parametrize("kind", [k for k in FORMATS if k not in WHOLE])
-def test_MFF_is_exported_as_a_plain_encoder(kind, tmp_path):
-    state = mae_names(method(HOSTS["mff_vit"]()).state_dict())
-    assert same(read_weights(written(state, tmp_path, **FORMATS[kind])).state, to_timm(state))
+def test_mff_is_exported_as_a_plain_vit_encoder(kind, tmp_path):
+    state = mae_names(build_pixmim(HOSTS["mff_vit"]()).state_dict())
+    assert are_equal(read_weights(write_format(state, tmp_path, **FORMATS[kind])).state, to_timm(state))
 
 
-def five(name: str) -> str:
-    """What transformers 5.x calls a tensor in memory, from what 4.x calls it."""
+def name_in_5(name: str) -> str:
+    """Name of a tensor in transformers 5.x in memory, from its name in 4.x."""
     for old, new in {
         "vit.encoder.layer.": "vit.layers.", "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
         "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1",
@@ -106,42 +106,42 @@ def five(name: str) -> str:
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "4.x": str,
-    "5.x in memory": five,
+    "5.x in memory": name_in_5,
     "5.x on disk": lambda name: name.replace("decoder.decoder_layers.", "decoder.decoder_encoder.layer."),
 }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("bare", [False, True])
-def test_reads_tensor_names_of_all_transformers_versions(spelling, bare, mae, tmp_path):
+@pytest.mark.parametrize("bare", [False, True], ids=["with decoder", "bare encoder"])
+def test_tensor_names_of_all_transformers_versions_are_read(spelling, bare, mae, tmp_path):
     theirs = to_hf(to_timm(mae) if bare else mae)
     state = {SPELLINGS[spelling](name): value for name, value in theirs.items()}
     if bare:
         state = {name.removeprefix("vit."): value for name, value in state.items()}
         state |= {"pooler.dense.weight": torch.ones(192, 192), "pooler.dense.bias": torch.ones(192)}
-    weights = read_weights(saved(tmp_path, state))
+    weights = read_weights(save_content(tmp_path, state))
     assert weights.source == "hf"
-    assert same(weights.state, to_timm(mae) if bare else mae)
+    assert are_equal(weights.state, to_timm(mae) if bare else mae)
     assert weights.dropped == (["vit.pooler.dense.weight", "vit.pooler.dense.bias"] if bare else [])
 
 
-def test_two_spellings_of_one_tensor_are_an_error(mae, tmp_path):
+def test_a_tensor_under_two_names_is_refused(mae, tmp_path):
     state = to_hf(mae)
-    state |= {five(name): value for name, value in state.items() if "layer.0.output.dense.bias" in name}
+    state |= {name_in_5(name): value for name, value in state.items() if "layer.0.output.dense.bias" in name}
     with pytest.raises(ValueError, match=r"unknown: vit\.layers\.0\.mlp\.fc2\.bias$"):
-        read_weights(saved(tmp_path, state))
+        read_weights(save_content(tmp_path, state))
 
 
-def test_a_missing_third_of_qkv_is_an_error(mae, tmp_path):
+def test_a_missing_query_key_or_value_is_refused(mae, tmp_path):
     state = to_hf(mae)
     del state["vit.encoder.layer.1.attention.attention.key.bias"]
     with pytest.raises(
         ValueError, match=r"unknown: .*query\.bias, .*value\.bias; missing: .*\{query,key,value\}\.bias$"
     ):
-        read_weights(saved(tmp_path, state))
+        read_weights(save_content(tmp_path, state))
 
 
-# ------------------------------------------------------------------------------------------------------- what is in a file
+# ------------------------------------------------------------------------------------------------------- keys of files
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -149,19 +149,19 @@ def shapes(state: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("reference", ["pixmim", "mff"])
-def test_mmpretrain_gets_the_keys_and_shapes_of_a_released_file(reference, tmp_path):
+def test_mmpretrain_files_have_the_keys_and_shapes_of_the_release(reference, tmp_path):
     theirs = read(reference)["checkpoint"]["state_dict"]
-    path = saved(tmp_path, {"state_dict": theirs, "meta": {}})
+    path = save_content(tmp_path, {"state_dict": theirs, "meta": {}})
     convert.convert(path, tmp_path / "out.pth", "mmpretrain")
     ours = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
     assert shapes(ours) == {k: v for k, v in shapes(theirs).items() if not k.startswith("target_generator.")}
 
 
 @pytest.mark.parametrize("backbone", ["MAE", "VisionTransformer"])
-def test_mmsegmentation_gets_the_keys_and_shapes_of_its_backbone(backbone, tmp_path):
+def test_mmsegmentation_files_have_the_keys_and_shapes_of_its_backbone(backbone, tmp_path):
     """mmseg/models/backbones/{mae,beit,vit}.py: MAE has a qkv of its own, VisionTransformer torch's MultiheadAttention."""
     theirs = read("pixmim")["checkpoint"]["state_dict"]
-    path = saved(tmp_path, {"state_dict": theirs, "meta": {}})
+    path = save_content(tmp_path, {"state_dict": theirs, "meta": {}})
     convert.convert(path, tmp_path / "out.pth", "mmseg", backbone=backbone)
     ours = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
     wanted = {k.removeprefix("backbone."): v for k, v in shapes(theirs).items() if k.startswith("backbone.")}
@@ -194,7 +194,7 @@ def vitdet(width: int, depth: int, patch: int, positions: int, grid: int) -> dic
     return tensors | pyramid | {"backbone.net.pos_embed": [1, positions, width]}
 
 
-def matched(model: dict[str, list[int]], checkpoint: dict[str, list[int]]) -> dict[str, str]:
+def match_names(model: dict[str, list[int]], checkpoint: dict[str, list[int]]) -> dict[str, str]:
     """Detectron2's heuristics: a tensor takes the longest name that its own ends with, if the shapes agree."""
     pairs = {}
     for name, shape in model.items():
@@ -205,28 +205,28 @@ def matched(model: dict[str, list[int]], checkpoint: dict[str, list[int]]) -> di
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_detectron2_finds_every_tensor_of_its_vit(size, mae, tmp_path):
-    path = saved(tmp_path, {"model": mae})
+def test_detectron2_matches_every_tensor_of_its_vit(size, mae, tmp_path):
+    path = save_content(tmp_path, {"model": mae})
     report = convert.convert(path, tmp_path / "out.pth", "detectron2", input_size=(size, size))
     state = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     theirs = vitdet(192, 2, 8, (size // 8) ** 2 + 1, 16)
-    found = matched(theirs, shapes(state))
+    found = match_names(theirs, shapes(state))
     assert {name for name in theirs if name not in found} == {n for n in theirs if "rel_pos" in n or "simfp" in n}
     assert {*state} - {*found.values()} == {"cls_token", "norm.weight", "norm.bias"}  # it has none
     assert all(name == f"backbone.net.{key}" for name, key in found.items())
-    assert reported_line(report) == (
+    assert load_line(report) == (
         f"'train.init_checkpoint=\"{tmp_path}/out.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size={size} "
         "model.backbone.net.embed_dim=192 model.backbone.net.depth=2 model.backbone.net.num_heads=3 model.backbone.net.patch_size=8"
     )
 
 
-def test_another_pretrain_img_size_would_lose_the_positions(mae):
-    """Control, and the silent failure that docs/downstream.md warns of."""
-    assert "backbone.net.pos_embed" not in matched(vitdet(192, 2, 8, 14 * 14 + 1, 16), shapes(to_timm(mae)))
+def test_detectron2_drops_position_embeddings_of_another_size(mae):
+    """Control, and the silent failure described in docs/downstream.md."""
+    assert "backbone.net.pos_embed" not in match_names(vitdet(192, 2, 8, 14 * 14 + 1, 16), shapes(to_timm(mae)))
 
 
-def test_the_check_of_the_page_names_what_did_not_arrive(mae):
-    """docs/downstream.md, `lost`, on a model built like ViTDet's."""
+def test_the_check_in_the_docs_lists_tensors_that_were_not_loaded(mae):
+    """Function `lost` in docs/downstream.md, on a model built like ViTDet."""
     page = (Path(__file__).parents[2] / "docs" / "downstream.md").read_text()
     found: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], found)
@@ -241,14 +241,14 @@ def test_the_check_of_the_page_names_what_did_not_arrive(mae):
     assert "pos_embed" in found["lost"](detector, file, "backbone.net.")
 
 
-def test_a_norm_as_wide_as_the_pyramid_is_refused_by_detectron2(tmp_path):
+def test_an_encoder_as_wide_as_the_feature_pyramid_is_refused_by_detectron2(tmp_path):
     state = MaskedViT(img_size=32, patch_size=8, embed_dim=256, depth=1, num_heads=4).state_dict()
-    assert "backbone.simfp_2.4.norm.weight" in matched(vitdet(256, 1, 8, 17, 16), shapes(state))
+    assert "backbone.simfp_2.4.norm.weight" in match_names(vitdet(256, 1, 8, 17, 16), shapes(state))
     with pytest.raises(ValueError, match="--to detectron2: width 256"):
-        written(state, tmp_path, "detectron2")
+        write_format(state, tmp_path, "detectron2")
 
 
-def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
+def test_load_commands_of_vit_b_have_only_the_required_overrides(tmp_path):
     weights = Weights.from_state(
         MaskedViT(embed_dim=768, depth=12, num_heads=12, img_size=448).state_dict(), {}, "mae", []
     )
@@ -263,16 +263,16 @@ def test_the_line_for_a_vit_b_names_what_it_must(tmp_path):
     assert line == "--cfg-options model.pretrained=/x.pth model.backbone.patch_bias=True"
 
 
-# --------------------------------------------------------------------------------------------------- what libraries make of it
+# --------------------------------------------------------------------------------------------------- files in other libraries
 
 
-def close(theirs: Tensor, ours: Tensor) -> bool:
-    """What counts as equal below: float32, other orders of summation."""
+def are_close(theirs: Tensor, ours: Tensor) -> bool:
+    """Equal up to float32 rounding in another order of summation."""
     return bool(torch.allclose(theirs, ours, rtol=1e-4, atol=2e-5))
 
 
-def slips(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Mistakes that a converter could make; each must be seen by every comparison."""
+def break_states(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """States with mistakes of a converter; every comparison must detect each."""
     swapped, positionless, normless = dict(state), dict(state), dict(state)
     for x in ("weight", "bias"):
         swapped[f"blocks.0.norm1.{x}"], swapped[f"blocks.0.norm2.{x}"] = (
@@ -313,29 +313,29 @@ LIBRARIES: dict[str, tuple[Callable, dict]] = {
 @pytest.fixture(scope="session")
 def onnx_graph(tmp_path_factory) -> tuple[PixMIM, Path]:
     """A model and the ONNX graph of its encoder; the export takes seconds."""
-    model = method(HOSTS["vit"]())
-    return model, written(mae_names(model.state_dict()), tmp_path_factory.mktemp("onnx"), "onnx")
+    model = build_pixmim(HOSTS["vit"]())
+    return model, write_format(mae_names(model.state_dict()), tmp_path_factory.mktemp("onnx"), "onnx")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_features_equal_ours_and_a_wrong_tensor_differs(library, model, mae, tmp_path, onnx_graph):
+def test_other_libraries_give_our_features_and_reveal_swapped_tensors(library, model, mae, tmp_path, onnx_graph):
     use, options = LIBRARIES[library]
     if library == "onnxruntime":
         model, path = onnx_graph
         mae = mae_names(model.state_dict())
     else:
-        path = written(mae, tmp_path, **options)
+        path = write_format(mae, tmp_path, **options)
     ours = model.encoder.forward_features(IMAGES)
-    assert close(use(path, IMAGES), ours)
-    for slip, state in slips(mae).items():
-        if library != "onnxruntime" or slip == "query and key":  # tracing takes a second
-            assert not close(use(written(state, tmp_path, **options), IMAGES), ours), slip
+    assert are_close(use(path, IMAGES), ours)
+    for slip, state in break_states(mae).items():
+        if library != "onnxruntime" or slip == "query and key":  # an export takes seconds
+            assert not are_close(use(write_format(state, tmp_path, **options), IMAGES), ours), slip
 
 
 @torch.no_grad()
 def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
-    """Tokens of 1e-3: eps 1e-6 halves what the first norm gives, transformers' 1e-12 does not."""
+    """Tokens of 1e-3: eps 1e-6 halves the output of the first norm, transformers' 1e-12 does not."""
     faint = mae | {
         name: mae[name] * 1e-3
         for name in ("pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
@@ -344,53 +344,57 @@ def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
     encoder.load_state_dict(to_timm(faint))
     ours = encoder.forward_features(IMAGES)
     for use, options in LIBRARIES.values():
-        assert close(use(written(faint, tmp_path, **options), IMAGES), ours)
-    folder = written(faint, tmp_path, **LIBRARIES["transformers"][1])
+        assert are_close(use(write_format(faint, tmp_path, **options), IMAGES), ours)
+    folder = write_format(faint, tmp_path, **LIBRARIES["transformers"][1])
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-12}))
-    assert not close(in_transformers(folder, IMAGES), ours)
+    assert not are_close(in_transformers(folder, IMAGES), ours)
 
 
 @torch.no_grad()
-def test_transformers_computes_our_loss_and_prediction(model, mae, tmp_path):
-    folder = written(mae, tmp_path, "hf", args={"decoder_heads": 2})
+def test_transformers_gives_our_loss_and_prediction(model, mae, tmp_path):
+    folder = write_format(mae, tmp_path, "hf", args={"decoder_heads": 2})
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     noise = torch.rand(3, 16)
     loss, prediction, mask = model(IMAGES, noise)
     output = theirs.eval()(IMAGES, noise=noise)
     assert torch.equal(output.mask.bool(), mask.removed)
-    assert close(output.loss, loss)
-    assert close(output.logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
-    for raw in (False, True):  # control: the loss of raw pixels is another
+    assert are_close(output.loss, loss)
+    assert are_close(output.logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
+    for raw in (False, True):  # control: the loss of raw pixels differs
         theirs.config.norm_pix_loss = not raw
-        assert close(theirs(IMAGES, noise=noise).loss, loss) != raw
+        assert are_close(theirs(IMAGES, noise=noise).loss, loss) != raw
 
 
 @torch.no_grad()
-def test_a_slip_in_the_decoder_would_be_seen_in_the_prediction(model, mae, tmp_path):
+def test_zeroed_decoder_tensors_change_the_prediction_of_transformers(model, mae, tmp_path):
     noise = torch.rand(3, 16)
     _, prediction, mask = model(IMAGES, noise)
     for name in ("decoder_norm.bias", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_embed.bias"):
-        theirs = transformers.ViTMAEForPreTraining.from_pretrained(written(mae | {name: mae[name] * 0}, tmp_path, "hf"))
+        theirs = transformers.ViTMAEForPreTraining.from_pretrained(
+            write_format(mae | {name: mae[name] * 0}, tmp_path, "hf")
+        )
         logits = theirs.eval()(IMAGES, noise=noise).logits
-        assert not close(logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
+        assert not are_close(logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # transformers leaves a file open
-@pytest.mark.parametrize("encoder_only", [False, True])
-def test_what_transformers_saves_again_is_read_as_it_was(encoder_only, mae, tmp_path):
+@pytest.mark.parametrize("encoder_only", [False, True], ids=["with decoder", "encoder only"])
+def test_folders_saved_by_transformers_are_read_unchanged(encoder_only, mae, tmp_path):
     kind = transformers.ViTModel if encoder_only else transformers.ViTMAEForPreTraining
-    kind.from_pretrained(written(mae, tmp_path, "hf", encoder_only=encoder_only)).save_pretrained(tmp_path / "theirs")
+    kind.from_pretrained(write_format(mae, tmp_path, "hf", encoder_only=encoder_only)).save_pretrained(
+        tmp_path / "theirs"
+    )
     weights = read_weights(tmp_path / "theirs")
-    assert same(weights.state, to_timm(mae) if encoder_only else mae)
+    assert are_equal(weights.state, to_timm(mae) if encoder_only else mae)
     heads = {"num_heads": 3} | ({} if encoder_only else {"decoder_heads": 2, "norm_pix_loss": True, "mask_ratio": 0.75})
     assert weights.args == heads | {"input_size": [32, 32]}
 
 
 @torch.no_grad()
-def test_the_preprocessor_of_a_transformers_folder_prepares_images_as_evaluation_does(mae, tmp_path):
-    folder = written(mae, tmp_path, "hf", args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
+def test_the_transformers_preprocessor_equals_the_evaluation_transform(mae, tmp_path):
+    folder = write_format(mae, tmp_path, "hf", args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).resize((160, 120)).save(tmp_path / "x.png")
     ours = eval_transform((32, 32))(read_image(os.fsencode(tmp_path / "x.png"), 3), np.random.default_rng(0))
@@ -398,35 +402,35 @@ def test_the_preprocessor_of_a_transformers_folder_prepares_images_as_evaluation
     theirs = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))
     levels = ((theirs * std + mean) * 255 - torch.from_numpy(ours).permute(2, 0, 1)).abs()
-    assert levels.mean() < 1  # of 255: torchvision resizes tensors, ours are Pillow's
+    assert levels.mean() < 1  # of 255: torchvision resizes tensors, Pillow images
     assert levels.max() < 8
 
 
 @torch.no_grad()
-def test_a_timm_folder_says_how_its_images_are_prepared(mae, tmp_path):
-    folder = written(mae, tmp_path, "timm", folder=True, args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
+def test_timm_folders_state_their_preprocessing(mae, tmp_path):
+    folder = write_format(mae, tmp_path, "timm", folder=True, args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert timm.data.resolve_model_data_config(model) == {
         "input_size": (3, 32, 32), "interpolation": "bicubic", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4],
         "crop_pct": 0.875, "crop_mode": "center",
     }  # fmt: skip
-    assert same(model.state_dict(), to_timm(mae))
+    assert are_equal(model.state_dict(), to_timm(mae))
     assert (model.global_pool, model.num_classes) == ("token", 0)
     assert json.loads((folder / "config.json").read_text())["global_pool"] == "token"
 
 
 @torch.no_grad()
-def test_a_timm_folder_loads_from_the_hub_as_well(mae, tmp_path, monkeypatch):
-    """As huggingface_hub keeps it after the download; nothing is asked of the network."""
+def test_timm_folders_load_from_the_hub(mae, tmp_path, monkeypatch):
+    """A folder in the cache of huggingface_hub, as after the download; without network."""
     snapshot = tmp_path / "cache" / "models--someone--pixmim" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
-    os.replace(written(mae, tmp_path, "timm", folder=True), snapshot)
+    os.replace(write_format(mae, tmp_path, "timm", folder=True), snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("timm.models._builder._CHECK_HASH", False)
     model = timm.create_model("hf-hub:someone/pixmim", pretrained=True, cache_dir=tmp_path / "cache")
-    assert same(model.state_dict(), to_timm(mae))
+    assert are_equal(model.state_dict(), to_timm(mae))
 
 
 PROBES = {  # kind of classifier -> whether norm became fc_norm, pool of the run
@@ -437,7 +441,7 @@ PROBES = {  # kind of classifier -> whether norm became fc_norm, pool of the run
 
 
 def scores(state: dict[str, Tensor], kind: str) -> Tensor:
-    """What the classifier gives, computed by hand from tokens before the last norm."""
+    """Logits of the classifier, computed by hand from tokens before the last norm."""
     pooled, pool = PROBES[kind]
     encoder = MaskedViT(**SIZES).eval()
     encoder.load_state_dict(
@@ -458,35 +462,37 @@ def scores(state: dict[str, Tensor], kind: str) -> Tensor:
 @torch.no_grad()
 def test_classifiers_give_the_same_logits_in_every_library(kind, mae, tmp_path):
     pooled, pool = PROBES[kind]
-    state, classes = classifier(mae, pooled), ["ant", "bee", "cat", "dog", "eel"]
+    state, classes = make_classifier(mae, pooled), ["ant", "bee", "cat", "dog", "eel"]
     args = {"pool": pool, "classes": classes}
     ours = scores(state, kind)
-    folder = written(state, tmp_path, "timm", folder=True, args=args)
-    assert close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES), ours)
+    folder = write_format(state, tmp_path, "timm", folder=True, args=args)
+    assert are_close(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(IMAGES), ours)
     assert json.loads((folder / "config.json").read_text())["label_names"] == classes
     weights = read_weights(folder)
-    assert (same(weights.state, state), weights.pool, weights.classes) == (True, pool, classes)
+    assert (are_equal(weights.state, state), weights.pool, weights.classes) == (True, pool, classes)
     session = onnxruntime.InferenceSession(
-        written(state, tmp_path, "onnx", args=args), providers=["CPUExecutionProvider"]
+        write_format(state, tmp_path, "onnx", args=args), providers=["CPUExecutionProvider"]
     )
     features, tokens, logits = session.run(["features", "tokens", "logits"], {"images": IMAGES.numpy()})
-    assert close(torch.from_numpy(logits), ours)
+    assert are_close(torch.from_numpy(logits), ours)
     assert (features.shape, tokens.shape) == ((3, 192), (3, 17, 192))
     if kind == "probe of the class token":
-        model = transformers.ViTForImageClassification.from_pretrained(written(state, tmp_path, "hf", args=args)).eval()
-        assert close(model(IMAGES).logits, ours)
+        model = transformers.ViTForImageClassification.from_pretrained(
+            write_format(state, tmp_path, "hf", args=args)
+        ).eval()
+        assert are_close(model(IMAGES).logits, ours)
         assert [*model.config.id2label.values()] == classes
     else:
         for encoder_only in (False, True):
             with pytest.raises(ValueError, match=r"--to hf.* use --to timm"):
-                written(state, tmp_path, "hf", args=args, encoder_only=encoder_only)
+                write_format(state, tmp_path, "hf", args=args, encoder_only=encoder_only)
 
 
 @torch.no_grad()
-def test_an_onnx_graph_takes_batches_of_any_size(onnx_graph):
+def test_onnx_graphs_accept_batches_of_any_size(onnx_graph):
     model, path = onnx_graph
     for images in (IMAGES[:1], torch.cat([IMAGES] * 3)):
-        assert close(in_onnxruntime(path, images), model.encoder.forward_features(images))
+        assert are_close(in_onnxruntime(path, images), model.encoder.forward_features(images))
 
 
 # ---------------------------------------------------------------------------------------------------- other sizes of input
@@ -494,31 +500,31 @@ def test_an_onnx_graph_takes_batches_of_any_size(onnx_graph):
 
 @pytest.mark.parametrize("kind", ["timm folder", "hf encoder", "mae", "mmseg MAE"])
 @torch.no_grad()
-def test_another_input_size_is_that_of_facebookresearch(kind, mae, tmp_path):
-    """Bicubic without antialiasing, the class position as it was."""
-    state = read_weights(written(mae, tmp_path, input_size=(48, 64), **FORMATS[kind])).state
+def test_position_embeddings_are_resampled_as_in_facebookresearch_mae(kind, mae, tmp_path):
+    """Bicubic without antialiasing; the position of the class token is kept."""
+    state = read_weights(write_format(mae, tmp_path, input_size=(48, 64), **FORMATS[kind])).state
     grid = mae["pos_embed"][:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
     wanted = nn.functional.interpolate(grid, size=(6, 8), mode="bicubic", align_corners=False).flatten(2).mT
     assert_close(state["pos_embed"], torch.cat([mae["pos_embed"][:, :1], wanted], 1))
     assert ("decoder_pos_embed" in state) == (kind == "mae")
     assert all(value.shape[1] == 49 for name, value in state.items() if "pos_embed" in name)
-    assert same(
+    assert are_equal(
         {k: v for k, v in state.items() if "pos_embed" not in k}, {k: mae[k] for k in state if "pos_embed" not in k}
     )
 
 
 @torch.no_grad()
-def test_resized_models_run_at_their_size(mae, tmp_path):
+def test_resized_models_give_equal_features_in_every_library(mae, tmp_path):
     images = torch.randn(2, 3, 48, 64)
     ours, *others = (
-        use(written(mae, tmp_path, input_size=(48, 64), **options), images) for use, options in LIBRARIES.values()
+        use(write_format(mae, tmp_path, input_size=(48, 64), **options), images) for use, options in LIBRARIES.values()
     )
     assert ours.shape == (2, 49, 192)
-    assert all(close(x, ours) for x in others)
+    assert all(are_close(x, ours) for x in others)
 
 
-def test_the_same_input_size_changes_nothing(mae, tmp_path):
-    assert same(read_weights(written(mae, tmp_path, "mae", input_size=(32, 32))).state, mae)
+def test_resizing_to_the_same_input_size_changes_nothing(mae, tmp_path):
+    assert are_equal(read_weights(write_format(mae, tmp_path, "mae", input_size=(32, 32))).state, mae)
 
 
 @pytest.mark.parametrize(
@@ -537,69 +543,74 @@ def test_the_same_input_size_changes_nothing(mae, tmp_path):
         ({"target": "timm", "encoder_only": True}, "--encoder_only .*--to hf.*--to timm"),
         ({"target": "hf", "backbone": "VisionTransformer"}, "--backbone VisionTransformer .*--to mmseg"),
     ],
+    ids=["input_size", "hf rectangle", "detectron2 rectangle", "folder", "encoder_only", "backbone"],
 )
 def test_conflicting_flags_are_refused_in_one_line(flags, words, mae, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
-        written(mae, tmp_path, **flags)
+        write_format(mae, tmp_path, **flags)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
-def test_encoder_without_decoder_requires_encoder_only(mae, tmp_path):
+def test_transformers_files_without_decoder_require_encoder_only(mae, tmp_path):
     with pytest.raises(ValueError, match=r"--to hf.*ViTMAEForPreTraining.* --encoder_only"):
-        written(to_timm(mae), tmp_path, "hf")
-    mff = mae_names(method(HOSTS["mff_vit"]()).state_dict())
+        write_format(to_timm(mae), tmp_path, "hf")
+    mff = mae_names(build_pixmim(HOSTS["mff_vit"]()).state_dict())
     with pytest.raises(ValueError, match=r"--to hf .*mff_vit: .*--encoder_only"):
-        written(mff, tmp_path, "hf")
+        write_format(mff, tmp_path, "hf")
 
 
-@pytest.mark.parametrize(("kind", "needs"), [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)])
-def test_requires_input_size_if_the_grid_is_unknown(kind, needs, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "needs"),
+    [("timm folder", True), ("hf", True), ("onnx", True), ("mmseg MAE", False)],
+    ids=["timm folder", "hf", "onnx", "mmseg needs none"],
+)
+def test_an_unknown_grid_requires_input_size(kind, needs, tmp_path):
     encoder = MaskedViT(img_size=(16, 48), patch_size=8, embed_dim=128, depth=1, num_heads=2)
     options = FORMATS.get(kind, {"target": kind}) | ({"encoder_only": True} if kind == "hf" else {})
     if needs:
         with pytest.raises(ValueError, match=r"--input_size .* 12 patches"):
-            written(encoder.state_dict(), tmp_path, **options)
-    assert written(encoder.state_dict(), tmp_path, input_size=(16, 48), **options).exists()
+            write_format(encoder.state_dict(), tmp_path, **options)
+    assert write_format(encoder.state_dict(), tmp_path, input_size=(16, 48), **options).exists()
 
 
-def test_other_heads_than_usual_are_kept_where_the_file_tells_them(mae, tmp_path):
-    folder = written(mae, tmp_path, "hf")
+def test_numbers_of_heads_in_the_config_are_kept(mae, tmp_path):
+    folder = write_format(mae, tmp_path, "hf")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps(config | {"num_attention_heads": 6, "decoder_num_attention_heads": 4})
     )
-    again = json.loads((written_from(folder, "hf") / "config.json").read_text())
+    again = json.loads((convert_to(folder, "hf") / "config.json").read_text())
     assert (again["num_attention_heads"], again["decoder_num_attention_heads"]) == (6, 4)
     assert (
-        json.loads((written_from(folder, "timm", folder=True) / "config.json").read_text())["model_args"]["num_heads"]
+        json.loads((convert_to(folder, "timm", folder=True) / "config.json").read_text())["model_args"]["num_heads"]
         == 6
     )
     assert "num_heads=6" in load_command(read_weights(folder), "timm", "x.pth")
 
 
-def written_from(path: Path, target: str, **options) -> Path:
+def convert_to(path: Path, target: str, **options) -> Path:
     out = path.with_name(f"{path.name}-{target}")
     convert.convert(path, out, target, **options)
     return out
 
 
-def test_statistics_of_other_channels_must_be_known(tmp_path):
+def test_folders_of_other_channels_require_mean_and_std(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
-    with pytest.raises(ValueError, match="mean and std of its 5 channels"):
-        written(state, tmp_path, "timm", folder=True)
+    with pytest.raises(ValueError, match=r"mean and std .*5 channels"):
+        write_format(state, tmp_path, "timm", folder=True)
     five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
-    folder = written(state, tmp_path, "timm", folder=True, args=five_channels)
+    folder = write_format(state, tmp_path, "timm", folder=True, args=five_channels)
     assert read_weights(folder).args["mean"] == [0.5] * 5
 
 
-# ----------------------------------------------------------------------------------------------------- broken and hostile
+# ----------------------------------------------------------------------------------------------------- broken and malicious files
 
 
 @pytest.fixture
 def folder(mae, tmp_path) -> Path:
-    """A folder that transformers would load, to be damaged."""
-    return written(mae, tmp_path, "hf")
+    """A valid folder of transformers, for tests to damage."""
+    return write_format(mae, tmp_path, "hf")
 
 
 LIES = {
@@ -612,7 +623,7 @@ LIES = {
     ("key", "value"),
     [*LIES.items(), ("image_size", "224"), ("image_size", True), ("num_attention_heads", "3"), ("patch_size", "x")],
 )
-def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
+def test_a_transformers_config_that_contradicts_the_weights_is_refused(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=rf"config\.json .*{value}") as error:
@@ -621,8 +632,8 @@ def test_a_config_that_contradicts_the_weights_is_an_error(key, value, folder):
 
 
 @pytest.mark.parametrize("key", ["embed_dim", "depth", "patch_size", "in_chans", "img_size", "num_heads"])
-def test_so_is_one_of_timm(key, mae, tmp_path):
-    folder = written(mae, tmp_path, "timm", folder=True)
+def test_a_timm_config_that_contradicts_the_weights_is_refused(key, mae, tmp_path):
+    folder = write_format(mae, tmp_path, "timm", folder=True)
     config = json.loads((folder / "config.json").read_text())
     config["model_args"][key] = 7
     (folder / "config.json").write_text(json.dumps(config))
@@ -633,8 +644,8 @@ def test_so_is_one_of_timm(key, mae, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"), [("mean", "abc"), ("mean", [0.5]), ("std", [True, 0.1, 0.2]), ("std", {"a": 1})]
 )
-def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
-    folder = written(mae, tmp_path, "timm", folder=True)
+def test_invalid_mean_and_std_in_a_config_are_refused(key, value, mae, tmp_path):
+    folder = write_format(mae, tmp_path, "timm", folder=True)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"][key] = value
     (folder / "config.json").write_text(json.dumps(config))
@@ -651,8 +662,9 @@ def test_statistics_that_are_none_are_an_error(key, value, mae, tmp_path):
         (b"[1, 2]", "no config.json that describes the model"),
         (None, "no config.json that describes the model"),
     ],
+    ids=["broken", "binary", "nested too deeply", "list", "missing"],
 )
-def test_a_config_that_is_none_is_one_line(content, words, folder):
+def test_an_invalid_config_is_refused_in_one_line(content, words, folder):
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_bytes(content)
@@ -662,7 +674,7 @@ def test_a_config_that_is_none_is_one_line(content, words, folder):
     assert "\n" not in str(error.value)
 
 
-def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
+def test_pickled_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
     victim = folder.parent / "victim"
     (folder / "model.safetensors").unlink()
     torch.save(to_hf(mae) | {"x": Evil(f"touch {victim}")}, folder / "pytorch_model.bin")
@@ -670,11 +682,11 @@ def test_code_in_a_bin_file_is_refused_and_not_executed(mae, folder):
         read_weights(folder)
     assert not victim.exists()
     torch.save(to_hf(mae), folder / "pytorch_model.bin")
-    assert same(read_weights(folder).state, mae)
+    assert are_equal(read_weights(folder).state, mae)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
-def test_a_truncated_safetensors_is_named(share, folder):
+def test_truncated_safetensors_files_are_named(share, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     for given in (folder, path):
@@ -683,7 +695,7 @@ def test_a_truncated_safetensors_is_named(share, folder):
         assert "\n" not in str(error.value)
 
 
-def test_a_header_that_lies_about_offsets_is_named(folder):
+def test_safetensors_with_wrong_offsets_are_refused(folder):
     header = json.dumps(
         {"vit.embeddings.cls_token": {"dtype": "F32", "shape": [1, 1, 192], "data_offsets": [0, 10**12]}}
     ).encode()
@@ -692,7 +704,7 @@ def test_a_header_that_lies_about_offsets_is_named(folder):
         read_weights(folder)
 
 
-def test_a_foreign_safetensors_says_what_it_holds(folder):
+def test_foreign_safetensors_are_refused_with_their_content(folder):
     save_file({"conv1.weight": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"none of its 1 keys \(conv1\.weight"):
         read_weights(folder)
@@ -701,7 +713,7 @@ def test_a_foreign_safetensors_says_what_it_holds(folder):
         read_weights(folder)
 
 
-def test_a_length_that_looks_like_a_web_page_is_none(mae, tmp_path):
+def test_safetensors_that_begin_like_html_are_read(mae, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(to_timm(mae), path)
     content = path.read_bytes()
@@ -710,51 +722,51 @@ def test_a_length_that_looks_like_a_web_page_is_none(mae, tmp_path):
     padded = header + b" " * (0x3C20 - len(header))  # a length whose bytes are b" <"
     path.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + length :])
     assert path.read_bytes()[:2] == b" <"
-    assert same(read_weights(path).state, to_timm(mae))
+    assert are_equal(read_weights(path).state, to_timm(mae))
 
 
-def test_folders_without_weights_and_graphs_are_refused(folder, tmp_path):
+def test_folders_without_weights_and_onnx_files_are_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="name the checkpoint file in it"):
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
         read_weights(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="save it in one part"):
+    with pytest.raises(ValueError, match="max_shard_size"):
         read_weights(folder)
     (tmp_path / "x.onnx").write_bytes(b"\x08\x0a")
     with pytest.raises(ValueError, match=r"x\.onnx is an ONNX graph"):
         read_weights(tmp_path / "x.onnx")
 
 
-def test_a_folder_of_a_host_that_neither_library_has_is_refused(folder):
-    state = mae_names(method(HOSTS["convvit"]()).state_dict())
+def test_a_folder_with_a_convmae_is_refused(folder):
+    state = mae_names(build_pixmim(HOSTS["convvit"]()).state_dict())
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="holds a ConvMAE"):
+    with pytest.raises(ValueError, match=r"ConvMAE"):
         read_weights(folder)
-    assert same(read_weights(folder / "model.safetensors").state, state)
+    assert are_equal(read_weights(folder / "model.safetensors").state, state)
 
 
-def test_a_host_without_rules_is_refused_at_any_size(mae, tmp_path):
+def test_a_custom_encoder_is_not_resized(mae, tmp_path):
     with pytest.raises(ValueError, match=r"^gate"):
-        written(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
+        write_format(mae | {"gate": torch.ones(1)}, tmp_path, "timm", input_size=(64, 64))
 
 
-def test_an_out_folder_that_holds_something_is_left_alone(mae, tmp_path):
+def test_a_folder_that_is_not_empty_is_never_overwritten(mae, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    convert.convert(saved(tmp_path, {"model": mae}), out, "hf")  # an empty one will do
-    assert same(read_weights(out).state, mae)
-    with pytest.raises(ValueError, match="must be a new or empty folder"):
+    convert.convert(save_content(tmp_path, {"model": mae}), out, "hf")  # an empty folder is accepted
+    assert are_equal(read_weights(out).state, mae)
+    with pytest.raises(ValueError, match=re.escape(str(out))):
         convert.convert(tmp_path / "in.pth", out, "timm", folder=True)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_full_disk_leaves_no_half_folder(mae, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_incomplete_folder(mae, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space"):
-        written(mae, tmp_path, "hf")
+        write_format(mae, tmp_path, "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
@@ -766,7 +778,7 @@ def command(monkeypatch, *words) -> None:
     convert.main()
 
 
-def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, capsys):
+def test_push_to_hub_creates_a_private_repository(mae, tmp_path, monkeypatch, capsys):
     calls: list[tuple[str, dict]] = []
 
     class Api:
@@ -777,27 +789,27 @@ def test_a_folder_is_pushed_to_a_private_repository(mae, tmp_path, monkeypatch, 
             calls.append((repo_id, {path.name: path.stat().st_size for path in Path(folder_path).iterdir()}))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    command(monkeypatch, saved(tmp_path, {"model": mae}), tmp_path / "out", "--folder", "--push_to_hub", "me/pixmim")
+    command(
+        monkeypatch, save_content(tmp_path, {"model": mae}), tmp_path / "out", "--folder", "--push_to_hub", "me/pixmim"
+    )
     assert calls[0] == ("me/pixmim", {"private": True, "exist_ok": True})
     assert calls[1][1].keys() == {"config.json", "model.safetensors"}
     assert capsys.readouterr().out.endswith("pushed   me/pixmim\n")
 
 
-def test_what_keeps_a_push_from_working_is_one_line(mae, tmp_path, monkeypatch):
-    path = saved(tmp_path, {"model": mae})
+def test_push_errors_are_one_line(mae, tmp_path, monkeypatch):
+    path = save_content(tmp_path, {"model": mae})
     with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_args, **_kwargs: 1 / 0)
-    with pytest.raises(
-        SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out is written, upload it yourself"
-    ):
+    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out "):
         command(monkeypatch, path, tmp_path / "out", "--to", "hf", "--push_to_hub", "me/x")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(SystemExit, match="needs huggingface_hub: pip install huggingface_hub"):
+    with pytest.raises(SystemExit, match=r"--push_to_hub me/x .*pip install huggingface_hub"):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 
-def test_onnx_error_names_missing_packages(mae, tmp_path, monkeypatch):
+def test_onnx_names_the_missing_package(mae, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match="--to onnx needs onnxscript: pip install onnx onnxscript"):
-        written(mae, tmp_path, "onnx")
+    with pytest.raises(ValueError, match=r"--to onnx .*onnxscript: pip install onnx onnxscript"):
+        write_format(mae, tmp_path, "onnx")

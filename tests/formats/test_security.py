@@ -1,4 +1,4 @@
-"""Files from strangers: nothing in them is executed, nothing outside their folder is read or written, nobody is let in."""
+"""Malicious files: no code in them is executed, no file outside their folder is read or written. Open sockets."""
 
 import io
 import os
@@ -19,122 +19,122 @@ from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, sp
 from util.data.decode import read_image
 from util.data.tars import Tars, local_tars, scan_shard
 
-STRANGE = "refused|is damaged or no checkpoint|not a readable checkpoint"
+REFUSAL = "refused|is damaged or no checkpoint|not a readable checkpoint"
 
 
-class Trap:
-    """Whoever unpickles this runs a command."""
+class Malicious:
+    """Unpickling it executes a command."""
 
-    def __init__(self, sprung: Path):
-        self.sprung = sprung
+    def __init__(self, executed: Path):
+        self.executed = executed
 
     def __reduce__(self):
-        return os.system, (f"touch {self.sprung}",)
+        return os.system, (f"touch {self.executed}",)
 
 
 @pytest.fixture
-def sprung(tmp_path) -> Path:
-    """A file that is there once a trap was sprung."""
-    return tmp_path / "sprung"
+def executed(tmp_path) -> Path:
+    """File that exists once the code of a malicious file was executed."""
+    return tmp_path / "executed"
 
 
 # ------------------------------------------------------------------------------------------------------------- pickles
 
 
 @pytest.fixture(params=[True, False], ids=["zip", "old"])
-def trapped(request, pretrained, sprung, tmp_path) -> Path:
-    """A checkpoint of ours that is a trap; the control below shows that it works."""
-    content = torch.load(pretrained / "last.pth", weights_only=True) | {"args": Trap(sprung)}
-    torch.save(content, tmp_path / "trap.pth", _use_new_zipfile_serialization=request.param)
-    return tmp_path / "trap.pth"
+def malicious(request, pretrained, executed, tmp_path) -> Path:
+    """A malicious checkpoint, derived from one of ours; the control below shows that it works."""
+    content = torch.load(pretrained / "last.pth", weights_only=True) | {"args": Malicious(executed)}
+    torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=request.param)
+    return tmp_path / "evil.pth"
 
 
-def test_the_trap_works(trapped, sprung):
-    torch.load(trapped, weights_only=False)
-    assert sprung.exists()
+def test_the_malicious_checkpoint_executes_code_if_unpickled(malicious, executed):
+    torch.load(malicious, weights_only=False)
+    assert executed.exists()
 
 
 @pytest.mark.parametrize(
     "name", ["main_knn", "main_linprobe", "main_finetune", "main_features", "visualize", "util.convert"]
 )
-def test_a_trap_in_a_checkpoint_is_refused_wherever_it_is_given(name, trapped, sprung, photos, tmp_path):
-    words = ["--checkpoint", trapped, "--data_path", photos, *DEVICE]
+def test_every_main_refuses_a_malicious_checkpoint(name, malicious, executed, photos, tmp_path):
+    words = ["--checkpoint", malicious, "--data_path", photos, *DEVICE]
     words = {
         "main_features": [*words, "--output", tmp_path / "x.npy"],
-        "visualize": ["--checkpoint", trapped, "--images", photos, "--output", tmp_path / "x.png"],
-        "util.convert": [trapped, tmp_path / "x.pth"],
+        "visualize": ["--checkpoint", malicious, "--images", photos, "--output", tmp_path / "x.png"],
+        "util.convert": [malicious, tmp_path / "x.pth"],
     }.get(name, words)
-    with pytest.raises((ValueError, SystemExit), match=STRANGE):
+    with pytest.raises((ValueError, SystemExit), match=REFUSAL):
         call(name, *words)
-    assert not sprung.exists()
+    assert not executed.exists()
 
 
-def test_a_trap_is_no_classifier_and_nothing_to_go_on_from(trapped, sprung, photos, tmp_path):
+def test_eval_and_resume_refuse_a_malicious_checkpoint(malicious, executed, photos, tmp_path):
     words = ["--data_path", photos, "--output_dir", tmp_path / "run", "--batch_size", "8"]
-    with pytest.raises(ValueError, match=STRANGE):
-        call("main_finetune", *words, *DEVICE, "--checkpoint", trapped, "--eval")
-    with pytest.raises(ValueError, match=r"trap\.pth: damaged or foreign"):
-        call("main_pretrain", *words, *PRETRAIN, "--resume", trapped)
-    assert not sprung.exists()
+    with pytest.raises(ValueError, match=REFUSAL):
+        call("main_finetune", *words, *DEVICE, "--checkpoint", malicious, "--eval")
+    with pytest.raises(ValueError, match=r"evil\.pth: damaged or foreign"):
+        call("main_pretrain", *words, *PRETRAIN, "--resume", malicious)
+    assert not executed.exists()
 
 
-def test_a_trap_as_last_pth_gives_way_to_the_checkpoint_before_it(trapped, sprung, pretrained, photos, tmp_path):
+def test_resume_skips_a_malicious_last_pth(malicious, executed, pretrained, photos, tmp_path):
     folder = shutil.copytree(pretrained, tmp_path / "run")
-    shutil.copy(trapped, folder / "last.pth")
+    shutil.copy(malicious, folder / "last.pth")
     pretrain(photos, folder, "--save_every", 1, "--image_every", 1)
-    assert not sprung.exists()
-    assert (folder / "last.pth.damaged").read_bytes() == trapped.read_bytes()
+    assert not executed.exists()
+    assert (folder / "last.pth.damaged").read_bytes() == malicious.read_bytes()
     assert [x["epoch"] for x in records(folder)] == [0.5, 1, 1.5, 2]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_a_trap_in_a_folder_of_weights_is_refused(name, trapped, sprung, tmp_path):
+def test_malicious_weights_in_a_folder_are_refused(name, malicious, executed, tmp_path):
     (tmp_path / "hub").mkdir()
-    shutil.copy(trapped, tmp_path / "hub" / name)
+    shutil.copy(malicious, tmp_path / "hub" / name)
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "vit", "auto_map": {"AutoModel": "evil.Model"}}')
-    (tmp_path / "hub" / "evil.py").write_text(f"import os; os.system('touch {sprung}')")
-    with pytest.raises(SystemExit, match=STRANGE):
+    (tmp_path / "hub" / "evil.py").write_text(f"import os; os.system('touch {executed}')")
+    with pytest.raises(SystemExit, match=REFUSAL):
         call("util.convert", tmp_path / "hub", tmp_path / "x.pth")
-    assert not sprung.exists()
+    assert not executed.exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def array_trap(sprung: Path) -> bytes:
+def malicious_array(executed: Path) -> bytes:
     file = io.BytesIO()
-    np.save(file, np.array([Trap(sprung)], object), allow_pickle=True)
+    np.save(file, np.array([Malicious(executed)], object), allow_pickle=True)
     return file.getvalue()
 
 
-def test_an_array_of_objects_is_refused_in_a_folder_and_in_a_tar(sprung, tmp_path):
-    (tmp_path / "x.npy").write_bytes(array_trap(sprung))
+def test_pickled_arrays_are_refused_in_folders_and_tars(executed, tmp_path):
+    (tmp_path / "x.npy").write_bytes(malicious_array(executed))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x.npy", "x.npy")
     for read in (lambda: read_image(os.fsencode(tmp_path / "x.npy"), 3), lambda: Tars([tmp_path / "x.tar"]).read(0, 3)):
         with pytest.raises(ValueError, match="allow_pickle=False"):
             read()
-    assert not sprung.exists()
+    assert not executed.exists()
     np.load(tmp_path / "x.npy", allow_pickle=True)
-    assert sprung.exists()  # control
+    assert executed.exists()  # control
 
 
-def test_postscript_under_the_name_of_a_photograph_is_not_run(sprung, tmp_path, monkeypatch):
+def test_postscript_named_jpg_is_not_executed(executed, tmp_path, monkeypatch):
     program = tmp_path / "gs"
-    program.write_text(f"#!/bin/sh\ntouch {sprung}\n")
+    program.write_text(f"#!/bin/sh\ntouch {executed}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it looks once
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # cached by Pillow
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "x.jpg").write_bytes(eps)
     with pytest.raises(OSError, match="cannot identify"):
         read_image(os.fsencode(tmp_path / "x.jpg"), 3)
-    assert not sprung.exists()
+    assert not executed.exists()
     from PIL import Image
 
     with pytest.raises(OSError, match=r".*"), Image.open(tmp_path / "x.jpg") as image:
         image.load()
-    assert sprung.exists()  # control: Pillow by itself runs it
+    assert executed.exists()  # control: Pillow by itself runs it
 
 
 # ---------------------------------------------------------------------------------------------------------------- tars
@@ -142,7 +142,7 @@ def test_postscript_under_the_name_of_a_photograph_is_not_run(sprung, tmp_path, 
 
 @pytest.fixture
 def escaping(photos, tmp_path) -> Path:
-    """A folder with a shard whose members would leave it, and links and devices that point outside."""
+    """A folder with a shard whose members have paths outside of it, links and pipes."""
     (tmp_path / "shards").mkdir()
     (tmp_path / "secret.png").write_bytes(next((photos / "train" / "ant").glob("*.png")).read_bytes())
     image = (tmp_path / "secret.png").read_bytes()
@@ -162,10 +162,10 @@ def escaping(photos, tmp_path) -> Path:
     return tmp_path / "shards"
 
 
-def test_members_of_a_tar_neither_leave_it_nor_are_links_followed(escaping, tmp_path, pretrained):
+def test_tar_members_are_not_extracted_and_links_not_followed(escaping, tmp_path, pretrained):
     before = set(files(tmp_path))
     source = local_tars(str(escaping))
-    assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # no link, no pipe
+    assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # without the links and the pipe
     call(
         "main_features",
         "--checkpoint",
@@ -180,13 +180,15 @@ def test_members_of_a_tar_neither_leave_it_nor_are_links_followed(escaping, tmp_
     assert written == {"shards"}
 
 
-def test_an_index_of_shards_is_not_unpickled_and_cannot_point_outside(escaping, sprung):
+def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escaping, executed):
     status = (escaping / "x.tar").stat()
     state = [[status.st_size, status.st_mtime_ns]]
     rows = scan_shard(escaping / "x.tar")
-    np.savez(escaping / "index.npz", shards=np.array([Trap(sprung)], object), states=state, counts=[3], rows=rows)
+    np.savez(
+        escaping / "index.npz", shards=np.array([Malicious(executed)], object), states=state, counts=[3], rows=rows
+    )
     assert len(Tars([escaping / "x.tar"])) == 3
-    assert not sprung.exists()
+    assert not executed.exists()
     far = [[2**40, 100, -1], [-5, 100, -1], [0, 2**62, -1]]
     np.savez(escaping / "index.npz", shards=["x.tar"], states=state, counts=[3], rows=np.array(far))
     for i in range(3):
@@ -197,8 +199,8 @@ def test_an_index_of_shards_is_not_unpickled_and_cannot_point_outside(escaping, 
 # -------------------------------------------------------------------------------------------------------------- sockets
 
 
-def listening(pids: list[int]) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket on which these processes wait for somebody."""
+def listening_sockets(pids: list[int]) -> set[tuple[str, int]]:
+    """(address, port) of every TCP socket on which these processes listen."""
     held = {os.readlink(descriptor) for pid in pids for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
     found = set()
     for table in ("tcp", "tcp6"):
@@ -210,8 +212,8 @@ def listening(pids: list[int]) -> set[tuple[str, int]]:
     return found
 
 
-def while_it_trains(photos, folder: Path, count: int, look: Callable, **group):
-    """`look` at the processes of a run that is at work, which then ends as it should."""
+def inspect_training(photos, folder: Path, count: int, look: Callable, **group):
+    """Result of `look` at the processes of a training run, which is then stopped by SIGTERM."""
     words = [
         "main_pretrain.py",
         *PRETRAIN,
@@ -237,17 +239,17 @@ def while_it_trains(photos, folder: Path, count: int, look: Callable, **group):
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
-def test_a_run_of_one_process_listens_to_nobody(photos, tmp_path):
-    assert while_it_trains(photos, tmp_path / "run", 1, listening) == set()
+def test_a_single_process_opens_no_listening_socket(photos, tmp_path):
+    assert inspect_training(photos, tmp_path / "run", 1, listening_sockets) == set()
 
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
-def test_ranks_listen_where_they_are_told_to_meet_and_for_each_other(photos, tmp_path):
+def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    seen = while_it_trains(photos, tmp_path / "run", 2, listening, **group)
+    seen = inspect_training(photos, tmp_path / "run", 2, listening_sockets, **group)
     assert port in {number for _, number in seen}
     others = {address for address, number in seen if number != port}
     assert all(re.fullmatch(r"0100007F|0{24}01000000|0{16}FFFF00000100007F", address) for address in others), seen

@@ -1,4 +1,4 @@
-"""classifier.pth: writing a trained classifier, evaluating a saved one."""
+"""Classifier files: write classifier.pth, evaluate a saved classifier."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from util.run import Run, args_to_dict
 
 
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
-    """OUTPUT_DIR/classifier.pth: timm's names, for `timm.create_model(..., checkpoint_path=)` and for --eval."""
+    """Write OUTPUT_DIR/classifier.pth, in timm's names, for `timm.create_model(..., checkpoint_path=)` and --eval."""
     if run.world.is_main:
         args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
@@ -30,7 +30,7 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> N
 def evaluate_classifier(
     args: Namespace, weights: Weights | None, build_encoder: Callable, interpolation: str = "bicubic"
 ) -> None:
-    """--eval: print the accuracy of a saved classifier on DIR/val."""
+    """Print the accuracy of a saved classifier on DIR/val (--eval)."""
     count = weights.num_classes if weights else 0
     if weights is None or not count:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Encoders with the weights of a checkpoint, and their features."""
+"""Encoders with the weights of a checkpoint; features of images."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from util.formats.read import read_weights, weights_file
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
 
-# timm's VisionTransformer, or a host with its forward_features, forward_head, num_prefix_tokens, embed_dim
+# timm's VisionTransformer, or an encoder with its forward_features, forward_head, num_prefix_tokens, embed_dim
 Encoder = Any
 
 
@@ -27,20 +27,20 @@ MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "
 def read_architecture(
     args: Namespace, encoders, flags: tuple[str, ...] = MODEL_FLAGS
 ) -> tuple[Namespace, Weights | None]:
-    """(args with each of `flags` that is None filled from --checkpoint, its weights); "none" is an untrained encoder.
+    """(Arguments with each flag in `flags` that is None read from --checkpoint, weights or None for --checkpoint none).
 
-    Flags on the command line win: another --input_size resamples the position embedding.
+    Flags on the command line take precedence; another --input_size resamples the position embedding.
     """
     if args.checkpoint == "none":
         if args.model is None:
-            raise ValueError("--checkpoint none is an untrained encoder; add --model")
+            raise ValueError("--checkpoint none (an untrained encoder) requires --model")
         found: dict[str, Any] = {"input_size": (224, 224), "in_chans": 3}
         weights, file = None, args.checkpoint
     else:
         weights, file = read_weights(args.checkpoint), str(weights_file(args.checkpoint))
         found = {name: getattr(weights, name) for name in flags}
         if weights.model:
-            found["patch_size"] = weights.args.get("patch_size")  # None = the model's own, as in the run's config.json
+            found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
             found["model"] = find_model(weights, args, encoders)
     filled = {name: found.get(name) for name in flags if getattr(args, name, "") is None}
@@ -50,17 +50,22 @@ def read_architecture(
 
 
 def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
-    """Name in `encoders` of the encoder of a foreign checkpoint; ValueError if there is none or --model contradicts it."""
-    sizes = {name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()}  # of partials
+    """Name in `encoders` of the encoder of a foreign checkpoint; None if --model must name it.
+
+    ValueError if --model or --input_size is missing, or if the number of attention heads differs.
+    """
+    sizes = {
+        name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()
+    }  # keywords of functools.partial
     known = {(name.rpartition("_")[0], size.get("embed_dim"), size.get("depth")): name for name, size in sizes.items()}
     model = known.get((weights.family, weights.embed_dim, weights.depth))
     where = f"--checkpoint {args.checkpoint}"
     if args.model is None and model is None:
         raise ValueError(
-            f"{where}: no {weights.family} of width {weights.embed_dim}, depth {weights.depth}; add --model"
+            f"{where}: no --model is a {weights.family} of width {weights.embed_dim} and depth {weights.depth}; add --model"
         )
     if args.input_size is None and weights.input_size is None:
-        raise ValueError(f"{where}: {weights.num_patches} patches are not a square; add --input_size H W")
+        raise ValueError(f"{where}: {weights.num_patches} patches do not form a square; add --input_size H W")
     heads, expected = weights.args.get("num_heads"), sizes.get(args.model or model, {}).get("num_heads")
     if heads and expected and heads != expected:
         raise ValueError(f"{where} has {heads} attention heads, --model {args.model or model} {expected}")
@@ -68,12 +73,16 @@ def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
 
 
 def _join(names: set[str]) -> str:
-    """The first three names and the number of others."""
+    """The first three names and the number of the remaining ones."""
     return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | None, **options) -> Encoder:
-    """The encoder or classifier with the weights of --checkpoint; fc_norm and head stay fresh unless they fit."""
+    """Encoder or classifier with the weights of --checkpoint.
+
+    fc_norm and head keep their initial values unless the checkpoint has them in the same shape. ValueError for other
+    tensors that are missing, unknown or of another shape.
+    """
     torch.manual_seed(args.seed)
     model = build_encoder(args, **options)
     for name in model.pretraining_only:
@@ -93,7 +102,7 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
         "of another shape": {n for n in set(own) & set(state) - fresh if own[n].shape != state[n].shape},
     }
     if any(problems.values()):
-        kind = weights.family or "host without rules"
+        kind = weights.family or "custom encoder"
         what = "; ".join(f"{problem}: {_join(names)}" for problem, names in problems.items() if names)
         raise ValueError(f"--checkpoint {args.checkpoint}, a {kind}, does not fit --model {args.model}: {what}")
     kept = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
@@ -102,34 +111,34 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
 
 
 def pooling(weights: Weights | None, pool: str | None = None) -> dict:
-    """timm's options of an encoder with this `pool`; None = as in the checkpoint, else the encoder's default."""
+    """timm's options for an encoder with this `pool`; None = that of the checkpoint, else the encoder's default."""
     if weights and weights.pooled:
         if pool == "token":
-            raise ValueError("--pool token: --checkpoint was fine-tuned with the mean of the patches; use --pool mean")
+            raise ValueError("--pool token: --checkpoint was fine-tuned on the mean of the patches; use --pool mean")
         return {"global_pool": "avg"}
     pool = pool or (weights.pool if weights else None)
     if pool == "mean":
-        return {"global_pool": "avg", "fc_norm": False}  # of a ViT's normalised patches
+        return {"global_pool": "avg", "fc_norm": False}  # the mean of a ViT's patch tokens after the final norm
     return {"global_pool": pool} if pool else {}
 
 
 def features(encoder: Encoder, images: Tensor) -> Tensor:
-    """Pooled features (B, D) of images (B, C, H, W): the class token or the mean of the patches (see `pooling`)."""
+    """Features (B, D) of images (B, C, H, W): class token or mean of the patch tokens (see `pooling`)."""
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
-def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, what=features) -> Iterator:
-    """(float32 `what(encoder, images)`, batch) for each batch of this rank."""
+def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, encode=features) -> Iterator:
+    """(float32 output of `encode(encoder, images)`, batch) for each batch of this rank."""
     normalize = Normalize(args, world.device)
     for batch in DevicePrefetcher(loader, world.device):
         with torch.inference_mode(), autocast(args.amp, world.device):
-            x = what(encoder, normalize(batch))
+            x = encode(encoder, normalize(batch))
         yield x.float(), batch
 
 
 @torch.no_grad()
 def patch_features(encoder: Any, images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, D, h, w): normalised features of each patch, before averaging."""
+    """Features of each patch after the final norm: (B, C, H, W) -> (B, D, h, w)."""
     x = encoder.forward_features(images)
     if isinstance(x, list):  # ConvMAE's maps
         return x[-1]

@@ -17,7 +17,7 @@ from util.evaluate.scores import Score
 
 @torch.inference_mode()
 def extract_features(args: Namespace, world: World, encoder: Encoder, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """(features (N, D) of length 1, labels (N,)) of this rank's share, float32 on the device."""
+    """(Features (N, D) of unit length in float32, labels (N,)) of this rank's samples, on the device."""
     rows, labels = [], []
     for x, batch in encode_batches(args, world, encoder, loader):
         rows.append(F.normalize(x, dim=1))
@@ -31,17 +31,19 @@ def extract_features(args: Namespace, world: World, encoder: Encoder, loader: Da
 
 @torch.inference_mode()
 def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
-    """Votes (N, classes) of the k nearest: each weighs exp(cosine / temperature) (Wu et al., arXiv:1805.01978)."""
+    """Votes (N, classes) of the k nearest, weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978)."""
     similarity, nearest = (queries @ train.T).topk(min(k, len(train)), dim=1)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # of the nearest 1: no overflow, the same ranking
+    weight = (
+        (similarity - similarity[:, :1]) / temperature
+    ).exp()  # 1 for the nearest: the same ranking without overflow
     return votes.scatter_add_(1, labels[nearest], weight)
 
 
 def knn(
     args: Namespace, world: World, encoder: Encoder, sources: tuple[Source, Source], k: int = 20, temperature: float = 0.07
 ) -> dict:  # fmt: skip
-    """Accuracy of the nearest neighbours in (train, val): acc1, acc5, mean_class_acc, n."""
+    """Accuracy on val of a vote of the nearest neighbours in train: acc1, acc5, mean_class_acc in percent, n."""
     training = encoder.training
     encoder.eval()
     loaders = [eval_loader(args, world, source, eval_transform(args.input_size)) for source in sources]
@@ -51,9 +53,9 @@ def knn(
     train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
     num_classes = len(sources[0].classes)
     score = Score(num_classes, world.device)
-    rows = max(1, 2**26 // len(train))  # 256 MiB of similarities
-    for some, answers in zip(queries.split(rows), truth.split(rows), strict=True):
-        score.add(knn_votes(train, labels, some, num_classes, k, temperature), answers)
+    rows = max(1, 2**26 // len(train))  # queries per chunk: 256 MiB of similarities
+    for chunk, targets in zip(queries.split(rows), truth.split(rows), strict=True):
+        score.add(knn_votes(train, labels, chunk, num_classes, k, temperature), targets)
     result = score.result(world)
-    result.pop("loss")  # votes are no logits
+    result.pop("loss")  # votes are not logits
     return result

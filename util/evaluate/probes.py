@@ -11,7 +11,7 @@ from util.evaluate.encoder import Encoder, features
 
 
 class Probe(nn.Module):
-    """Frozen encoder -> batch norm without affine -> linear heads side by side: logits (B, heads, classes)."""
+    """Frozen encoder, batch norm without affine parameters, parallel linear heads: logits (B, heads, classes)."""
 
     def __init__(self, encoder: Encoder, num_classes: int, num_heads: int):
         super().__init__()
@@ -20,7 +20,9 @@ class Probe(nn.Module):
         head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-        self.heads = nn.ModuleList(deepcopy(head) for _ in range(num_heads))  # so a head does not depend on the others
+        self.heads = nn.ModuleList(
+            deepcopy(head) for _ in range(num_heads)
+        )  # equal initial weights, whatever the number of heads
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -28,9 +30,9 @@ class Probe(nn.Module):
         return self
 
     def average_statistics(self, world: World) -> None:
-        """Make the running statistics those of all ranks."""
+        """Average the running statistics over all ranks, in place."""
         for value in (self.bn.running_mean, self.bn.running_var):
-            value.copy_(world.sum(value.double()) / world.size)  # in float64 the mean of equal values is exact
+            value.copy_(world.sum(value.double()) / world.size)  # float64: the mean of equal values is exact
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -39,7 +41,7 @@ class Probe(nn.Module):
         return torch.stack([head(x) for head in self.heads], dim=1)
 
     def classifier(self, best: int) -> dict[str, Tensor]:
-        """State of a classifier: the encoder and one of the heads, the batch norm folded into it."""
+        """State of a classifier: the encoder and head number `best`, with the batch norm folded into the head."""
         head: Any = self.heads[best]
         scale = (self.bn.running_var + self.bn.eps).rsqrt()
         weight = head.weight * scale

@@ -15,20 +15,22 @@ from util.run import Run
 
 
 class Score:
-    """Counts of a classifier on this rank, exact over all of them."""
+    """Counts of correct predictions on this rank; `result` sums them over all ranks."""
 
     def __init__(self, num_classes: int, device: torch.device):
-        self.counts = torch.zeros(4, num_classes, dtype=torch.float64, device=device)  # n, top-1, top-5, loss by class
+        self.counts = torch.zeros(
+            4, num_classes, dtype=torch.float64, device=device
+        )  # rows: samples, top-1, top-5, loss
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
-        """scores (B, classes), of which the softmax is the prediction; labels (B,)."""
+        """Count a batch: scores (B, classes) are logits or votes; labels (B,)."""
         top = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(scores.float(), labels, reduction="none")
         rows = torch.stack([torch.ones_like(loss), top[:, 0], top.any(1), loss]).double()
         self.counts.index_add_(1, labels, rows)
 
     def result(self, world: World) -> dict[str, float]:
-        """acc1, acc5, mean_class_acc in percent, mean loss, n."""
+        """acc1, acc5, mean_class_acc in percent, mean loss, n, over all ranks."""
         by_class = world.sum(self.counts)
         n, top1, top5, loss = by_class.sum(1).tolist()
         present = by_class[0] > 0
@@ -44,7 +46,7 @@ class Score:
 
 @torch.inference_mode()
 def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader, num_classes: int) -> list[dict]:
-    """One `Score.result` for each head of a classifier: model gives (B, classes) or (B, heads, classes)."""
+    """One `Score.result` per head of a classifier whose logits are (B, classes) or (B, heads, classes)."""
     model.eval()
     normalize = Normalize(args, world.device)
     scores: list[Score] = []
@@ -55,13 +57,13 @@ def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader
         scores = scores or [Score(num_classes, world.device) for _ in range(logits.shape[1])]
         for i, score in enumerate(scores):
             score.add(logits[:, i], batch["label"])
-    heads = max(world.gather(len(scores)))  # a rank without images knows of none, and must take part in every sum
+    heads = max(world.gather(len(scores)))  # a rank without images has no scores, but must join each sum
     scores += [Score(num_classes, world.device) for _ in range(heads - len(scores))]
     return [score.result(world) for score in scores]
 
 
 def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, epoch: int) -> list[dict]:
-    """`evaluate`, logged; the best of several heads stands for them."""
+    """Results of `evaluate`; logs those of the best head."""
     results = evaluate(run.args, run.world, model, loader, num_classes)
     best = max(results, key=lambda result: result["acc1"])
     run.log.scalars({"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}})
@@ -70,6 +72,6 @@ def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, e
 
 
 def print_result(world: World, result: dict) -> None:
-    """The last line of a main: one JSON object."""
+    """Print one JSON object, the last line of a main, on the main rank."""
     if world.is_main:
         print(json.dumps(result), flush=True)

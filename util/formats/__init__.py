@@ -7,7 +7,7 @@ keys           Tensor names of MAE, OpenMMLab and transformers side by side, and
 onnx           ONNX graphs of an encoder.
 read           Weights of a checkpoint of any supported repository.
 resize         Image size of a checkpoint, and its position embedding at another size.
-unpickle       Content of a checkpoint file without executing anything in it.
-weights        Tensors of a checkpoint and every fact that its file states.
+unpickle       Loading of the content of a checkpoint file without executing code in it.
+weights        Tensors of a checkpoint and the settings that its file states.
 write          Weights in the file formats of other repositories.
 """

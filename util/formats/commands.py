@@ -58,7 +58,7 @@ def _mae_line(weights: Weights, out: Path | str) -> str:
 
 
 def _convmae_line(weights: Weights, out: Path | str) -> str:
-    """The line that loads the file in Alpha-VL/ConvMAE."""
+    """Python expression that loads the file in Alpha-VL/ConvMAE."""
     first = weights.patch_size // 4
     options = {
         "img_size": [_size_code(weights, stride) for stride in (1, first, 2 * first)],
@@ -71,15 +71,15 @@ def _convmae_line(weights: Weights, out: Path | str) -> str:
     }
     if weights.decoder_dim:
         if not options["img_size"][0].isdecimal():
-            return "none: Alpha-VL/ConvMAE pre-trains square images only; models_convvit takes the encoder"
+            return "none: Alpha-VL/ConvMAE pre-trains on square images only; models_convvit loads the encoder"
         return _load_line("models_convmae.MaskedAutoencoderConvViT", options | _decoder_options(weights), out)
-    pooled = weights.pooled or weights.num_classes > 0  # to_mae gives a probe its fc_norm
+    pooled = weights.pooled or weights.num_classes > 0  # to_mae adds fc_norm to a probe
     options |= {"num_classes": weights.num_classes, "global_pool": pooled, "qkv_bias": True}
     return _load_line("models_convvit.ConvViT", options, out)
 
 
 def _mm_options(weights: Weights) -> list[str]:
-    """Overrides of an OpenMMLab backbone that differs from ViT-B/16."""
+    """Config overrides for an OpenMMLab backbone that is not a ViT-B/16."""
     names = {"embed_dim": "embed_dims", "depth": "num_layers", "patch_size": "patch_size", "in_chans": "in_channels"}
     usual = {"embed_dim": 768, "depth": 12, "patch_size": 16, "in_chans": 3, "num_heads": 12, "mlp_ratio": 4}
     own = {key: getattr(weights, key) for key in usual}
@@ -90,7 +90,7 @@ def _detectron2_line(weights: Weights, out: Path | str) -> str:
     usual = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "in_chans": 3, "mlp_ratio": 4}
     options = {"pretrain_img_size": square_side(weights, "ViTDet")}
     options |= {key: getattr(weights, key) for key, value in usual.items() if getattr(weights, key) != value}
-    checkpoint = f'train.init_checkpoint="{Path(out).resolve()}?matching_heuristics=True"'  # hydra wants the quotes
+    checkpoint = f'train.init_checkpoint="{Path(out).resolve()}?matching_heuristics=True"'  # hydra requires the quotes
     return " ".join([shlex.quote(checkpoint), *(f"model.backbone.net.{key}={value}" for key, value in options.items())])
 
 
@@ -102,7 +102,7 @@ def load_command(
     encoder_only: bool = False,
     backbone: str = "MAE",
 ) -> str:
-    """Command or overrides that load the file or folder `out`; ValueError if the format cannot hold the weights."""
+    """Python expression or config overrides that load `out`; ValueError if the format cannot hold the weights."""
     host, weights = weights.family, weights.with_state(select_tensors(weights, target, encoder_only))
     if target == "timm":
         return f"timm.create_model('local-dir:{out}', pretrained=True)" if folder else _timm_line(weights, out)
@@ -117,7 +117,9 @@ def load_command(
     if target == "onnx":
         return f"onnxruntime.InferenceSession('{out}').run({output_names(weights)}, {{'images': images}})"
     if target == "mmseg":
-        own = "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"  # False and 0.1 by default
+        own = (
+            "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"
+        )  # the defaults are False and 0.1
         checkpoint = shlex.quote(f"model.pretrained={Path(out).resolve()}")
         return " ".join(["--cfg-options", checkpoint, f"model.backbone.{own}", *_mm_options(weights)])
     init = {"type": "Pretrained", "checkpoint": out, "prefix": "backbone."}

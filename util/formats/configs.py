@@ -17,7 +17,7 @@ ENTRIES = {  # width -> timm's entry point, its patch size and depth
 
 
 def timm_model(weights: Weights) -> tuple[str, dict[str, Any]]:
-    """timm's entry point, and the options of create_model that differ from its own."""
+    """(timm's entry point, options of create_model that differ from its defaults)."""
     width = weights.embed_dim if weights.embed_dim in ENTRIES else 768
     entry, patch, depth = ENTRIES[width]
     usual = {"input_size": (224, 224), "patch_size": patch, "depth": depth, "num_heads": HEADS[width]}
@@ -35,12 +35,12 @@ def _labels(weights: Weights) -> list[str] | None:
 
 
 def _statistics(weights: Weights) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of the images by channel, ImageNet's if the file has none; ValueError for other than 3 channels."""
+    """(mean, std) per channel. Default: ImageNet's for 3 channels; ValueError for other numbers of channels."""
     try:
         return channel_statistics(weights.in_chans, weights.mean, weights.std)
     except ValueError as error:
         raise ValueError(
-            f"--folder, --to hf: the file lacks mean and std of its {weights.in_chans} channels; use a file without folder"
+            f"--folder, --to hf: the file lacks mean and std of its {weights.in_chans} channels; convert to a format without folder"
         ) from error
 
 
@@ -73,7 +73,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
 
 
 def hf_config(weights: Weights) -> dict[str, Any]:
-    """config.json of a transformers folder. Its own defaults, eps 1e-12 and a loss of raw pixels, are not MAE's."""
+    """config.json of a transformers folder. transformers' defaults (eps 1e-12, loss of raw pixels) are not MAE's."""
     size = known_size(weights)
     config = {
         "hidden_size": weights.embed_dim,
@@ -110,7 +110,7 @@ def hf_config(weights: Weights) -> dict[str, Any]:
 
 
 def hf_processor(weights: Weights) -> dict[str, Any]:
-    """preprocessor_config.json: the short side to 256 / 224 of the input, bicubic, and the centre of it."""
+    """preprocessor_config.json: bicubic resize of the short side to 256 / 224 of the input, then a centre crop."""
     side = square_side(weights, "a preprocessor of transformers")
     mean, std = _statistics(weights)
     return {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload a folder to a private repository of the Hugging Face Hub, made unless it exists."""
+    """Upload a folder to the Hugging Face Hub. A new repository is private. OSError if the upload fails."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
@@ -13,8 +13,8 @@ def push(folder: Path, name: str) -> None:
         api = HfApi()
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # of the network, of the hub, of the name: each library has its own
+    except Exception as error:  # network, hub and name errors have no common class
         reason = " ".join(str(error).split())[:200]
         raise OSError(
-            f"--push_to_hub {name}: {reason or type(error).__name__}; {folder} is written, upload it yourself"
+            f"--push_to_hub {name}: {reason or type(error).__name__}; {folder} is complete, upload it by hand"
         ) from error

@@ -13,10 +13,10 @@ State = dict[str, Tensor]
 
 
 class Rule(NamedTuple):
-    """One tensor: its names, N for the number of a block, its shape, and which hosts have it.
+    """One tensor: its name in each repository (N = number of the block), its shape, the encoders (hosts) that have it.
 
-    D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G are D, F of the decoder. ConvMAE's stages:
-    widths X, Y, hidden widths U, V, strides Q, R, S. M layers fused by MFF.
+    D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G = D, F of the decoder. ConvMAE's stages:
+    widths X, Y, hidden widths U, V, strides Q, R, S. M = layers fused by MFF.
     """
 
     mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, timm
@@ -35,7 +35,7 @@ TENSORS = (
     Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
     Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
 )
-LAYERS = (  # shape of the weight; the bias is as long as its first side
+LAYERS = (  # shape of the weight; the bias has the size of its first dimension
     Rule(
         "patch_embed.proj",
         "backbone.patch_embed.projection",
@@ -62,7 +62,7 @@ LAYERS = (  # shape of the weight; the bias is as long as its first side
     Rule("decoder_pred", "neck.decoder_pred", "decoder.decoder_pred", "PPC E", VIT),
     Rule("decoder_pred", None, None, "QQRRSSC E", CONV),
 )
-CONV_BLOCK = (  # layers of a block of ConvMAE's first stage
+CONV_BLOCK = (  # layers of a block in the first stage of ConvMAE
     ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
     ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
 )  # fmt: skip
@@ -97,9 +97,11 @@ DROPPED = re.compile(
     r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
 )
 DECODER = re.compile(r"mask_token|decoder_.*")
-FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")  # MFF's, ConvMAE's: not for features
+FUSION = re.compile(
+    r"(proj_layers|stage[12]_output_decode)\..*|proj_weights"
+)  # of MFF and ConvMAE: used in pre-training only
 THIRDS = "{query,key,value}"
-HF_NAMES = (  # of transformers 5.x and of models without a head -> 4.x
+HF_NAMES = (  # transformers 5.x and models without a head -> 4.x
     (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
@@ -110,7 +112,7 @@ HF_NAMES = (  # of transformers 5.x and of models without a head -> 4.x
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
-IN_PROJ = (  # mmpretrain's and mmsegmentation's MAE's -> torch's attention, as mmsegmentation's VisionTransformer has it
+IN_PROJ = (  # mmpretrain, MAE of mmsegmentation -> torch's attention, as in VisionTransformer of mmsegmentation
     (".attn.qkv.", ".attn.attn.in_proj_"),
     (".attn.proj.", ".attn.attn.out_proj."),
 )
@@ -123,7 +125,7 @@ FORMATS = {  # host -> the formats that can hold it
 
 @cache
 def rename(key: str, source: str, target: str) -> str | None:
-    """Name in column `target` of RULES of a tensor that column `source` calls `key`; None if no rule maps it."""
+    """Name in column `target` of RULES of the tensor named `key` in column `source`; None if no rule maps it."""
     for rule in RULES:
         theirs, name = getattr(rule, source), getattr(rule, target)
         match = theirs and name and re.fullmatch(re.escape(theirs).replace("N", r"(0|[1-9]\d*)"), key)
@@ -133,7 +135,7 @@ def rename(key: str, source: str, target: str) -> str | None:
 
 
 def family(state: State) -> str | None:
-    """The host, as the names in `models.ENCODERS` begin; None for one that RULES do not know."""
+    """Host, the prefix of its name in `models.ENCODERS`; None if RULES do not cover it."""
     if any(rename(key, "mae", "mae") is None for key in state):
         return None
     marks = {"patch_embed1.": "convvit", "proj_": "mff_vit"}
@@ -141,55 +143,55 @@ def family(state: State) -> str | None:
 
 
 def default_format(state: State) -> str | None:
-    """The preferred format of a classifier of this host; None for a host that RULES do not know."""
+    """Default format for a classifier of this host; None if RULES do not cover it."""
     host = family(state)
     return FORMATS[host][0] if host else None
 
 
 def pixmim_names(state: State) -> State:
-    """facebookresearch/mae's names -> the modules of PixMIM: `encoder.*`, `decoder.*`."""
+    """State in facebookresearch/mae's names -> in names of PixMIM's modules, `encoder.*` and `decoder.*`."""
     decoder = {key: f"decoder.{key.removeprefix('decoder_')}" for key in state if DECODER.fullmatch(key)}
     return {decoder.get(key, f"encoder.{key}"): value for key, value in state.items()}
 
 
 def mae_names(state: State) -> State:
-    """The modules of PixMIM -> facebookresearch/mae's names; the inverse of `pixmim_names`."""
+    """State in names of PixMIM's modules -> in facebookresearch/mae's names; the inverse of `pixmim_names`."""
     bare = {key: re.sub(r"^(encoder|decoder(?=\.mask_token))\.", "", key) for key in state}
     return {re.sub(r"^decoder\.", "decoder_", bare[key]): value for key, value in state.items()}
 
 
 def to_timm(state: State) -> State:
-    """Encoder and classifier, as timm's VisionTransformer (of ConvMAE, its repository) names them; no more."""
+    """Encoder and classifier only, in the names of timm's VisionTransformer (ConvMAE: of its repository)."""
     return {key: value for key, value in state.items() if not DECODER.fullmatch(key) and not FUSION.fullmatch(key)}
 
 
 def to_mae(state: State) -> State:
-    """Everything, as facebookresearch/mae or Alpha-VL/ConvMAE names it."""
+    """All tensors in the names of facebookresearch/mae or Alpha-VL/ConvMAE."""
     if family(state) != "convvit" or "head.weight" not in state or "fc_norm.weight" in state:
         return dict(state)
-    width = state["head.weight"].shape[1]  # a probe of ConvMAE: there, the norm after pooling has parameters
+    width = state["head.weight"].shape[1]  # a probe of ConvMAE: in its repository the norm after pooling has parameters
     kept = {key: value for key, value in state.items() if key not in ("norm.weight", "norm.bias")}
     return kept | {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
 
 
 def to_mm(state: State) -> State:
-    """Everything, as mmpretrain names it."""
+    """All tensors in mmpretrain's names."""
     return {str(rename(key, "mae", "mm")): value for key, value in state.items()}
 
 
 def to_mmseg(state: State, backbone: str = "MAE") -> State:
-    """An encoder, as mmsegmentation's backbone MAE or VisionTransformer names it."""
+    """Encoder in the names of mmsegmentation's backbone MAE or VisionTransformer."""
     named = {key.removeprefix("backbone."): value for key, value in to_mm(state).items()}
     return _replace_names(named, [(re.escape(old), new) for old, new in IN_PROJ]) if backbone != "MAE" else named
 
 
 def from_mmseg(state: State) -> State:
-    """mmsegmentation's names -> mmpretrain's."""
+    """State in mmsegmentation's names -> in mmpretrain's."""
     return _replace_names(state, [(r"^(?!backbone\.)", "backbone."), *((re.escape(new), old) for old, new in IN_PROJ)])
 
 
 def to_hf(state: State) -> State:
-    """Everything, as transformers 4.x names it; 5.x reads that as well."""
+    """All tensors in the names of transformers 4.x, which 5.x reads too."""
     named: State = {}
     for key, value in state.items():
         name = str(rename(key, "mae", "hf"))
@@ -199,17 +201,19 @@ def to_hf(state: State) -> State:
 
 
 def from_hf(state: State) -> State:
-    """transformers' names, of 4.x or 5.x, with a head or a decoder or bare -> column `hf` of RULES."""
+    """State in names of transformers 4.x or 5.x, with or without head or decoder -> in those of column `hf` of RULES."""
     named = _replace_names(state, HF_NAMES)
     for key in [key for key in named if ".attention.attention.query." in key]:
-        three = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if len({tuple(named[name].shape) if name in named else name for name in three}) == 1:  # else they stay, unknown
-            named[key.replace(".query.", f".{THIRDS}.")] = torch.cat([named.pop(name) for name in three])
+        parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if (
+            len({tuple(named[name].shape) if name in named else name for name in parts}) == 1
+        ):  # else reported as unknown
+            named[key.replace(".query.", f".{THIRDS}.")] = torch.cat([named.pop(name) for name in parts])
     return named
 
 
 def _replace_names(state: State, replacements: Iterable[tuple[str, str]]) -> State:
-    """State with patterns replaced in its names, in this order; a name that would occur twice stays unchanged."""
+    """State with patterns in its names replaced in order; a name that would occur twice is not changed."""
     named: State = {}
     for key, value in state.items():
         name = key
@@ -224,7 +228,7 @@ def _depth(state: State, prefix: str) -> int:
 
 
 def expected_shapes(state: State) -> dict[str, str]:
-    """Name -> shape of every tensor of the parts that the state has: encoder, decoder, fc_norm in place of norm, head."""
+    """Name -> shape of every tensor of the parts in the state: encoder, decoder, norm or fc_norm, head."""
     host = family(state)
     parts = {key.split(".")[0] for key in state}
     decoder, pooled = any(map(DECODER.fullmatch, parts)), "fc_norm" in parts
@@ -242,8 +246,8 @@ def expected_shapes(state: State) -> dict[str, str]:
     return expected
 
 
-def misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Name and error of each tensor; the first tensor with a letter in its shape defines the letter's size."""
+def find_misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(Name, error) of each tensor of a wrong shape; the first tensor with a letter in its shape defines its size."""
     sizes = {str(n): n for n in range(1, 6)}
     for name in (name for name in expected if name in state):
         shape, factors = list(state[name].shape), expected[name].split()
@@ -257,7 +261,7 @@ def misshaped(state: State, expected: dict[str, str]) -> Iterator[tuple[str, str
 
 
 def tensor_sizes(state: State) -> dict[str, Any]:
-    """Sizes implied by the shapes of a checked state in facebookresearch/mae's names; attention heads are not among them."""
+    """Sizes read from the shapes of a checked state in facebookresearch/mae's names; without attention heads."""
     tokens, width = state["pos_embed"].shape[1:]
     host = family(state)
     stages = ("1", "2", "3") if host == "convvit" else ("",)

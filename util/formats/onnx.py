@@ -26,16 +26,17 @@ class _Features(nn.Module):
 
 
 def output_names(weights: Weights) -> list[str]:
+    """Names of the graph's outputs, in order."""
     return ["features", "tokens", "logits"] if weights.num_classes else ["features", "tokens"]
 
 
 def save_onnx(path: Path, weights: Weights, state: State) -> None:
-    """Write an ONNX graph that takes batches of any size."""
+    """Write an ONNX graph of the encoder, for batches of any size. ValueError above 2 GiB or without onnxscript."""
     size, (entry, options) = known_size(weights), timm_model(weights)
     if sum(value.nbytes for value in state.values()) > 2**31 - 2**20:
         raise ValueError("--to onnx: the graph is limited to 2 GiB; use --to timm")
     try:
-        import onnxscript  # noqa: F401 - torch.onnx asks for it only after it has traced the model
+        import onnxscript  # noqa: F401 - torch.onnx imports it only after tracing the model
         import timm
     except ImportError as error:
         raise ValueError(f"--to onnx needs {error.name}: pip install onnx onnxscript") from error

@@ -15,9 +15,9 @@ from util.formats.keys import (
     State,
     expected_shapes,
     family,
+    find_misshaped,
     from_hf,
     from_mmseg,
-    misshaped,
     rename,
     tensor_sizes,
 )
@@ -31,20 +31,20 @@ COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of keys.RULES, by source; o
 
 
 def weights_file(path: str | os.PathLike) -> Path:
-    """The file itself, or that of a folder of transformers or timm that holds the weights."""
+    """The file itself, or the weight file in a folder of transformers or timm."""
     path = Path(path)
     if not path.is_dir():
         return path
     file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if file is None:
         parts = any(path.glob("*.index.json"))
-        how = "save it in one part (max_shard_size)" if parts else "name the checkpoint file in it"
+        how = "save it in one part (max_shard_size)" if parts else "pass the checkpoint file itself"
         raise ValueError(f"{path} is a folder without {' or '.join(WEIGHT_FILES)}: {how}")
     return file
 
 
 def _load_with_config(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Content of a file, or of the weights in a folder of transformers or timm, and that folder's config.json."""
+    """(Content of the weight file, config.json of a folder of transformers or timm)."""
     file = weights_file(path)
     if file == path:
         return load_content(path), {}
@@ -55,7 +55,7 @@ def _load_with_config(path: Path) -> tuple[Any, dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{config} is not JSON ({str(error)[:100]}): copy or download it again") from error
     if not about or not isinstance(about, dict):
-        raise ValueError(f"{path} has no config.json that describes the model: download it, or name {file}")
+        raise ValueError(f"{path} has no config.json that describes the model: download it, or pass {file}")
     return load_content(file), about
 
 
@@ -67,18 +67,18 @@ CLAIMS = {
 }  # fmt: skip
 
 
-def _contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+def _find_contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
     """Values in config.json that contradict the sizes of the weights."""
     for key, fact in CLAIMS.items():
         if claims.get(key) is not None and fact in facts and claims[key] not in (facts[fact], [facts[fact]] * 2):
             yield f"{key} {claims[key]} (the weights: {facts[fact]})"
     patch, (height, width) = facts["patch_size"], claims["input_size"]
-    if height is not None and not (_count(height) and _count(width)):
+    if height is not None and not (_is_count(height) and _is_count(width)):
         yield f"image size {height}, {width}"
     elif height is not None and (height // patch) * (width // patch) != facts["num_patches"]:
         yield f"image size {height}, {width} (the weights: {facts['num_patches']} patches of {patch} px)"
     for key, dim in (("num_heads", facts["embed_dim"]), ("decoder_heads", facts.get("decoder_dim", 0))):
-        if claims[key] is not None and (not _count(claims[key]) or dim % claims[key]):
+        if claims[key] is not None and (not _is_count(claims[key]) or dim % claims[key]):
             yield f"{claims[key]} attention heads (the weights: width {dim})"
     for key in ("mean", "std"):
         values = claims[key]
@@ -89,15 +89,17 @@ def _contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[s
         yield f"hidden_act {claims['hidden_act']} (here: gelu)"
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
 def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
-    """(Arguments stated by config.json, list of its unused values); ValueError if the weights contradict it."""
+    """(Arguments in config.json, list of its unused values); ValueError if the weights contradict it."""
     facts = tensor_sizes(state)
     if facts["family"] == "convvit":
-        raise ValueError(f"{path} holds a ConvMAE, which transformers and timm do not have: name the weight file in it")
+        raise ValueError(
+            f"{path} holds a ConvMAE, which transformers and timm do not have: pass the weight file itself"
+        )
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
     inner, looks = (
         x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
@@ -111,7 +113,7 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
         "mean": looks.get("mean"),
         "std": looks.get("std"),
     }
-    if wrong := [*_contradictions(claims, facts)]:
+    if wrong := [*_find_contradictions(claims, facts)]:
         raise ValueError(f"{path / 'config.json'} states {', '.join(wrong)}: use the config.json of these weights")
     args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
     args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
@@ -121,7 +123,7 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
     if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
         args["pool"] = "mean"
     eps = about.get("layer_norm_eps", 1e-6)
-    unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as MAE has it)"]
+    unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as in MAE)"]
     return {name: value for name, value in args.items() if value is not None}, unused
 
 
@@ -133,7 +135,7 @@ def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
         weight, bias = (rest.pop(f"{linear}.{key}", None) for key in ("weight", "bias"))
         if mean is None or variance is None or weight is None or bias is None:
             continue
-        if mean.shape == variance.shape == weight.shape[1:]:  # else they stay and are reported as unknown
+        if mean.shape == variance.shape == weight.shape[1:]:  # else reported as unknown
             weight = weight * (variance + 1e-6).rsqrt()
             removed = [key for key in state if key.startswith(f"{norm}.") and key not in rest]
             return rest | {f"{head}.weight": weight, f"{head}.bias": bias - weight @ mean}, removed
@@ -141,7 +143,7 @@ def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
 
 
 def _join_qkv_bias(state: State) -> State:
-    """State with q_bias and v_bias, as long_seq_mae saves them on TPUs, as one bias of qkv; that of the keys is 0."""
+    """State with q_bias and v_bias, as long_seq_mae saves them on TPUs, joined to one bias of qkv; the key bias is 0."""
     joined = dict(state)
     for key in state:
         block = key.removesuffix("q_bias")
@@ -152,7 +154,7 @@ def _join_qkv_bias(state: State) -> State:
 
 
 def _detect_source(box: dict, state: State) -> tuple[str, State]:
-    """(source, state in the names of one column of RULES)."""
+    """(Source repository, state in the names of one column of RULES)."""
     if str(box.get("format", "")).startswith("pixmim"):
         return "pixmim", state
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
@@ -167,8 +169,8 @@ def _detect_source(box: dict, state: State) -> tuple[str, State]:
 def read_weights(path: str | os.PathLike) -> Weights:
     """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, OpenMMLab, transformers or timm.
 
-    A file, or a folder with config.json as transformers and timm save it. FileNotFoundError, or ValueError with the
-    file, what was found in it (all unknown, missing and mis-shaped keys) and the remedy.
+    `path` is a file, or a folder with config.json of transformers or timm. FileNotFoundError, or ValueError that names
+    the file, all unknown, missing and mis-shaped keys, and the remedy.
     """
     path = Path(path)
     content, about = _load_with_config(path)
@@ -189,7 +191,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
     dropped += [key for key in state if DROPPED.fullmatch(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
-    if source != "pixmim" or family(state):  # load_encoder checks our own runs of hosts without rules
+    if source != "pixmim" or family(state):  # own runs of custom encoders are checked by load_encoder
         state = _map_names(path, state, source)
     if about:
         args, unused = _config_args(path, about, state)
@@ -198,7 +200,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
 
 
 def _map_names(path: Path, state: State, source: str) -> State:
-    """State in facebookresearch/mae's names; ValueError if it is not, key for key, what the tables describe."""
+    """State in facebookresearch/mae's names; ValueError lists each key and shape that does not match RULES."""
     column = COLUMNS.get(source, "mae")
     native: dict[str, str] = {}
     unknown = []
@@ -218,7 +220,7 @@ def _map_names(path: Path, state: State, source: str) -> State:
     problems = {
         "unknown": unknown + [native[name] for name in mapped if name not in expected],
         "missing": [str(rename(name, "mae", column)) for name in expected if name not in mapped],
-        "mis-shaped": [f"{native[name]} {error}" for name, error in misshaped(mapped, expected)],
+        "mis-shaped": [f"{native[name]} {error}" for name, error in find_misshaped(mapped, expected)],
     }
     if any(problems.values()):
         lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)

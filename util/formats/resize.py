@@ -8,26 +8,26 @@ from util.formats.weights import Weights
 
 
 def known_size(weights: Weights) -> tuple[int, int]:
-    """(H, W) of the images in pixels; ValueError if the file does not state it."""
+    """Input size (H, W) in pixels; ValueError if the file does not state it."""
     if weights.input_size is None:
         raise ValueError(f"--input_size is required: the file does not state the grid of {weights.num_patches} patches")
     return weights.input_size
 
 
-def square_side(weights: Weights, whose: str) -> int:
-    """Side of a square image in pixels; ValueError for other shapes."""
+def square_side(weights: Weights, model: str) -> int:
+    """Side of a square input in pixels; ValueError for other shapes, which `model` does not support."""
     height, width = known_size(weights)
     if height != width:
         raise ValueError(
-            f"--input_size {min(height, width)} is required: {whose} takes squares, not {height} x {width}"
+            f"--input_size {min(height, width)} is required: {model} supports square images, not {height} x {width}"
         )
     return height
 
 
 def resample_pos_embed(embed: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Position embedding (1, prefix + L, D) of another grid, bicubic without antialiasing as facebookresearch/mae.
+    """Position embedding (1, prefix + L, D) of the grid `new`: bicubic without antialiasing, as in facebookresearch/mae.
 
-    timm's resample_abs_pos_embed returns a 2 x 8 grid as it is when 4 x 4 is wanted.
+    timm's resample_abs_pos_embed does not resample between grids of equal length, such as 2 x 8 and 4 x 4.
     """
     prefix, patches = embed[:, :num_prefix_tokens], embed[:, num_prefix_tokens:]
     patches = F.interpolate(patches.mT.unflatten(2, old), new, mode="bicubic").flatten(2).mT
@@ -35,7 +35,7 @@ def resample_pos_embed(embed: Tensor, old: tuple[int, int], new: tuple[int, int]
 
 
 def resize_weights(weights: Weights, size: tuple[int, int]) -> Weights:
-    """The weights for images of (H, W) pixels: position embeddings of another grid, the same patch size."""
+    """Weights for images of (H, W) pixels: resampled position embeddings, the same patch size."""
     patch, state = weights.patch_size, dict(weights.state)
     if any(side % patch for side in size):
         raise ValueError(f"--input_size {size[0]} {size[1]} is not a multiple of the patch size {patch}")

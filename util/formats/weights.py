@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint and every fact that its file states."""
+"""Tensors of a checkpoint and the settings that its file states."""
 
 import math
 from argparse import Namespace
@@ -9,22 +9,22 @@ from typing import Any
 from util.args import resolve_defaults
 from util.formats.keys import State, family, tensor_sizes
 
-HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # published attention heads by width
+HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint. None = the file does not state it; a host without rules has no sizes."""
+    """A checkpoint. None = the file does not state it; a custom encoder, which RULES do not cover, has no sizes."""
 
     state: State  # names of facebookresearch/mae: encoder, and decoder, fc_norm, head where the file has them
-    args: dict[str, Any]  # arguments of the run that wrote the file, or options of its config.json; {} if it has none
+    args: dict[str, Any]  # arguments of the run that wrote the file, or options in its config.json; {} without either
     source: str  # "pixmim", "mae", "mm", "mmseg", "hf" or "timm"
-    dropped: list[str]  # keys that a rule leaves out
+    dropped: list[str]  # keys that are not read
     num_classes: int  # 0 without a head
-    pooled: bool  # the head follows fc_norm, on the mean of the patches
-    family: str | None = None  # as the names in models.ENCODERS begin
-    model: str | None = None  # --model, of our own runs
-    embed_dim: Any = None  # of ConvMAE a tuple over its stages, as depth
+    pooled: bool  # the head follows fc_norm on the mean of the patch tokens
+    family: str | None = None  # prefix of the names in models.ENCODERS
+    model: str | None = None  # --model of our own runs
+    embed_dim: Any = None  # ConvMAE: embed_dim and depth are tuples over its stages
     depth: Any = None
     num_heads: int = 0
     mlp_ratio: float = 0
@@ -42,7 +42,7 @@ class Weights:
     norm_pix_loss: bool | None = None
     mask_ratio: float | None = None
     mask_unit: int | None = None
-    lowpass_radius: Any = None  # frequency bins; "auto" = PixMIM's release, in proportion to the input
+    lowpass_radius: Any = None  # frequency bins; "auto" = 40 at 224 px, in proportion to the input
     lowpass: str | None = None
     fuse_layers: Any = None
     pool: str | None = None  # "token" or "mean": --pool of a probe
@@ -52,7 +52,7 @@ class Weights:
     def from_state(
         cls, state: State, args: dict[str, Any] | None = None, source: str = "pixmim", dropped: Iterable[str] = ()
     ) -> "Weights":
-        """Weights whose facts come from the shapes of a checked state and from `args`."""
+        """Weights with settings read from the shapes of a checked state and from `args`."""
         raw, dropped = args or {}, list(dropped)
         own = source == "pixmim"
         stated = dict(raw)
@@ -72,7 +72,7 @@ class Weights:
             widths = facts["embed_dim"]
             width = widths[-1] if isinstance(widths, tuple) else widths
             facts["num_heads"] = stated.get("num_heads") or HEADS.get(width, max(1, width // 64))
-            if facts["decoder_dim"]:  # 32 wide each, as MAE's and LSMAE's are
+            if facts["decoder_dim"]:  # heads of width 32, as in MAE and LSMAE
                 facts["decoder_heads"] = stated.get("decoder_heads") or max(1, facts["decoder_dim"] // 32)
         elif "input_size" in stated:
             facts["input_size"] = tuple(stated["input_size"])
@@ -81,7 +81,7 @@ class Weights:
         return cls(state, raw, source, dropped, **facts)
 
     def with_state(self, state: State, **args: Any) -> "Weights":
-        """The same checkpoint with other tensors or arguments."""
+        """Copy of the checkpoint with other tensors or arguments."""
         return Weights.from_state(state, self.args | args, self.source, self.dropped)
 
     @property
@@ -90,7 +90,7 @@ class Weights:
 
     @property
     def averages_normed(self) -> bool:
-        """Whether the classifier is a probe of the mean of normalised patches."""
+        """Whether the classifier is a probe on the mean of the patch tokens after the final norm."""
         return self.num_classes > 0 and not self.pooled and self.pool == "mean"
 
 
@@ -101,7 +101,7 @@ OWN = (
 
 
 def _input_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:
-    """(H, W) as stated if it fits the position embedding, else the square that does; None if there is none."""
+    """(H, W) as stated if it fits the position embedding, else a square that fits, else None."""
     height, width = (stated * 2)[:2] if isinstance(stated, list | tuple) and stated else (stated, stated)
     fits = isinstance(height, int) and isinstance(width, int)
     if fits and (height // patch) * (width // patch) == num_patches:

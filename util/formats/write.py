@@ -28,7 +28,7 @@ PYRAMID = 256  # width of the norms of Detectron2's feature pyramid
 
 
 def select_tensors(weights: Weights, target: str, encoder_only: bool = False) -> State:
-    """Tensors that the target format can hold, in facebookresearch/mae's names; ValueError if it cannot hold this host."""
+    """Tensors for the target format, in facebookresearch/mae's names; ValueError if it cannot hold this host."""
     state, host = weights.state, weights.family
     if host is None:
         unknown = next(key for key in state if rename(key, "mae", "mae") is None)
@@ -59,7 +59,7 @@ def _select_for_hf(weights: Weights, host: str, encoder_only: bool) -> State:
     encoder = to_timm(weights.state)
     if "fc_norm.weight" in encoder or weights.averages_normed:
         raise ValueError(
-            "--to hf: transformers' ViT classifies the class token, this one the mean of the patches; use --to timm"
+            "--to hf: transformers' ViT classifies the class token, this model the mean of the patches; use --to timm"
         )
     if encoder_only:
         return _remove_head(encoder)
@@ -73,7 +73,7 @@ def _remove_head(encoder: State) -> State:
 
 
 def rename_tensors(state: State, target: str, backbone: str) -> State:
-    """State in the target's names; each tensor owns contiguous memory."""
+    """Copy of the state in the target's names, as contiguous tensors that share no memory."""
     if target == "hf":
         state = to_hf(state)
         if "decoder.mask_token" not in state and "classifier.weight" not in state:
@@ -86,8 +86,8 @@ def rename_tensors(state: State, target: str, backbone: str) -> State:
 
 
 def _save_folder(folder: Path, state: State, files: dict[str, dict]) -> None:
-    """model.safetensors and JSON files; transformers 4.x requires the format in the metadata."""
-    from safetensors.torch import save_file  # timm brings it; no other format needs it
+    """Write model.safetensors and JSON files; transformers 4.x requires the format in the metadata."""
+    from safetensors.torch import save_file  # a dependency of timm; only this format needs it
 
     folder.mkdir()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
