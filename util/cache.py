@@ -231,7 +231,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(required=True, parser_class=argparse.ArgumentParser)
     # fmt: off
-    make = commands.add_parser("build", help="pack a folder of images",
+    make = commands.add_parser("build", help="pack a folder of images", allow_abbrev=False,
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     make.set_defaults(command=build)
     add = make.add_argument
@@ -249,7 +249,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--on_bad_image", choices=["stop", "skip"], default="stop",
         help="unreadable image: stop = end the build; skip = use the next image in its place")
     # fmt: on
-    check = commands.add_parser("verify", help="compare a cache with the digests in its manifest")
+    check = commands.add_parser("verify", help="compare a cache with the digests in its manifest", allow_abbrev=False)
     check.set_defaults(command=verify)
     check.add_argument("cache", help="folder of the cache")
     return parser

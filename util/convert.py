@@ -81,7 +81,7 @@ def _check_flags(target: str, folder: bool, encoder_only: bool, backbone: str) -
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     parser = argparse.ArgumentParser(prog="python -m util.convert", description=(__doc__ or "").splitlines()[0],
-                                     formatter_class=HelpFormatter)
+                                     formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain / mmsegmentation, timm or transformers; "
                               "or a folder of timm or transformers")
