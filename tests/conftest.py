@@ -18,7 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from forkserver import ForkServer, Process
+from tests.forkserver import ForkServer, Process
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader

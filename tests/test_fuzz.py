@@ -97,7 +97,7 @@ def place(tmp_path_factory):
 @seed(SEED)
 @settings(max_examples=25 * TRIES, **SETTINGS)
 @given(how=DAMAGE)
-def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
+def test_damaged_checkpoints_are_rejected_or_load_unchanged(how, whole, place):
     broken = place / "broken.pth"
     broken.write_bytes(damaged(whole.read_bytes(), how))
     for read in (read_checkpoint, load_content):
@@ -133,7 +133,7 @@ def distance(a: bytes, b: bytes) -> int:
 @seed(SEED)
 @settings(max_examples=5 * TRIES, **SETTINGS)
 @given(how=DAMAGE, suffix=st.sampled_from([".pth", ".old", ".safetensors"]))
-def test_a_damaged_file_of_another_project_is_refused_or_loads_as_it_was(how, suffix, theirs, place):
+def test_damaged_files_of_other_projects_are_rejected_or_load_unchanged(how, suffix, theirs, place):
     """The last two have no checksum: of the right length and structure, they hold what is in the file, byte for byte."""
     path, broken = theirs.with_suffix(suffix), place / f"broken{suffix}"
     whole = path.read_bytes()
@@ -299,7 +299,7 @@ def check_parsed(name: str, line, args: dict | None, given_again=()) -> None:
 
 
 @pytest.mark.parametrize("name", MAINS)
-def test_every_flag_accepts_exactly_its_values(name, monkeypatch):
+def test_every_flag_accepts_only_its_documented_values(name, monkeypatch):
     """Each flag with each word, the ends of its range and what lies just beyond them."""
     parser = importlib.import_module(name).get_parser()
 
@@ -337,7 +337,7 @@ def test_every_flag_accepts_exactly_its_values(name, monkeypatch):
 @pytest.mark.parametrize("name", MAINS)
 @pytest.mark.timeout(max(300, 20 * TRIES))
 @pytest.mark.filterwarnings("ignore")
-def test_a_command_line_runs_or_is_refused_in_a_line(name, photos, pretrained, place, tmp_path_factory):
+def test_random_command_lines_run_or_fail_with_one_line(name, photos, pretrained, place, tmp_path_factory):
     last = str(pretrained / "last.pth")
     common = ["--checkpoint", last, "--data_path", str(photos), *DEVICE]
     short = ["--epochs", "1", "--batch_size", "8", "--warmup_epochs", "0"]

@@ -32,7 +32,7 @@ class SlowLARS:
 
 
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
-def test_lars_is_that_of_mae_step_by_step_for_every_head(probe_as, tmp_path):
+def test_lars_matches_mae_at_every_step_for_every_head(probe_as, tmp_path):
     rates = [0.1, 0.025]
     run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=0.0)
     run = run._replace(lr=max(rates) * 512 / 256)
@@ -61,7 +61,7 @@ def mae_layer(name: str, depth: int) -> int:
 
 
 @pytest.mark.parametrize(("name", "decay"), [("vit_tiny", 0.65), ("vit_base", 0.65), ("vit_large", 0.75)])
-def test_layer_decay_and_weight_decay_are_those_of_mae_for_every_parameter(name, decay):
+def test_layer_decay_and_weight_decay_match_mae_for_every_parameter(name, decay):
     with torch.device("meta"):
         model = ENCODERS[name](num_classes=1000, global_pool="avg").requires_grad_(True)
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=decay)
@@ -75,7 +75,7 @@ def test_layer_decay_and_weight_decay_are_those_of_mae_for_every_parameter(name,
         assert weight_decay == (0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else 0.05)
 
 
-def test_pre_training_decays_weights_alone_and_leaves_fixed_position_embeddings_out():
+def test_pretraining_decays_only_weights_and_excludes_fixed_position_embeddings():
     args = resolve_defaults(main_pretrain.get_parser().parse_args([*MODEL, "--data_path", "x", "--decoder_depth", "2"]))
     model = build_model(args)
     groups = param_groups_weight_decay(model, args.weight_decay)
@@ -90,7 +90,7 @@ def test_pre_training_decays_weights_alone_and_leaves_fixed_position_embeddings_
     assert {"encoder.cls_token", "decoder.mask_token"} <= decay[0.05]
 
 
-def test_a_group_s_scale_reaches_the_optimizer():
+def test_lr_scale_of_a_group_is_applied_by_set_lr():
     model = ENCODERS["vit_tiny"](img_size=16, num_classes=3, global_pool="avg").requires_grad_(True)
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     optimizer = torch.optim.AdamW(groups, 1.0)

@@ -82,7 +82,7 @@ def distance(ours: Tensor, answer: Tensor | dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_equal_those_of_the_reference(case, tmp_path):
+def test_outputs_and_gradients_match_the_reference(case, tmp_path):
     answers = answers_of(case)
     model, weights = model_of(answers, tmp_path)
     images = answers["imgs"]
@@ -114,7 +114,7 @@ def test_answers_equal_those_of_the_reference(case, tmp_path):
 
 @where_shared
 @pytest.mark.parametrize("name", SEEDS)
-def test_what_an_extract_draws_again_is_what_the_reference_drew(name):
+def test_extracts_regenerate_the_inputs_and_weights_of_the_reference(name):
     drawn, answers = read(name), answers_of(f"shared/{name}")
     for key in ("imgs", "checkpoint"):
         torch.testing.assert_close(drawn[key], answers[key], rtol=0, atol=1e-5)  # 5e-6 where randn is not vectorised
@@ -122,7 +122,7 @@ def test_what_an_extract_draws_again_is_what_the_reference_drew(name):
 
 @where_shared
 @pytest.mark.parametrize("name", ["pixmim", "pixmim_raw_pixels"])
-def test_patches_of_the_target_equal_the_release(name):
+def test_target_patches_match_the_released_code(name):
     answers = torch.load(SHARED / f"{name}.pt", weights_only=True)
     patches = patchify(low_pass(answers["imgs"], answers["cfg"]["radius"])(answers["imgs"]), 16)
     if answers["cfg"]["norm_pix"]:
@@ -139,14 +139,14 @@ def low_pass_cases():
 
 
 @pytest.mark.parametrize(("answers", "key"), [*low_pass_cases()])
-def test_low_pass_equals_the_release(answers, key):
+def test_lowpass_matches_the_released_code(answers, key):
     case = answers()["cases"][key]
     target = low_pass(case["imgs"], case["radius"])(case["imgs"])
     assert distance(target, case["target"]) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["extract/mae", pytest.param("shared/mae", marks=where_shared)])
-def test_fresh_position_embeddings_are_those_of_mae(case):
+def test_initial_position_embeddings_match_mae(case):
     answers = answers_of(case)
     cfg, state = answers["cfg"], answers["checkpoint"]["model"]
     encoder = MaskedViT(img_size=224, patch_size=16, embed_dim=cfg["embed_dim"], depth=1, num_heads=3)
@@ -156,7 +156,7 @@ def test_fresh_position_embeddings_are_those_of_mae(case):
 
 
 @pytest.mark.parametrize("what", ["qkv", "norms", "rows"])
-def test_a_wrong_mapping_does_not_pass(what, tmp_path):
+def test_wrong_weight_mappings_change_the_prediction(what, tmp_path):
     """Control: a slip in the tables of util.convert moves the prediction far beyond the tolerance."""
     answers = read("pixmim")
     model, _ = model_of(answers, tmp_path)

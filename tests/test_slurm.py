@@ -35,7 +35,7 @@ def script(launcher: str, flags: list) -> str:
 
 @pytest.mark.slow  # six interpreters
 @pytest.mark.parametrize(("launcher", "told"), [("srun", "tasks"), (".venv/bin/torchrun", "script")])
-def test_a_job_that_reaches_its_limit_is_requeued_and_goes_on_to_the_unbroken_end(launcher, told, photos, tmp_path):
+def test_job_at_its_time_limit_is_requeued_and_equals_an_uninterrupted_run(launcher, told, photos, tmp_path):
     flags = [*PRETRAIN, *EPOCHS, "--effective_batch", 4, "--data_path", photos, "--output_dir", tmp_path / "run"]
     job, commands = tmp_path / "job.sh", tmp_path / "bin"
     commands.mkdir()

@@ -27,7 +27,7 @@ def products(tokens: int, dim: int, depth: int) -> int:
 
 
 @pytest.mark.parametrize("flags", ["", "--grad_checkpointing", "--amp bf16", "--lowpass_radius 0"])
-def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
+def test_flops_of_a_step_are_three_times_those_of_the_forward_matrix_products(flags):
     words = [*PRETRAIN, "--input_size", "64", *flags.split(), "--data_path", "x"]
     args = resolve_defaults(main_pretrain.get_parser().parse_args(words))
     model = build_model(args)
@@ -39,7 +39,7 @@ def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     assert model.training
 
 
-def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_counting():
+def test_flops_of_a_frozen_encoder_are_forward_only_and_counting_keeps_batch_norm_statistics():
     probe = Probe(ENCODERS["vit_tiny"](img_size=32), 5, 1).train()
     before = probe.bn.running_mean.clone()
     flops = image_flops(probe, lambda batch: probe(batch["images"]), {"images": torch.randn(4, 3, 32, 32)}, "off")
@@ -61,13 +61,13 @@ def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_cou
         ("NVIDIA RTX A1000", "bf16", None),  # no A100
     ],
 )
-def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monkeypatch):
+def test_peak_tflops_match_the_data_sheets_of_known_gpus(name, amp, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_tflops(amp, torch.device("cuda", 0)) == peak
     assert peak_tflops(amp, CPU) is None
 
 
-def test_the_log_has_the_share_of_the_peak_flops(tmp_path):
+def test_log_contains_the_share_of_peak_flops(tmp_path):
     run = one_rank(tmp_path, size=2)
     meter = Meter(run, lambda batch: None, None)
     meter.flops, meter.peak = 2e9, 100
@@ -105,7 +105,7 @@ def test_no_warning_if_training_does_not_wait_for_data(tmp_path, capsys):
         assert capsys.readouterr().out.count("warning") == warnings
 
 
-def test_nothing_is_read_back_between_log_lines(photos, tmp_path, monkeypatch):
+def test_no_tensor_is_copied_to_the_host_between_log_lines(photos, tmp_path, monkeypatch):
     read, train_one_epoch = [], main_pretrain.train_one_epoch
     for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)

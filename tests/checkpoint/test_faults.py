@@ -59,7 +59,7 @@ WICKED = {
 
 
 @pytest.mark.parametrize("kind", WICKED)
-def test_an_unreadable_file_stops_the_run_or_is_replaced(kind, images, tmp_path):
+def test_unreadable_images_stop_the_run_or_are_replaced(kind, images, tmp_path):
     WICKED[kind](images / "x.jpg")
     words = ONE_EPOCH + {
         "a pipe": ["--timeout_minutes", 0.005],
@@ -76,13 +76,13 @@ def test_an_unreadable_file_stops_the_run_or_is_replaced(kind, images, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_disk_that_does_not_answer_is_named_from_a_loader_process_too(images, tmp_path):
+def test_loader_worker_reports_a_disk_that_does_not_answer(images, tmp_path):
     os.mkfifo(images / "x.jpg")
     with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer \(--timeout_minutes\)"):
         pretrain(images, tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
 
 
-def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch):
+def test_cache_read_timeout_ends_the_run(images, tmp_path, monkeypatch):
     build(
         cache_parser().parse_args(
             ["build", "--data_path", str(images), "--out", str(tmp_path / "c"), "--input_size", "16"]
@@ -106,13 +106,13 @@ def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch
         released.set()
 
 
-def test_large_photographs_are_read_without_a_warning(tmp_path):
+def test_large_images_are_read_without_a_warning(tmp_path):
     Image.new("L", (12_000, 9_000)).save(tmp_path / "large.png")  # 108 megapixels
     (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # here warnings are errors
     assert image.size == (12_000, 9_000)
 
 
-def test_a_line_of_pixels_does_not_become_gigabytes():
+def test_extreme_aspect_ratios_are_rejected_before_resizing():
     assert resize_to_cover(Image.new("L", (30_000, 3)), (8, 8)).size == (80_000, 8)
     with pytest.raises(ValueError, match=r"is 100000 x 1 and would be 22400000 x 224 to cover \(224, 224\): too long"):
         resize_to_cover(Image.new("L", (100_000, 1)), (224, 224))
@@ -120,7 +120,7 @@ def test_a_line_of_pixels_does_not_become_gigabytes():
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("parent", ["alive", "killed"])
-def test_a_loader_process_ends_if_its_parent_was_killed_during_the_fork(parent):
+def test_loader_worker_exits_if_its_parent_was_killed_during_the_fork(parent):
     loader = multiprocessing.get_context("fork").Process(
         target=init_worker, args=(os.getpid() if parent == "alive" else 1, 0)
     )
@@ -146,7 +146,7 @@ run_main(main_pretrain.main)
 """
 
 
-def test_a_loader_process_that_is_killed_ends_the_run_with_a_line_and_it_goes_on(photos, tmp_path):
+def test_killed_loader_worker_ends_the_run_with_one_line_and_the_run_resumes(photos, tmp_path):
     words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--num_workers", 1, "--image_every", 0]
     flags = [*words, "--data_path", photos, "--output_dir", tmp_path / "a"]
     status, _, err = ended(spawn("-c", KILLER, *flags))
@@ -163,7 +163,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_line_and_it_goes_on
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_signal_to_the_process_group_lets_the_step_finish(photos, tmp_path):
+def test_signal_to_the_process_group_finishes_the_step_and_saves(photos, tmp_path):
     words = [
         *PRETRAIN,
         "--epochs",

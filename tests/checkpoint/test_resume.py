@@ -65,7 +65,7 @@ def unbroken(photos, tmp_path_factory):
     ("step", "number", "status"),  # of 14 steps that do not end an epoch
     [*((step, signal.SIGTERM, 75) for step in (1, 5, 9, 14)), (5, signal.SIGUSR1, 75), (5, signal.SIGINT, 130)],
 )
-def test_a_signal_lets_the_step_finish_and_saves_it(
+def test_signal_finishes_the_step_saves_and_exits_with_75_or_130(
     step, number, status, unbroken, photos, tmp_path, monkeypatch, capfd
 ):
     assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *ALL), number) == status
@@ -79,7 +79,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("words", ["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc"])
-def test_every_kind_of_pre_training_goes_on_within_an_epoch(words, photos, tmp_path, monkeypatch):
+def test_pretraining_resumes_within_an_epoch_bit_for_bit(words, photos, tmp_path, monkeypatch):
     def train(folder):
         return pretrain(photos, tmp_path / folder, *STEPS, *words.split())
 
@@ -96,7 +96,9 @@ def test_every_kind_of_pre_training_goes_on_within_an_epoch(words, photos, tmp_p
         ("main_finetune", "--warmup_epochs 1 --blr 0.003 --drop_path 0.3"),  # mixup, erasing, drop path, RandAugment
     ],
 )
-def test_probing_and_fine_tuning_go_on_within_an_epoch(name, words, pretrained, photos, tmp_path, monkeypatch):
+def test_probing_and_fine_tuning_resume_within_an_epoch_bit_for_bit(
+    name, words, pretrained, photos, tmp_path, monkeypatch
+):
     def train(folder):
         classifier(name, photos, tmp_path / folder, pretrained, *words.split())
 
@@ -110,7 +112,7 @@ def test_probing_and_fine_tuning_go_on_within_an_epoch(name, words, pretrained, 
     assert all(torch.equal(value, other["model"][k]) for k, value in one["model"].items())
 
 
-def test_a_second_signal_ends_at_once(photos, tmp_path):
+def test_second_signal_exits_immediately(photos, tmp_path):
     script = """
 import hashlib, os, signal, threading, main_pretrain
 from util.checkpoint.saver import Saver
@@ -125,7 +127,7 @@ main_pretrain.main()
     assert status == 128 + signal.SIGTERM
 
 
-def test_a_run_of_one_step_an_epoch_stops_too(photos, tmp_path, monkeypatch):
+def test_sigterm_stops_a_run_with_one_step_per_epoch(photos, tmp_path, monkeypatch):
     words = ["--epochs", 4, "--batch_size", 16, "--warmup_epochs", 1]
     reference, saves, real = pretrain(photos, tmp_path / "unbroken", *words), [], Saver.save
 
@@ -184,7 +186,7 @@ main_pretrain.main()
 
 
 @pytest.mark.parametrize("where", ["6", "11", "knn"])
-def test_a_run_that_is_killed_is_the_unbroken_one_bit_for_bit(where, unbroken, photos, tmp_path):
+def test_killed_run_resumes_bit_for_bit(where, unbroken, photos, tmp_path):
     flags = [*PRETRAIN, *ALL, "--image_every", 1, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path]
     status, _, err = ended(spawn("-c", KILLED, where, *flags))
     assert status == -9, err
@@ -195,7 +197,7 @@ def test_a_run_that_is_killed_is_the_unbroken_one_bit_for_bit(where, unbroken, p
     assert_same_run(unbroken, tmp_path)
 
 
-def test_checkpoints_come_by_the_clock_and_steps_do_not_wait_for_the_disk(photos, tmp_path, monkeypatch):
+def test_checkpoints_are_written_by_save_minutes_without_blocking_steps(photos, tmp_path, monkeypatch):
     stored, steps, overtaken, real = [], [], [], store_checkpoint
     moved = threading.Condition()
 
@@ -227,7 +229,7 @@ def test_checkpoints_come_by_the_clock_and_steps_do_not_wait_for_the_disk(photos
     assert {progress[1] for progress in stored} == {8}
 
 
-def test_epochs_that_are_kept_wait_for_a_slow_disk(tmp_path, monkeypatch):
+def test_epoch_checkpoints_are_all_written_on_a_slow_disk(tmp_path, monkeypatch):
     store = store_checkpoint
     monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *given: [time.sleep(0.05), store(*given)])
     writer = Writer(tmp_path, print, 1)
@@ -243,7 +245,7 @@ def test_epochs_that_are_kept_wait_for_a_slow_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["half", "zeros", "flip", "empty", "gone"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+def test_warns_of_a_damaged_checkpoint_and_resumes_from_the_previous_one(
     damage, unbroken, photos, tmp_path, monkeypatch
 ):
     interrupted(monkeypatch, 5, lambda: pretrain(photos, tmp_path, *ALL, "--save_minutes", 0))
@@ -264,7 +266,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert_same_run(unbroken, tmp_path)
 
 
-def test_a_run_of_the_older_format_goes_on(photos, tmp_path):
+def test_run_in_the_pixmim_1_format_resumes(photos, tmp_path):
     pretrain(photos, tmp_path / "a", *STEPS)
     content = read_checkpoint(tmp_path / "a" / "epoch-0002.pth")
     older = {key: content[key] for key in ("optimizer", "scaler", "batch", "origin", "args", "model")}
@@ -303,9 +305,7 @@ def full_at(monkeypatch):
     return fail
 
 
-def test_a_full_disk_is_warned_of_and_the_run_goes_on_until_there_is_room(
-    unbroken, photos, tmp_path, full_at, monkeypatch
-):
+def test_full_disk_warns_and_training_continues_until_space_is_free(unbroken, photos, tmp_path, full_at, monkeypatch):
     calls = full_at(first=2, failures=3)
     monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
     said = call("main_pretrain", *PRETRAIN, *ALL, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path)
@@ -322,7 +322,7 @@ def quick(real):
     return lambda self, folder, info, retry: real(self, folder, info, 0.05)
 
 
-def test_lines_without_room_come_back_with_the_checkpoint_that_is_newer(tmp_path, monkeypatch):
+def test_unwritten_log_lines_are_restored_once_from_the_checkpoint(tmp_path, monkeypatch):
     log, real = Log(tmp_path, True), Log.write_pending
     log.scalars({"epoch": 0.5, "loss": 1.0})
     monkeypatch.setattr(Log, "write_pending", lambda self: None)
@@ -336,7 +336,7 @@ def test_lines_without_room_come_back_with_the_checkpoint_that_is_newer(tmp_path
     assert records(tmp_path) == [{"epoch": 0.5, "loss": 1.0}, {"epoch": 1.0, "loss": 2.0}]
 
 
-def test_a_full_disk_ends_the_run_if_that_is_chosen(photos, tmp_path, full_at):
+def test_full_disk_ends_the_run_with_on_full_disk_stop(photos, tmp_path, full_at):
     full_at(first=2, failures=1000)
     message = r"new\.pth cannot be written \(No space left on device\).*\(--on_full_disk\)"
     with pytest.raises(OSError, match=message):
@@ -367,7 +367,7 @@ def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fu
     assert tries[0] <= len(calls) <= tries[0] + 2
 
 
-def test_a_run_on_a_disk_that_is_really_full_is_the_unbroken_one(unbroken, photos, tmp_path):
+def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(unbroken, photos, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     checkpoint = (unbroken / "last.pth").stat().st_size
@@ -415,7 +415,7 @@ def poisoned(monkeypatch, steps, value=float("nan")) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing_and_its_samples_are_logged(value, photos, tmp_path, monkeypatch):
+def test_nonfinite_step_changes_no_weights_and_logs_its_samples(value, photos, tmp_path, monkeypatch):
     states, after_step = [], Saver.after_step
 
     def watched(self, progress):
@@ -450,7 +450,7 @@ def checkpoint_order(photos, folder, count: int):
     return TrainSampler(count, one_rank(folder, batch_size=2))
 
 
-def test_too_many_in_a_row_end_the_run_with_the_last_good_state(photos, tmp_path, monkeypatch):
+def test_too_many_consecutive_nonfinite_steps_end_the_run_and_keep_the_last_good_state(photos, tmp_path, monkeypatch):
     poisoned(monkeypatch, {2, 4, 5, 6, 7})
     message = (
         rf"step 6, more than --max_skipped 2 .*{tmp_path}/last\.pth holds the last good state; "
@@ -461,7 +461,7 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state(photos, tmp_path
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
 
 
-def test_skipped_steps_are_counted_across_log_lines_epochs_and_kills(photos, tmp_path, monkeypatch):
+def test_skipped_steps_are_counted_across_log_lines_epochs_and_restarts(photos, tmp_path, monkeypatch):
     poisoned(monkeypatch, {7, 8, 9})
     assert interrupted(monkeypatch, 8, lambda: pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)) == 75
     monkeypatch.undo()
@@ -472,7 +472,7 @@ def test_skipped_steps_are_counted_across_log_lines_epochs_and_kills(photos, tmp
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)
 
 
-def test_a_gradient_alone_that_is_not_finite_is_skipped_too(photos, tmp_path, monkeypatch):
+def test_step_with_a_finite_loss_and_nonfinite_gradient_is_skipped(photos, tmp_path, monkeypatch):
     made = main_pretrain.pretrain_loss
 
     def steep(normalize):
@@ -484,7 +484,7 @@ def test_a_gradient_alone_that_is_not_finite_is_skipped_too(photos, tmp_path, mo
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 1)
 
 
-def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkeypatch):
+def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, *STEPS, "--save_every", 1)
     before = (tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes()
     report = call("debug_step", tmp_path, 12, "--device", "cpu")
@@ -502,7 +502,7 @@ def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkey
         call("debug_step", tmp_path / "nowhere", 3)
 
 
-def test_a_probe_keeps_its_weights_and_statistics_through_a_bad_step(pretrained, photos, tmp_path, monkeypatch):
+def test_nonfinite_step_keeps_probe_weights_and_batch_norm_statistics(pretrained, photos, tmp_path, monkeypatch):
     states, after_step, made, calls = [], Saver.after_step, main_linprobe.probe_loss, []
 
     def watched(self, progress):
@@ -561,7 +561,7 @@ TWO = [
 ]
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_line_and_both_go_on(photos, tmp_path):
+def test_killed_rank_ends_the_other_with_one_line_and_the_run_resumes(photos, tmp_path):
     flags = [*TWO, "--data_path", photos, "--output_dir"]
     for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "unbroken"):
         assert status == 0, err
@@ -579,7 +579,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_line_and_both_go_on(photos, tmp
     assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
 
 
-def test_a_rank_that_hangs_ends_the_others_within_the_timeout(photos, tmp_path):
+def test_hanging_rank_ends_the_other_within_the_timeout(photos, tmp_path):
     flags = [*TWO, "--data_path", photos, "--output_dir", tmp_path]
     zero, one = start_ranks(2, "-c", DIES.format("SIGSTOP"), *flags)
     status, _, err = ended(zero)
@@ -592,7 +592,7 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(photos, tmp_path):
 
 
 @pytest.mark.slow  # five interpreters
-def test_torchrun_restarts_after_a_rank_was_killed_and_the_run_is_the_unbroken_one(photos, tmp_path):
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes_bit_for_bit(photos, tmp_path):
     flags = [*TWO, "--data_path", photos, "--output_dir"]
     script = tmp_path / "dies.py"
     once = 'if len(calls) == 10 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":'
@@ -611,7 +611,7 @@ def test_torchrun_restarts_after_a_rank_was_killed_and_the_run_is_the_unbroken_o
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
+def test_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
     flags = [*TWO, "--data_path", photos, "--output_dir", tmp_path]
     ends = ranks(2, "-c", DIES.format("SIGUSR1"), *flags)
     assert [status for status, _, _ in ends] == [75, 75], ends
@@ -625,7 +625,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
         assert len(torch.load(tmp_path / name, weights_only=True)["batches"][0]["index"]) == 1
 
 
-def test_two_ranks_probe_on_with_the_statistics_of_each(pretrained, photos, tmp_path):
+def test_probing_on_two_ranks_resumes_with_the_batch_norm_statistics_of_each_rank(pretrained, photos, tmp_path):
     flags = [*CLASSIFIER, "--warmup_epochs", 0, "--blr", 1, "--pool", "mean", "--data_path", photos]
     flags = ["main_linprobe", *flags, "--checkpoint", pretrained / "last.pth", "--output_dir"]
     for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "unbroken"):
@@ -639,7 +639,7 @@ def test_two_ranks_probe_on_with_the_statistics_of_each(pretrained, photos, tmp_
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
-def test_ranks_that_find_different_checkpoints_say_so(photos, tmp_path, monkeypatch):
+def test_error_if_ranks_find_different_checkpoints(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, *STEPS)
     monkeypatch.setattr(World, "gather", lambda self, value: [value, Progress(0, 3)])
     with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: the ranks find different checkpoints"):
@@ -650,7 +650,7 @@ def test_ranks_that_find_different_checkpoints_say_so(photos, tmp_path, monkeypa
     ("effective", "ranks", "batch", "accum"),
     [(4096, 8, 512, 1), (4096, 4, 512, 2), (4096, 1, 512, 8), (96, 1, 40, 3), (6, 2, 512, 1), (14, 2, 4, 7)],
 )
-def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, accum):
+def test_effective_batch_is_split_among_ranks(effective, ranks, batch, accum):
     most = {(96, 1): 40, (14, 2): 4}.get((effective, ranks), 512)
     batch_size, accum_iter = split_effective_batch(effective, most, ranks)
     assert accum_iter == accum
@@ -658,7 +658,7 @@ def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, ac
     assert batch_size <= batch
 
 
-def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
+def test_effective_batch_not_divisible_by_the_ranks_is_rejected():
     with pytest.raises(ValueError, match=r"--effective_batch 4096 .* 3 ranks"):
         split_effective_batch(4096, 512, 3)
 
@@ -687,7 +687,7 @@ def test_only_a_restart_of_the_same_job_ignores_resume_none(environ, own, photos
     assert any(line.startswith("resumed from") for line in said) == own
 
 
-def test_a_restart_resumes_from_the_file_given_at_the_start(photos, tmp_path, monkeypatch):
+def test_restart_uses_the_checkpoint_given_to_resume_at_first(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, "--save_every", 1)
     monkeypatch.setattr(main_pretrain, "train_one_epoch", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -695,7 +695,7 @@ def test_a_restart_resumes_from_the_file_given_at_the_start(photos, tmp_path, mo
     assert weights(tmp_path)["progress"]["epoch"] == 0
 
 
-def test_two_runs_do_not_write_into_one_folder(photos, tmp_path):
+def test_second_run_in_the_same_output_folder_is_rejected(photos, tmp_path):
     holder = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:
