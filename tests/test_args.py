@@ -1,4 +1,4 @@
-"""The command line: recipes, ranges, help, and the one line that a mistake deserves."""
+"""Command line: recipes, value ranges, help and one-line errors."""
 
 import importlib
 import shutil
@@ -128,15 +128,15 @@ def test_defaults_match_the_300_epoch_setting_of_the_paper_on_8_devices():
     assert (args.mask_ratio, args.norm_pix_loss, args.lowpass, args.crop) == (0.75, True, "reference", "src")
 
 
-# --------------------------------------------------------------------------------------- what cannot be, refused before
-# anything of a run that is there is touched, though --overwrite allows it
+# ------------------------------------------------------------------------------------------------------- invalid flags
+# They are rejected before an existing run is changed, even with --overwrite.
 
 NUMBERS = [
     (flag, value)
     for flag in ("--blr", "--weight_decay", "--lowpass_radius", "--save_minutes")
     for value in ("nan", "inf")
 ]
-IMPOSSIBLE = {
+INVALID_FLAGS = {
     "--input_size 30": "input size of 30 x 30 is not a multiple of the patch size 8",
     "--input_size 8": "mask ratio of 0.75 leaves 0 of 1 patches visible",
     "--patch_size 5": "16 x 16 is not a multiple of the patch size 5",
@@ -172,22 +172,22 @@ IMPOSSIBLE = {
 
 
 @pytest.fixture(scope="module")
-def held(pretrained, tmp_path_factory):
-    return shutil.copytree(pretrained, tmp_path_factory.mktemp("held") / "run")
+def existing_run(pretrained, tmp_path_factory):
+    return shutil.copytree(pretrained, tmp_path_factory.mktemp("existing_run") / "run")
 
 
-@pytest.mark.parametrize("words", IMPOSSIBLE)
-def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, held, photos):
+@pytest.mark.parametrize("words", INVALID_FLAGS)
+def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, existing_run, photos):
     sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--data_path", photos]
-    may = [] if words.startswith("--resume") else ["--resume", "none", "--overwrite"]
-    before = files(held)
-    with pytest.raises((ValueError, OSError), match=IMPOSSIBLE[words]) as refused:
-        call("main_pretrain", *PRETRAIN, *sizes, *may, "--output_dir", held, *words.split())
-    assert "\n" not in str(refused.value)
-    assert files(held) == before
+    overwrite = [] if words.startswith("--resume") else ["--resume", "none", "--overwrite"]
+    before = files(existing_run)
+    with pytest.raises((ValueError, OSError), match=INVALID_FLAGS[words]) as error:
+        call("main_pretrain", *PRETRAIN, *sizes, *overwrite, "--output_dir", existing_run, *words.split())
+    assert "\n" not in str(error.value)
+    assert files(existing_run) == before
 
 
-CLASSIFIERS = {
+INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
     "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--model vit_pico: .*patch_embed.proj.weight",
     "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
@@ -200,14 +200,14 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize("words", CLASSIFIERS)
+@pytest.mark.parametrize("words", INVALID_EVALUATIONS)
 def test_invalid_evaluation_flags_are_rejected(words, pretrained, photos, tmp_path):
     name, *flags = words.split()
     sizes = ["--epochs", "1", "--warmup_epochs", "0", "--output_dir", tmp_path]
     given = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--batch_size", "4", *DEVICE]
-    with pytest.raises((ValueError, OSError), match=CLASSIFIERS[words]) as refused:
+    with pytest.raises((ValueError, OSError), match=INVALID_EVALUATIONS[words]) as error:
         call(name, *given, *(sizes if name in ("main_linprobe", "main_finetune") else []), *flags)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.pth"))
 
 
@@ -233,9 +233,9 @@ def test_errors_name_the_flag_and_the_invalid_value(name, flag, value, capsys):
     with pytest.raises(SystemExit) as end:
         call(name, flag, value)
     assert end.value.code == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert flag in said
-    assert value in said
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert flag in message
+    assert value in message
 
 
 def test_effective_batch_must_be_divisible_by_the_number_of_ranks():
@@ -260,7 +260,7 @@ def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
     assert any(line.startswith("warning: --warmup_epochs 2 is not below --epochs 1") for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------- help and mistakes
+# ---------------------------------------------------------------------------------------------------- help and errors--
 
 
 @pytest.mark.parametrize("name", MAINS)

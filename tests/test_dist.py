@@ -1,4 +1,4 @@
-"""Ranks: where they are, and what they add up."""
+"""Distributed training: rank detection, sums and gathered values."""
 
 import json
 
@@ -47,11 +47,11 @@ def test_sums_and_gathered_values_are_the_same_on_all_ranks():
     ends = ranks(2, "-c", SUMS)
     assert [status for status, _, _ in ends] == [0, 0], ends
     for rank, (_, out, _) in enumerate(ends):
-        total, mine, gathered, leads = json.loads(out)
+        total, mine, gathered, is_main = json.loads(out)
         assert total == [3.0, 30.0]  # 1 + 2, 10 + 20
-        assert mine == [1.0 + rank, 10.0 + 10 * rank]  # left as it was
+        assert mine == [1.0 + rank, 10.0 + 10 * rank]  # unchanged
         assert gathered == [{"rank": 0}, {"rank": 1}]
-        assert leads == (rank == 0)
+        assert is_main == (rank == 0)
 
 
 def test_sum_and_gather_of_one_rank_return_its_own_values():

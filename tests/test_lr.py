@@ -1,4 +1,4 @@
-"""The learning rate at named points, against facebookresearch/mae's formula written out."""
+"""Learning-rate schedule at key epochs and against the formula of facebookresearch/mae."""
 
 import math
 from argparse import Namespace
@@ -13,7 +13,7 @@ from util.run import Run, peak_lr
 
 
 def mae_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """util/lr_sched.py of facebookresearch/mae, as its formula reads."""
+    """Formula of util/lr_sched.py in facebookresearch/mae."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     turn = math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -24,7 +24,7 @@ def mae_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs:
     ("epoch", "expected"), [(0, 0.0), (20, 1.2e-3), (40, 2.4e-3), (170, (2.4e-3 + 1e-6) / 2), (300, 1e-6)]
 )
 def test_learning_rate_at_key_epochs_of_the_300_epoch_schedule(epoch, expected):
-    # 0 at the start, half the peak half-way through the warm-up, the peak after it, the mean of both ends in the middle
+    # start, half of the warm-up, its end (peak), half of the cosine (mean of peak and minimum), end
     assert warmup_cosine(epoch, 2.4e-3, 1e-6, 40, 300) == pytest.approx(expected, abs=1e-12)
 
 

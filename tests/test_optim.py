@@ -1,4 +1,4 @@
-"""Optimisers and their groups against the rules of facebookresearch/mae written out."""
+"""Optimisers and parameter groups against independent versions of the rules of facebookresearch/mae."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from util.lr_sched import set_lr
 
 
 class SlowLARS:
-    """facebookresearch/mae's util/lars.py, a parameter at a time; `adapt_bias` as the release of PixMIM has it."""
+    """util/lars.py of facebookresearch/mae for one weight and bias; `adapt_bias` as in the release of PixMIM."""
 
     def __init__(self, weight, bias, adapt_bias: bool):
         self.parameters = [(weight, True), (bias, adapt_bias)]
@@ -39,9 +39,9 @@ def test_lars_matches_mae_at_every_step_for_every_head(probe_as, tmp_path):
     model = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2)
     optimizer = main_linprobe.build_lars(model, run)
     slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup") for h in model.heads]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # nothing of the encoder
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # no parameter of the encoder
     for step in range(6):
-        share = 1 - step / 10  # the schedule moves while the momentum lasts
+        share = 1 - step / 10  # the learning rate changes while momentum is kept
         set_lr(optimizer, run.lr * share)
         for head, other, blr in zip(model.heads, slow, rates, strict=True):
             gradients = [torch.randn_like(head.weight), torch.randn_like(head.bias)]
@@ -84,7 +84,7 @@ def test_pretraining_decays_only_weights_and_excludes_fixed_position_embeddings(
     assert decay.keys() == {0.0, 0.05}
     fixed = {"encoder.pos_embed", "decoder.pos_embed"}
     assert decay[0.0] | decay[0.05] == set(names.values()) - fixed
-    # facebookresearch/mae (through timm's add_weight_decay): biases and 1-d parameters have none, the tokens have it
+    # facebookresearch/mae (through timm's add_weight_decay): no decay of biases and 1-d parameters, decay of the tokens
     assert all(name.endswith("bias") or "norm" in name for name in decay[0.0])
     assert not any(name.endswith("bias") or "norm" in name for name in decay[0.05])
     assert {"encoder.cls_token", "decoder.mask_token"} <= decay[0.05]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, readable by others, and never resumed as something else."""
+"""Checkpoints: atomic writes, contents, and checks before a run is resumed."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from reference.make import read as reference
 from util.checkpoint.resume import candidates
 from util.checkpoint.state import read_checkpoint, store_checkpoint, write_checkpoint
 
-KILLED = """
+SAVE_AND_KILL = """
 import io, os, signal, sys
 from pathlib import Path
 import torch
@@ -41,7 +41,7 @@ store_checkpoint(Path(sys.argv[-1]), {"model": torch.ones(100_000)}, "epoch-0009
 
 @pytest.fixture
 def run(pretrained, tmp_path):
-    """A copy of the finished run; epoch-NNNN.pth are linked, for they are replaced, never rewritten."""
+    """Copy of the finished run; epoch-NNNN.pth are hard links, which is safe since they are replaced, never rewritten."""
 
     def copy(source: str, target: str) -> None:
         (os.link if "epoch-" in source else shutil.copy)(source, target)
@@ -53,20 +53,20 @@ def run(pretrained, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("where", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
-def test_save_killed_at_any_point_leaves_a_complete_checkpoint(where, run):
+@pytest.mark.parametrize("location", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
+def test_save_killed_at_any_point_leaves_a_complete_checkpoint(location, run):
     before = read_checkpoint(run / "last.pth")
-    status, _, err = ended(spawn("-c", KILLED, *where.split(), run))
+    status, _, err = ended(spawn("-c", SAVE_AND_KILL, *location.split(), run))
     if (
-        where == "os.replace 4"
-    ):  # there are four: into place, the kept name, the old to previous.pth, the new to last.pth
+        location == "os.replace 4"
+    ):  # four renames: .new.pth, epoch-NNNN.pth, last.pth to previous.pth, the new file to last.pth
         assert status == 0, err
     else:
         assert status == -9, err
     first = candidates(run, "auto")[0]
-    if where != "os.replace 4":
+    if location != "os.replace 4":
         assert_same(read_checkpoint(first), before)
-    store_checkpoint(run, {"batch": 3}, None)  # what the dead process left is in nobody's way
+    store_checkpoint(run, {"batch": 3}, None)  # files left by the killed process do not interfere
     assert read_checkpoint(run / "last.pth")["batch"] == 3
     assert {path.name for path in run.glob(".*")} <= {".lock", ".new.pth", ".epoch-0009.pth.tmp"}
 
@@ -83,16 +83,16 @@ def test_full_disk_keeps_the_old_file_and_raises_an_error(run):
     assert not list(run.glob(".*.tmp"))
 
 
-def numbered(names) -> set[str]:
-    """Names of tensors with N for the number of a block."""
+def without_block_numbers(names) -> set[str]:
+    """Tensor names with N in place of block numbers."""
     return {re.sub(r"(?<=blocks\.)\d+", "N", name) for name in names}
 
 
 def test_last_pth_contains_mae_tensor_names_and_the_training_state(pretrained):
     content = weights(pretrained)  # read with weights_only
-    assert numbered(content["model"]) == numbered(reference("mae")["checkpoint"]["model"])
+    assert without_block_numbers(content["model"]) == without_block_numbers(reference("mae")["checkpoint"]["model"])
     assert len(content["model"]) == 4 + 5 * 2 + 3 * 12  # tokens and positions; embeddings, norms, head; blocks
-    assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # but for its evaluation
+    assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # the evaluation is still to come
     assert content["batch"] == 8
     assert content["args"]["input_size"] == [16, 16]
     assert {"optimizer", "scaler", "format"} <= content.keys()
@@ -130,7 +130,7 @@ def test_resume_with_other_flags_is_rejected_and_names_the_flag(flag, value, mes
 )
 def test_resume_with_other_images_is_rejected(change, message, run, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "data")
-    pretrain(data, run)  # a folder may move
+    pretrain(data, run)  # the folder may be moved
     image = data / "train" / "ant" / "1.png"
     (shutil.copy if change == "more" else shutil.move)(image, image.with_name("7.png"))
     with pytest.raises(ValueError, match=f"last.pth was trained on .*{message}"):
@@ -138,10 +138,10 @@ def test_resume_with_other_images_is_rejected(change, message, run, photos, tmp_
 
 
 def test_run_resumes_with_the_same_effective_batch_and_smaller_batches(pretrained, photos, tmp_path):
-    """Of the second epoch: other parts of the batch and other log lines change no sample, mask or learning rate."""
+    """In the second epoch, accumulation and log interval change no sample, mask or learning rate."""
     parts = ["--batch_size", 4, "--accum_iter", 2, "--log_every", 2]
     resumed = pretrain(photos, tmp_path / "resumed", *parts, "--resume", pretrained / "epoch-0001.pth")
-    (second,) = records(resumed)  # the mean of its two steps
+    (second,) = records(resumed)  # mean of its two steps
     expected = records(pretrained)[2:]
     assert (second["step"], second["lr"]) == (4, expected[1]["lr"])
     assert second["loss"] == pytest.approx(sum(x["loss"] for x in expected) / 2, rel=1e-6)
@@ -154,8 +154,8 @@ def test_run_resumes_with_the_same_effective_batch_and_smaller_batches(pretraine
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
     moved = max((value - before[name]).abs().max() for name, value in unchanged.items())
-    assert moved > 100 * 2e-6  # the tolerance is small beside what the epoch changes
-    with pytest.raises(ValueError, match=r"--batch_size"):  # another batch is another run
+    assert moved > 100 * 2e-6  # the tolerance is small compared with the change by the epoch
+    with pytest.raises(ValueError, match=r"--batch_size"):  # the effective batch differs
         pretrain(photos, tmp_path / "other", "--batch_size", 4, "--resume", pretrained / "epoch-0001.pth")
 
 

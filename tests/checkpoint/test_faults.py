@@ -1,4 +1,4 @@
-"""What disks, files and processes do to a run: one line that names them, or another image in their place."""
+"""Faults during a run: unreadable images, disks that do not answer, killed workers and signals."""
 
 import multiprocessing
 import os
@@ -33,8 +33,8 @@ def images(tmp_path) -> Path:
     return folder
 
 
-def header(width: int, height: int) -> bytes:
-    """A bitmap that says it has this size."""
+def bitmap_header(width: int, height: int) -> bytes:
+    """BMP bitmap_header that declares this size."""
     start = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
     size = (
         width.to_bytes(4, "little")
@@ -45,12 +45,12 @@ def header(width: int, height: int) -> bytes:
     return start + size + bytes(24)
 
 
-WICKED = {
+BAD_FILES = {
     "truncated": lambda path: path.write_bytes((path.parent / "00.png").read_bytes()[:200]),
     "empty": lambda path: path.write_bytes(b""),
     "of another kind": lambda path: path.write_text("no image"),
-    "a bomb": lambda path: path.write_bytes(header(50_000, 50_000)),
-    "without pixels": lambda path: path.write_bytes(header(0, 10)),
+    "a bomb": lambda path: path.write_bytes(bitmap_header(50_000, 50_000)),
+    "without pixels": lambda path: path.write_bytes(bitmap_header(0, 10)),
     "a line": lambda path: Image.new("RGB", (200_000, 1)).save(path, "PNG"),
     "a link to nowhere": lambda path: path.symlink_to("/nowhere/x.jpg"),
     "a loop of links": lambda path: path.symlink_to(path.name),
@@ -58,16 +58,16 @@ WICKED = {
 }
 
 
-@pytest.mark.parametrize("kind", WICKED)
+@pytest.mark.parametrize("kind", BAD_FILES)
 def test_unreadable_images_stop_the_run_or_are_replaced(kind, images, tmp_path):
-    WICKED[kind](images / "x.jpg")
+    BAD_FILES[kind](images / "x.jpg")
     words = ONE_EPOCH + {
         "a pipe": ["--timeout_minutes", 0.005],
-        "a line": ["--input_size", 64, "--patch_size", 16],  # it would be resized to 800 megapixels
+        "a line": ["--input_size", 64, "--patch_size", 16],  # resizing it would give 800 megapixels
     }.get(kind, [])
     with pytest.raises(ValueError, match=r"x\.jpg cannot be read: .+--on_bad_image skip"):
         pretrain(images, tmp_path / "run", *words)
-    if kind == "a pipe":  # as a disk that does not answer: the images behind it would not come either
+    if kind == "a pipe":  # like a disk that does not answer: other images could not be read either
         with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer"):
             pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
         return
@@ -108,7 +108,7 @@ def test_cache_read_timeout_ends_the_run(images, tmp_path, monkeypatch):
 
 def test_large_images_are_read_without_a_warning(tmp_path):
     Image.new("L", (12_000, 9_000)).save(tmp_path / "large.png")  # 108 megapixels
-    (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # here warnings are errors
+    (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # pytest turns warnings into errors
     assert image.size == (12_000, 9_000)
 
 
@@ -129,7 +129,7 @@ def test_loader_worker_exits_if_its_parent_was_killed_during_the_fork(parent):
     assert loader.exitcode == (parent == "killed")
 
 
-KILLER = """
+KILL_LOADER_WORKER = """
 import os, signal, sys
 import main_pretrain
 from util.args import run_main
@@ -149,7 +149,7 @@ run_main(main_pretrain.main)
 def test_killed_loader_worker_ends_the_run_with_one_line_and_the_run_resumes(photos, tmp_path):
     words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--num_workers", 1, "--image_every", 0]
     flags = [*words, "--data_path", photos, "--output_dir", tmp_path / "a"]
-    status, _, err = ended(spawn("-c", KILLER, *flags))
+    status, _, err = ended(spawn("-c", KILL_LOADER_WORKER, *flags))
     assert status == 1
     assert "Traceback" not in err
     assert "DataLoader worker (pid" in err
@@ -185,6 +185,6 @@ def test_signal_to_the_process_group_finishes_the_step_and_saves(photos, tmp_pat
     os.killpg(process.pid, signal.SIGINT)
     status, out, err = ended(process)
     assert status == 130, err
-    assert weights(tmp_path)["progress"]["epoch"] < 499  # it did not train to its end
+    assert weights(tmp_path)["progress"]["epoch"] < 499  # training did not finish
     assert ", saved; " in out
     assert "Traceback" not in err
