@@ -17,7 +17,7 @@ def parse(*words: str):
     return main_pretrain.get_parser().parse_args(["--data_path", "x", *words])
 
 
-# ------------------------------------------------------------------------------------------------------------- recipes
+# -------------------------------------------------------------------------------------------------------------- recipes
 
 
 def test_recipes_contain_flags_and_comments(tmp_path):
@@ -68,7 +68,7 @@ def test_error_names_a_recursive_or_unreadable_recipe(tmp_path):
         parse(f"@{tmp_path}/a.args")
 
 
-# -------------------------------------------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_defaults_match_the_300_epoch_setting_of_the_paper_on_8_devices():
     assert (args.mask_ratio, args.norm_pix_loss, args.lowpass, args.crop) == (0.75, True, "reference", "src")
 
 
-# ------------------------------------------------------------------------------------------------------- invalid flags
+# -------------------------------------------------------------------------------------------------------- invalid flags
 # They are rejected before an existing run is changed, even with --overwrite.
 
 NUMBERS = [
@@ -260,7 +260,7 @@ def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
     assert any(line.startswith("warning: --warmup_epochs 2 is not below --epochs 1") for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------- help and errors--
+# ------------------------------------------------------------------------------------------------------ help and errors
 
 
 @pytest.mark.parametrize("name", MAINS)

@@ -1,6 +1,6 @@
-"""Fuzz tests: random command command_lines and damaged files give no traceback, no hang, no wrong load and no invalid flag value.
+"""Fuzz tests: random command lines and damaged files give no traceback, no hang, no wrong load and no invalid flag value.
 
-FUZZ is the number of command command_lines of each main; there are 25 times as many damaged files. FUZZ_SEED sets the random seed.
+FUZZ is the number of command lines of each main; there are 25 times as many damaged files. FUZZ_SEED sets the random seed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _seed_on_failure():
     print(f"FUZZ={EXAMPLES} FUZZ_SEED={SEED}")
 
 
-# ------------------------------------------------------------------------------------------------------- broken files
+# --------------------------------------------------------------------------------------------------------- broken files
 
 
 def damaged(content: bytes, how: tuple[str, int, int, int]) -> bytes:
@@ -150,7 +150,7 @@ def test_damaged_files_of_other_projects_are_rejected_or_load_unchanged(how, suf
         assert distance(raw(found), raw(expected)) <= distance(broken.read_bytes(), whole)
 
 
-# ------------------------------------------------------------------------------------------------------- command command_lines
+# -------------------------------------------------------------------------------------------------------- command lines
 
 WORDS = ["", "-1", "0", "1", "2", "3", "7", "17", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "99999999999999999999"]
 WORDS += [

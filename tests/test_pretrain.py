@@ -85,7 +85,7 @@ def test_each_image_is_used_at_most_once_per_epoch_and_the_incomplete_batch_is_d
     assert [x["epoch"] for x in records(tmp_path)] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])  # 16 // 5 steps
 
 
-# ------------------------------------------------------------------------------------------------------- errors---------
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_uncommitted_changes_are_saved_beside_the_configuration(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_errors_name_incompatible_sizes_and_settings(flags, message, photos, tmp
         pretrain(photos, tmp_path, *flags.split())
 
 
-# ------------------------------------------------------------------------------------------------------- output files--
+# --------------------------------------------------------------------------------------------------------- output files
 
 
 def test_log_has_one_object_for_each_log_step(pretrained, photos):
@@ -211,7 +211,7 @@ def test_tensorboard_steps_are_thousandths_of_an_epoch_for_scalars_and_images(pr
     assert min(below + above) > 0
 
 
-# --------------------------------------------------------------------------------------------------------- other settings
+# ------------------------------------------------------------------------------------------------------- other settings
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_bf16_losses_are_near_those_of_float32(pretrained, photos, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(pretrained), rel=0.02)  # 8 bits of mantissa
 
 
-# ---------------------------------------------------------------------------------------------------------- reconstruction
+# ------------------------------------------------------------------------------------------------------- reconstruction
 
 
 class FixedPrediction(nn.Module):

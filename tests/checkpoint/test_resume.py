@@ -43,7 +43,7 @@ from util.run import split_effective_batch
 
 # 8 steps of 2 images per epoch; log lines and saves are at different steps; with kNN evaluation and figures
 STEPS = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", "--warmup_epochs", "1", "--blr", "0.1"]
-STEPS_WITH_EVALUATIONS = [*STEPS, "--image_every", "1", "--knn_every", "1"]
+EVAL = [*STEPS, "--image_every", "1", "--knn_every", "1"]
 CLASSIFIER_FLAGS = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", *DEVICE]
 
 
@@ -55,10 +55,10 @@ def train_classifier(name: str, photos, folder, pretrained, *words) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(photos, tmp_path_factory):
     torch.set_num_threads(1)
-    return pretrain(photos, tmp_path_factory.mktemp("uninterrupted") / "run", *STEPS_WITH_EVALUATIONS)
+    return pretrain(photos, tmp_path_factory.mktemp("uninterrupted") / "run", *EVAL)
 
 
-# ------------------------------------------------------------------------------------------------------------- signals
+# -------------------------------------------------------------------------------------------------------------- signals
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def uninterrupted(photos, tmp_path_factory):
 def test_signal_finishes_the_step_saves_and_exits_with_75_or_130(
     step, number, status, uninterrupted, photos, tmp_path, monkeypatch, capfd
 ):
-    assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *STEPS_WITH_EVALUATIONS), number) == status
+    assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *EVAL), number) == status
     assert f"{number.name}: finishing the step, then saving; a second signal ends at once" in capfd.readouterr().err
     progress = weights(tmp_path)["progress"]
     assert progress["epoch"] * 7 + progress["step"] == step  # seven steps of an epoch check for a stop request
     assert len(progress["losses"]) == progress["step"] % 3
-    pretrain(photos, tmp_path, *STEPS_WITH_EVALUATIONS)
+    pretrain(photos, tmp_path, *EVAL)
     assert_same_run(uninterrupted, tmp_path)
 
 
@@ -121,7 +121,7 @@ from util.checkpoint.saver import Saver
 def after_step(self, progress):
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # Python runs no handler during it, as in a collective; it outlasts `ended`
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # runs no signal handler, as a collective
 Saver.after_step = after_step
 main_pretrain.main()
 """
@@ -162,7 +162,7 @@ def test_ranks_exit_together_after_the_checkpoint_is_written(photos, tmp_path, m
     assert events[-2:] == ["stored", "met"]
 
 
-# --------------------------------------------------------------------------------------------------------------- kills
+# ---------------------------------------------------------------------------------------------------------------- kills
 
 KILL_RUN = """
 import os, signal, sys, time
@@ -189,18 +189,7 @@ main_pretrain.main()
 
 @pytest.mark.parametrize("where", ["6", "11", "knn"])
 def test_killed_run_resumes_bit_for_bit(where, uninterrupted, photos, tmp_path):
-    flags = [
-        *PRETRAIN,
-        *STEPS_WITH_EVALUATIONS,
-        "--image_every",
-        1,
-        "--save_minutes",
-        0,
-        "--data_path",
-        photos,
-        "--output_dir",
-        tmp_path,
-    ]
+    flags = [*PRETRAIN, *EVAL, "--image_every", 1, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path]
     status, _, err = ended(spawn("-c", KILL_RUN, where, *flags))
     assert status == -9, err
     with (tmp_path / "log.jsonl").open("a") as log:  # as if killed while logging
@@ -261,7 +250,7 @@ def test_epoch_checkpoints_are_all_written_on_a_slow_disk(tmp_path, monkeypatch)
 def test_warns_of_a_damaged_checkpoint_and_resumes_from_the_previous_one(
     damage, uninterrupted, photos, tmp_path, monkeypatch
 ):
-    interrupted(monkeypatch, 5, lambda: pretrain(photos, tmp_path, *STEPS_WITH_EVALUATIONS, "--save_minutes", 0))
+    interrupted(monkeypatch, 5, lambda: pretrain(photos, tmp_path, *EVAL, "--save_minutes", 0))
     last = tmp_path / "last.pth"
     content = bytearray(last.read_bytes())
     if damage == "zeros":
@@ -271,7 +260,7 @@ def test_warns_of_a_damaged_checkpoint_and_resumes_from_the_previous_one(
     last.write_bytes({"half": content[: len(content) // 2], "empty": b""}.get(damage, content))
     if damage == "gone":
         last.unlink()  # killed between the two renames
-    lines = call("main_pretrain", *PRETRAIN, *STEPS_WITH_EVALUATIONS, "--data_path", photos, "--output_dir", tmp_path)
+    lines = call("main_pretrain", *PRETRAIN, *EVAL, "--data_path", photos, "--output_dir", tmp_path)
     named = any(line.startswith(f"warning: {last} is damaged") for line in lines)
     assert named == (damage != "gone")
     assert any(line.startswith(f"resumed from {tmp_path}/previous.pth: epoch 1 of 2, ") for line in lines)
@@ -301,7 +290,7 @@ def test_run_in_the_pixmim_1_format_resumes(photos, tmp_path):
 
 @pytest.fixture
 def fail_writes(monkeypatch):
-    """Function that makes `failures` atomic writes fail from the first-th on; it returns the list of written paths."""
+    """A function: let `failures` atomic writes fail, from number `first` on; returns the list of their paths."""
 
     def fail(first: int, failures: int) -> list:
         calls, real = [], write_atomic
@@ -324,15 +313,7 @@ def test_full_disk_warns_and_training_continues_until_space_is_free(
     calls = fail_writes(first=2, failures=3)
     monkeypatch.setattr(Writer, "__init__", with_short_retry(Writer.__init__))
     lines = call(
-        "main_pretrain",
-        *PRETRAIN,
-        *STEPS_WITH_EVALUATIONS,
-        "--save_minutes",
-        0,
-        "--data_path",
-        photos,
-        "--output_dir",
-        tmp_path,
+        "main_pretrain", *PRETRAIN, *EVAL, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path
     )
     warnings = [line for line in lines if "No space left" in line]
     assert len(warnings) == 3
@@ -401,16 +382,7 @@ def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(uninterrupted, photos, 
         pytest.skip("needs the right to mount")
     try:
         (disk / "big").write_bytes(bytes(int(3.7 * checkpoint)))  # one checkpoint fits beside it
-        flags = [
-            *PRETRAIN,
-            *STEPS_WITH_EVALUATIONS,
-            "--save_minutes",
-            0,
-            "--data_path",
-            photos,
-            "--output_dir",
-            disk / "run",
-        ]
+        flags = [*PRETRAIN, *EVAL, "--save_minutes", 0, "--data_path", photos, "--output_dir", disk / "run"]
         process = spawn("-u", "main_pretrain.py", *flags)
         lines = []
         for text in process.stdout:
@@ -426,7 +398,7 @@ def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(uninterrupted, photos, 
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- non-finite steps
+# ----------------------------------------------------------------------------------------------------- non-finite steps
 
 
 def make_losses_nonfinite(monkeypatch, steps, value=float("nan")) -> None:
@@ -528,9 +500,7 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
     replayed = torch.load(tmp_path / "debug-12.pth", weights_only=True)
     assert replayed["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
     assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
-    interrupted(
-        monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS)
-    )  # step 11: one of them ended an epoch
+    interrupted(monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS))  # 11 steps: one ended an epoch
     assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
     with pytest.raises(ValueError, match=r"STEP 17: .*16 steps"):
         call("debug_step", tmp_path, 17)
@@ -568,7 +538,7 @@ def test_nonfinite_step_keeps_probe_weights_and_batch_norm_statistics(pretrained
     assert not all(third)
 
 
-# ----------------------------------------------------------------------------------------------------------------- ranks
+# ---------------------------------------------------------------------------------------------------------------- ranks
 
 SIGNAL_RANK_1 = """
 import os, signal, sys
@@ -654,10 +624,7 @@ def test_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
     ends = ranks(2, "-c", SIGNAL_RANK_1.format("SIGUSR1"), *flags)
     assert [status for status, _, _ in ends] == [75, 75], ends
     progress = weights(tmp_path)["progress"]
-    assert (progress["epoch"], progress["step"]) in {
-        (1, 4),
-        (1, 5),
-    }  # call 10, at 7 per epoch; agreed on one step later
+    assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # call 10, 7 per epoch, agreed a step later
     assert f"stopped at step {progress['step']} of 8 of epoch 2, saved; " in ends[0][1]
     (zero, out, err), (one, _, _) = ranks(2, "debug_step.py", tmp_path, 14, "--device", "cpu")
     assert (zero, one) == (0, 0), err
