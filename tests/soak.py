@@ -70,7 +70,7 @@ class Breaker:
             text=True, errors="surrogateescape", start_new_session=True,
         )  # fmt: skip
 
-    def until(self, process: subprocess.Popen, text: str) -> bool:
+    def read_until(self, process: subprocess.Popen, text: str) -> bool:
         """Read output up to a line with this text; False if the process ends first."""
         assert process.stdout
         for line in process.stdout:
@@ -82,22 +82,22 @@ class Breaker:
         return False
 
     def drain(self, process: subprocess.Popen) -> int:
-        self.until(process, "\0")
+        self.read_until(process, "\0")
         return process.wait()
 
-    def once(self, command: list, folder: Path, kind: str | None, break_it: Callable[[subprocess.Popen], Any]) -> int:
+    def run(self, command: list, folder: Path, kind: str | None, interrupt: Callable[[subprocess.Popen], Any]) -> int:
         """Exit status of the command, interrupted before its first step or up to 2.5 s after it."""
         before, self.resumed, self.output = saved_steps(folder), "", list[str]()
         began = time.monotonic()
         process = self.start(command)
         if kind and random.random() < 0.15:
             time.sleep(random.uniform(0, 5))
-        elif self.until(process, "first step:"):
+        elif self.read_until(process, "first step:"):
             self.recoveries.append(time.monotonic() - began)
             self.check_start(before)
             time.sleep(random.uniform(0, 2.5) if kind else 0)
         if kind and process.poll() is None:
-            break_it(process)
+            interrupt(process)
             self.breaks[kind] += 1
         return self.drain(process)
 
@@ -110,7 +110,7 @@ class Breaker:
             found = (int(words[at + 1]) - 1) * int(words[at + 6]) + int(words[at + 4])
         self.lost += max(0, before - found)
 
-    def checked(self, status: int, *expected: int) -> None:
+    def check_exit(self, status: int, *expected: int) -> None:
         if status not in expected:
             sys.exit(f"exit status {status}, not {expected}:\n{''.join(self.output[-20:])}")
         if any(PROJECT_FRAME.search(line) for line in self.output):  # not of orphaned loader workers or torchrun
@@ -158,13 +158,13 @@ def one_rank(breaker: Breaker, command: list, disk: Path, images: Path, kills: i
             status, action = (1, 0, -9), lambda process: vanish(process, images)
         else:
             action = send(signal.SIGKILL)
-        breaker.checked(breaker.once([*command, "--output_dir", folder], folder, kind, action), 0, *status)
+        breaker.check_exit(breaker.run([*command, "--output_dir", folder], folder, kind, action), 0, *status)
         last = folder / "last.pth"
         if kind in DAMAGES and last.exists():
             last.write_bytes(DAMAGES[kind](last.read_bytes()))
         if kind == "deleted":
             last.unlink(missing_ok=True)
-    breaker.checked(breaker.once([*command, "--output_dir", folder], folder, None, send(0)), 0)
+    breaker.check_exit(breaker.run([*command, "--output_dir", folder], folder, None, send(0)), 0)
 
 
 def fill(process: subprocess.Popen, disk: Path) -> None:
@@ -197,7 +197,7 @@ def two_ranks(breaker: Breaker, command: list, folder: Path, kills: int) -> None
     process = breaker.start([*torchrun, *command, "--output_dir", folder])
     for turn in range(kills):
         before = saved_steps(folder)
-        if not breaker.until(process, "first step:"):
+        if not breaker.read_until(process, "first step:"):
             break
         if turn:
             breaker.check_start(before)
@@ -207,7 +207,7 @@ def two_ranks(breaker: Breaker, command: list, folder: Path, kills: int) -> None
             kind = random.choice([signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
             os.kill(random.choice(victims), kind)
             breaker.breaks[f"one of two ranks: {kind.name}"] += 1
-    breaker.checked(breaker.drain(process), 0)
+    breaker.check_exit(breaker.drain(process), 0)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -269,7 +269,7 @@ def soak(args, images: Path, disk: Path, work: Path) -> dict:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         process = breaker.start([*torchrun, *command, "--output_dir", work / folder])
         breaker.output = []
-        breaker.checked(breaker.drain(process), 0)
+        breaker.check_exit(breaker.drain(process), 0)
         return work / folder
 
     alone = run_uninterrupted(train, "alone")
@@ -290,11 +290,9 @@ def soak(args, images: Path, disk: Path, work: Path) -> dict:
         command = [f"{name}.py", *weights, *data, "--epochs", epochs, "--warmup_epochs", 1]
         reference = run_uninterrupted(command, name)
         for _ in range(3):
-            status = breaker.once(
-                [*command, *SAVES, "--output_dir", work / "c"], work / "c", name, send(signal.SIGKILL)
-            )
-            breaker.checked(status, -9, 0)
-        breaker.checked(breaker.once([*command, *SAVES, "--output_dir", work / "c"], work / "c", None, send(0)), 0)
+            status = breaker.run([*command, *SAVES, "--output_dir", work / "c"], work / "c", name, send(signal.SIGKILL))
+            breaker.check_exit(status, -9, 0)
+        breaker.check_exit(breaker.run([*command, *SAVES, "--output_dir", work / "c"], work / "c", None, send(0)), 0)
         assert_same_run(reference, work / "c")
         shutil.rmtree(work / "c")
         print(f"{name}: no difference", flush=True)
