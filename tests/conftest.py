@@ -1,4 +1,4 @@
-"""What several test files share: small folders of images, and mains run in this process or in others."""
+"""Shared fixtures and helpers: small image folders, and mains run in this process or in new ones."""
 
 import importlib
 import io
@@ -18,11 +18,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from forkserver import ForkServer, Process
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from tests.forkserver import ForkServer, Process
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint.saver import Saver
 from util.dist import World
@@ -42,14 +42,14 @@ PRETRAIN = [
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Sums in the same order in every process."""
+    """Use one thread, so that sums have the same order in every process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _no_disk(monkeypatch):
-    """What this process writes need not reach the disk: most of it, gigabytes, is deleted at the end of its test."""
+def _no_fsync(monkeypatch):
+    """Skip fsync: most of the gigabytes written are deleted at the end of the test."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -80,14 +80,14 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory, photos) -> Path:
-    """Output folder of a finished run: 2 epochs of 2 steps of 8 images. Copy it before you change it."""
+    """Output folder of a finished run: 2 epochs of 2 steps of 8 images. Copy it before changing it."""
     torch.set_num_threads(1)
     return pretrain(photos, tmp_path_factory.mktemp("pretrained") / "run", "--save_every", 1, "--image_every", 1)
 
 
 @pytest.fixture(scope="session")
 def pretrained_tiny(tmp_path_factory, photos) -> Path:
-    """As `pretrained`, of vit_tiny: its heads are 64 wide, which formats without a number of heads take for granted."""
+    """Like `pretrained` with vit_tiny, whose heads are 64 wide as formats without a head count assume."""
     torch.set_num_threads(1)
     return pretrain(photos, tmp_path_factory.mktemp("pretrained_tiny") / "run", "--model", "vit_tiny")
 
@@ -100,7 +100,7 @@ def pretrain(photos: Path, output: Path, *words) -> Path:
 
 
 def call(name: str, *words) -> list[str]:
-    """What a main prints, run in this process; its errors are raised."""
+    """Lines that a main prints, run in this process; its errors are raised."""
     output = io.StringIO()
     with patch.object(sys, "argv", [f"{name}.py", *map(str, words)]), redirect_stdout(output):
         importlib.import_module(name).main()
@@ -108,12 +108,12 @@ def call(name: str, *words) -> list[str]:
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    """Every file below a folder and what is in it."""
+    """{path: content} of every file below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def result(*words) -> dict:
-    """The JSON object that is the last line of a main."""
+    """The JSON object that a main prints last."""
     return json.loads(call(*words)[-1])
 
 
@@ -127,9 +127,9 @@ def _fork_server():
 
 
 def spawn(*words, **environment) -> subprocess.Popen | Process:
-    """Python with these words and one thread, in the project's folder: a fork of the server where that is the same."""
+    """Start Python with these arguments and one thread in the repository root, as a fork of the server where equivalent."""
     words = list(map(str, words))
-    python = any(name.startswith("PYTHON") for name in environment)  # what an interpreter reads at its start
+    python = any(name.startswith("PYTHON") for name in environment)  # read only when an interpreter starts
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()}
     if sys.platform == "linux" and words[0] != "-m" and not python:
         return FORKS.start(words, environment, ROOT)
@@ -139,19 +139,19 @@ def spawn(*words, **environment) -> subprocess.Popen | Process:
 
 
 def ended(process: subprocess.Popen | Process) -> tuple[int | None, str, str]:
-    """(exit status, stdout, stderr) of a process; None for one that does not end, which is killed."""
+    """(exit status, stdout, stderr) of a process; after 120 s it is killed and the status is None."""
     try:
         out, err = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         process.kill()
-        with suppress(subprocess.TimeoutExpired):  # what it started may still hold its output
+        with suppress(subprocess.TimeoutExpired):  # its children may keep the pipes open
             return None, *process.communicate(timeout=5)
         return None, "", "it did not end"
     return process.returncode, out, err
 
 
 def start_ranks(count: int, *words) -> list[subprocess.Popen | Process]:
-    """Ranks that find each other as torchrun's do."""
+    """Start ranks with the environment variables of torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +165,7 @@ def ranks(count: int, *words) -> list[tuple[int | None, str, str]]:
 
 
 def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
-    """What `start_run` returns for these flags, without a process group."""
+    """The `Run` of these flags, without a process group."""
     defaults = {
         "seed": 0,
         "in_chans": 3,
@@ -182,7 +182,7 @@ def one_rank(tmp_path: Path, rank: int = 0, size: int = 1, **flags) -> Run:
 
 
 def interrupted(monkeypatch, step: int, main, number=signal.SIGTERM) -> int:
-    """Exit status of a main in this process that gets a signal in its step-th step (of those that do not end an epoch)."""
+    """Exit status of a main in this process that gets a signal in step `step`, not counting last steps of epochs."""
     calls, real = [], Saver.after_step
 
     def after_step(self, progress):
@@ -195,12 +195,12 @@ def interrupted(monkeypatch, step: int, main, number=signal.SIGTERM) -> int:
         patched.setattr(Saver, "after_step", after_step)
         with pytest.raises(SystemExit) as ending:
             main()
-    traceback.clear_frames(ending.tb)  # ends loader processes now: as garbage they would be waited for, 5 s each
+    traceback.clear_frames(ending.tb)  # ends loader workers now; garbage collection would wait 5 s for each
     return ending.value.code
 
 
 def records(folder: Path, key: str = "loss") -> list[dict]:
-    """Objects of log.jsonl that have this key."""
+    """Objects in log.jsonl with this key."""
     return [x for x in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in x]
 
 
@@ -209,7 +209,7 @@ def weights(folder: Path) -> dict:
 
 
 def assert_same(a, b) -> None:
-    """Equal bit for bit: tensors, and what holds them."""
+    """Assert that nested containers of tensors are equal bit for bit."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
     elif isinstance(a, dict):
@@ -224,34 +224,34 @@ def assert_same(a, b) -> None:
         assert a == b
 
 
-CLOCKED = ("images_per_s", "data_wait", "tflops", "memory_gib")  # what depends on the clock
+TIMING_FIELDS = ("images_per_s", "data_wait", "tflops", "memory_gib")  # differ between equal runs
 
 
-def board(folder: Path) -> dict:
-    """{(name, step): value on TensorBoard}, without what depends on the clock.
+def tensorboard_values(folder: Path) -> dict:
+    """{(name, step): value on TensorBoard}, without TIMING_FIELDS.
 
-    TensorBoard reads the event files of a run by their names, which have the second of their start. The runs of a test restart
-    within one, so their files are named here by the time of their first event.
+    TensorBoard reads the event files of a run by their names, which contain the second of their start. Runs of a test restart
+    within a second, so the files are renamed in the order of their first events.
     """
 
-    def begun(path: Path) -> float:
+    def first_event_time(path: Path) -> float:
         return next(iter(EventFileLoader(str(path)).Load())).wall_time
 
     with TemporaryDirectory() as ordered:
-        for i, path in enumerate(sorted((folder / "tensorboard").iterdir(), key=begun)):
+        for i, path in enumerate(sorted((folder / "tensorboard").iterdir(), key=first_event_time)):
             Path(ordered, f"{i:04d}.tfevents").symlink_to(path.absolute())
         shown = EventAccumulator(ordered, size_guidance={"images": 0, "scalars": 0}).Reload()
     tags = shown.Tags()
-    scalars = {(t, e.step): e.value for t in tags["scalars"] if t not in CLOCKED for e in shown.Scalars(t)}
+    scalars = {(t, e.step): e.value for t in tags["scalars"] if t not in TIMING_FIELDS for e in shown.Scalars(t)}
     return scalars | {(t, e.step): e.encoded_image_string for t in tags["images"] for e in shown.Images(t)}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, everything else in the checkpoint, log and pictures of two runs are the same, bit for bit."""
+    """Assert that checkpoint, log and TensorBoard of two runs are equal bit for bit."""
     one, other = weights(a), weights(b)
     for part in ("model", "optimizer", "scaler", "statistics", "progress"):
         assert_same(one[part], other[part])
-    logs = ([{k: v for k, v in x.items() if k not in CLOCKED} for x in records(f, "epoch")] for f in (a, b))
+    logs = ([{k: v for k, v in x.items() if k not in TIMING_FIELDS} for x in records(f, "epoch")] for f in (a, b))
     for x, y in zip(*logs, strict=True):
         assert x == y
-    assert board(a) == board(b)
+    assert tensorboard_values(a) == tensorboard_values(b)

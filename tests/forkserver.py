@@ -1,8 +1,7 @@
-"""Processes that begin with torch, timm and the mains imported: forks of one interpreter, in place of new interpreters.
+"""Fork server: processes with torch, timm and the mains already imported, instead of new interpreters.
 
 `python -m tests.forkserver FD` is that interpreter. It serves `ForkServer.start` until the other end of the socket FD is closed.
-A process has its own arguments, environment, folder and output, and begins and ends as an interpreter does. Only its hash seed is
-the server's.
+A process has its own arguments, environment, folder, output and exit status. Only its hash seed is the server's.
 """
 
 import gc
@@ -20,12 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LONGEST = 2**17  # bytes of a request
+MAX_REQUEST = 2**17  # bytes
 PRELOAD = ["main_pretrain", "main_linprobe", "main_finetune", "main_knn", "torch.utils.tensorboard"]
 
 
 class Process:
-    """A process of the server, with what tests use of subprocess.Popen."""
+    """Process of the server, with the methods of subprocess.Popen that the tests use."""
 
     def __init__(self, pid: int, status: socket.socket, out: int, err: int):
         self.pid, self.status, self.returncode = pid, status, None
@@ -53,7 +52,7 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """(stdout, stderr), each until every process that has it is at its end."""
+        """(stdout, stderr), read until every process that holds the pipe has ended."""
         until = None if timeout is None else time.monotonic() + timeout
         waiting = [file for file in self.read if not file.closed]
         while waiting:
@@ -73,7 +72,7 @@ class Process:
 
 
 class ForkServer:
-    """The interpreter that is forked; it is started with the first process."""
+    """Client of the forked interpreter, which starts with the first process."""
 
     def __init__(self) -> None:
         self.channel: socket.socket | None = None
@@ -90,9 +89,9 @@ class ForkServer:
         return self.channel
 
     def start(self, words: list[str], environment: dict[str, str], folder: Path) -> Process:
-        """The process `python WORDS`; words are a script or `-c SCRIPT`, after `-u` if lines are to come at once."""
+        """Start `python WORDS`; words are a script or `-c SCRIPT`, after `-u` for line buffering."""
         channel, request = self.connect(), json.dumps([words, environment, str(folder)]).encode()
-        assert len(request) <= LONGEST
+        assert len(request) <= MAX_REQUEST
         (out, out_theirs), (err, err_theirs) = os.pipe(), os.pipe()
         status, status_theirs = socket.socketpair()
         with status_theirs:
@@ -108,19 +107,17 @@ class ForkServer:
 
 
 def serve(channel: socket.socket) -> list[str]:
-    """Fork a process for each request: returns its words there. Ends the server and its processes with the channel."""
-    running: dict[
-        int, tuple[int, socket.socket]
-    ] = {}  # file descriptor of a process -> its number, where its status goes
+    """Fork a process for each request; in it, return the words. A closed channel ends the server and its processes."""
+    running: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> process id, socket for its exit status
     while True:
         for ready in select.select([channel, *running], [], [])[0]:
             if ready is not channel:
                 pid, status = running.pop(ready)
                 os.close(ready)
-                with status, suppress(OSError):  # the test may be over
+                with status, suppress(OSError):  # the test may have ended
                     status.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                 continue
-            request, descriptors, _, _ = socket.recv_fds(channel, LONGEST, 3)
+            request, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 3)
             if not request:
                 for pid, _ in running.values():
                     os.kill(pid, signal.SIGKILL)
@@ -133,7 +130,7 @@ def serve(channel: socket.socket) -> list[str]:
                     connection.close()
                 for descriptor in running:
                     os.close(descriptor)
-                begin(outputs, environment, folder)
+                set_up_process(outputs, environment, folder)
                 return words
             for output in outputs:
                 os.close(output)
@@ -141,8 +138,8 @@ def serve(channel: socket.socket) -> list[str]:
             running[os.pidfd_open(pid)] = pid, status
 
 
-def begin(outputs: list[int], environment: dict[str, str], folder: str) -> None:
-    """Make this process what an interpreter with this output, environment and folder is at its start."""
+def set_up_process(outputs: list[int], environment: dict[str, str], folder: str) -> None:
+    """Give this process the output, environment and folder of the request."""
     for number, output in enumerate(outputs, 1):
         os.dup2(output, number)
         os.close(output)
@@ -169,6 +166,6 @@ def run(words: list[str]) -> None:
 if __name__ == "__main__":
     for module in PRELOAD:
         importlib.import_module(module)
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork has only one of the threads"
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork keeps only one thread"
     gc.freeze()
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

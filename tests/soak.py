@@ -1,7 +1,7 @@
-"""Break runs at random until they have to be the unbroken ones: `python -m tests.soak --data_path DIR`.
+"""Soak test: interrupt runs at random and compare them with uninterrupted runs: `python -m tests.soak --data_path DIR`.
 
-DIR has train/<class>/ and val/<class>/. Each broken run is started again with its own command; at the end weights, optimiser,
-log and TensorBoard are compared bit for bit. As root it also fills a disk of its own. Ends with status 1 if anything differs.
+DIR has train/<class>/ and val/<class>/. Each interrupted run is restarted with its own command; at the end weights, optimiser,
+log and TensorBoard are compared bit for bit. As root it also fills a tmpfs. Exits with status 1 if anything differs.
 """
 
 import argparse
@@ -52,16 +52,16 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-OURS = re.compile(rf'File "{ROOT}/(?!\.venv)')  # a line of a traceback through this project
+PROJECT_FRAME = re.compile(rf'File "{ROOT}/(?!\.venv)')  # traceback line of a file of this project
 
 
 class Breaker:
-    """Runs a command until it ends by itself, and breaks it before as often as it is told to."""
+    """Runs a command, interrupts it and checks how it resumes."""
 
     def __init__(self) -> None:
         self.breaks: Counter[str] = Counter()
         self.recoveries: list[float] = []  # seconds from start to the end of the first step
-        self.lost = 0  # steps that a start went back behind the newest whole checkpoint
+        self.lost = 0  # steps between the newest valid checkpoint and the resume point
 
     def start(self, command: list) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -70,11 +70,11 @@ class Breaker:
             text=True, errors="surrogateescape", start_new_session=True,
         )  # fmt: skip
 
-    def until(self, process: subprocess.Popen, text: str) -> bool:
-        """Read what it says up to a line with this text; False if it ends before."""
+    def read_until(self, process: subprocess.Popen, text: str) -> bool:
+        """Read output up to a line with this text; False if the process ends first."""
         assert process.stdout
         for line in process.stdout:
-            self.said.append(line)
+            self.output.append(line)
             if line.startswith("resumed from"):
                 self.resumed = line
             if text in line:
@@ -82,27 +82,27 @@ class Breaker:
         return False
 
     def drain(self, process: subprocess.Popen) -> int:
-        self.until(process, "\0")
+        self.read_until(process, "\0")
         return process.wait()
 
-    def once(self, command: list, folder: Path, kind: str | None, break_it: Callable[[subprocess.Popen], Any]) -> int:
-        """Start the command, break it after a random part of a few seconds, or before its first step; its exit status."""
-        before, self.resumed, self.said = saved_steps(folder), "", list[str]()
+    def run(self, command: list, folder: Path, kind: str | None, interrupt: Callable[[subprocess.Popen], Any]) -> int:
+        """Exit status of the command, interrupted before its first step or up to 2.5 s after it."""
+        before, self.resumed, self.output = saved_steps(folder), "", list[str]()
         began = time.monotonic()
         process = self.start(command)
         if kind and random.random() < 0.15:
             time.sleep(random.uniform(0, 5))
-        elif self.until(process, "first step:"):
+        elif self.read_until(process, "first step:"):
             self.recoveries.append(time.monotonic() - began)
             self.check_start(before)
             time.sleep(random.uniform(0, 2.5) if kind else 0)
         if kind and process.poll() is None:
-            break_it(process)
+            interrupt(process)
             self.breaks[kind] += 1
         return self.drain(process)
 
     def check_start(self, before: int) -> None:
-        """It went on from the newest whole checkpoint."""
+        """Add the steps between the newest valid checkpoint and the resume point to `lost`."""
         found = 0
         if self.resumed:
             words = self.resumed.replace(",", "").split()  # ... epoch E of N, S of M steps done
@@ -110,15 +110,15 @@ class Breaker:
             found = (int(words[at + 1]) - 1) * int(words[at + 6]) + int(words[at + 4])
         self.lost += max(0, before - found)
 
-    def checked(self, status: int, *expected: int) -> None:
+    def check_exit(self, status: int, *expected: int) -> None:
         if status not in expected:
-            sys.exit(f"exit status {status}, not {expected}:\n{''.join(self.said[-20:])}")
-        if any(OURS.search(line) for line in self.said):  # not of loaders that a SIGKILL left alone, nor torchrun's
-            sys.exit(f"a traceback:\n{''.join(self.said[-40:])}")
+            sys.exit(f"exit status {status}, not {expected}:\n{''.join(self.output[-20:])}")
+        if any(PROJECT_FRAME.search(line) for line in self.output):  # not of orphaned loader workers or torchrun
+            sys.exit(f"a traceback:\n{''.join(self.output[-40:])}")
 
 
 def saved_steps(folder: Path) -> int:
-    """Steps of the newest whole checkpoint of a run."""
+    """Steps of the newest valid checkpoint of a run."""
     for name in ("last.pth", "previous.pth", *sorted((path.name for path in folder.glob("epoch-*.pth")), reverse=True)):
         if (folder / name).exists():
             try:
@@ -134,7 +134,7 @@ def send(number: int) -> Callable[[subprocess.Popen], None]:
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Process numbers of the ranks that a torchrun has started."""
+    """Process ids of the ranks of a torchrun."""
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
     ).stdout.split()
@@ -142,31 +142,34 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 
 def one_rank(breaker: Breaker, command: list, disk: Path, images: Path, kills: int) -> None:
-    """Every kind of break of a run on one rank, in random order, then to the end."""
+    """Interrupt a run on one rank in every way, in random order, then let it finish."""
     folder = disk / "run"
     kinds = ["SIGKILL"] * 3 + ["SIGTERM", "SIGUSR1", "full disk", "images vanish", "deleted", *DAMAGES]
     for kind in random.choices(kinds, k=kills) if kills > len(kinds) else random.sample(kinds, kills):
         status: tuple[int, ...] = (-9,)
         if kind in ("SIGTERM", "SIGUSR1"):
-            status, action = (75, -signal.Signals[kind]), send(signal.Signals[kind])  # before it listens it just ends
+            status, action = (
+                (75, -signal.Signals[kind]),
+                send(signal.Signals[kind]),
+            )  # negative: before its handler is installed
         elif kind == "full disk":
             action = lambda process: fill(process, disk)  # noqa: E731
         elif kind == "images vanish":
             status, action = (1, 0, -9), lambda process: vanish(process, images)
         else:
             action = send(signal.SIGKILL)
-        breaker.checked(breaker.once([*command, "--output_dir", folder], folder, kind, action), 0, *status)
+        breaker.check_exit(breaker.run([*command, "--output_dir", folder], folder, kind, action), 0, *status)
         last = folder / "last.pth"
         if kind in DAMAGES and last.exists():
             last.write_bytes(DAMAGES[kind](last.read_bytes()))
         if kind == "deleted":
             last.unlink(missing_ok=True)
-    breaker.checked(breaker.once([*command, "--output_dir", folder], folder, None, send(0)), 0)
+    breaker.check_exit(breaker.run([*command, "--output_dir", folder], folder, None, send(0)), 0)
 
 
 def fill(process: subprocess.Popen, disk: Path) -> None:
-    """No room for three seconds; a kill before or after there is some again."""
-    with suppress(OSError):  # the run writes as well
+    """Fill the disk for three seconds; kill the process before or after space is freed."""
+    with suppress(OSError):  # the run also writes
         (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 2**20)))
     time.sleep(3)
     if random.random() < 0.5:
@@ -177,7 +180,7 @@ def fill(process: subprocess.Popen, disk: Path) -> None:
 
 
 def vanish(process: subprocess.Popen, images: Path) -> None:
-    """A class is away for a moment; the run ends with a line, or did not notice."""
+    """Move a class folder away for two seconds, then kill the process."""
     (away := images / "away").mkdir(exist_ok=True)
     gone = random.choice(sorted((images / "train").iterdir()))
     gone.rename(away / gone.name)
@@ -188,13 +191,13 @@ def vanish(process: subprocess.Popen, images: Path) -> None:
 
 
 def two_ranks(breaker: Breaker, command: list, folder: Path, kills: int) -> None:
-    """Ranks that die or hang under torchrun, which starts them again by itself."""
+    """Kill or stop ranks under torchrun, which restarts them."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills + 5}"]
-    breaker.said = []
+    breaker.output = []
     process = breaker.start([*torchrun, *command, "--output_dir", folder])
     for turn in range(kills):
         before = saved_steps(folder)
-        if not breaker.until(process, "first step:"):
+        if not breaker.read_until(process, "first step:"):
             break
         if turn:
             breaker.check_start(before)
@@ -204,17 +207,17 @@ def two_ranks(breaker: Breaker, command: list, folder: Path, kills: int) -> None
             kind = random.choice([signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
             os.kill(random.choice(victims), kind)
             breaker.breaks[f"one of two ranks: {kind.name}"] += 1
-    breaker.checked(breaker.drain(process), 0)
+    breaker.check_exit(breaker.drain(process), 0)
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, required=True, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument(
-        "--kills", type=int, default=40, help="breaks of the run on one rank; a quarter as many of two ranks"
+        "--kills", type=int, default=40, help="interruptions of the run on one rank; a quarter as many on two ranks"
     )
-    parser.add_argument("--epochs", type=int, default=12, help="of the pre-training")
-    parser.add_argument("--seed", type=int, default=0, help="of what is broken when")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of pre-training")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     return parser
 
 
@@ -224,16 +227,16 @@ def main() -> None:
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="soak-"))
     images, disk = work / "images", work / "disk"
-    for split, count in (("train", 60), ("val", 5)):  # of each class
+    for split, count in (("train", 60), ("val", 5)):  # images per class
         for kind in sorted((args.data_path / split).iterdir()):
             (images / split / kind.name).mkdir(parents=True)
             for path in sorted(kind.iterdir())[:count]:
                 shutil.copy(path, images / split / kind.name)
     disk.mkdir()
-    size = f"size={400 + 35 * args.epochs}m"  # a checkpoint has 65 MB, and every second epoch's is kept
+    size = f"size={400 + 35 * args.epochs}m"  # a checkpoint takes 65 MB; every second epoch is kept
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", disk], check=False).returncode == 0
     if not mounted:
-        print("a disk of its own needs root: the disk that is filled is the one with the temporary folder; left out")
+        print("warning: no permission to mount a tmpfs: the disk of the temporary folder is filled instead")
     try:
         report = soak(args, images, disk, work)
     finally:
@@ -245,7 +248,7 @@ def main() -> None:
 
 
 def soak(args, images: Path, disk: Path, work: Path) -> dict:
-    """All phases; what was broken, what it cost."""
+    """Run all phases; return counts of interruptions, lost steps and recovery times."""
     breaker = Breaker()
     data = ["--data_path", images]
     train = [
@@ -262,36 +265,34 @@ def soak(args, images: Path, disk: Path, work: Path) -> dict:
         3,
     ]
 
-    def unbroken(command: list, folder: str, ranks: int = 1) -> Path:
+    def run_uninterrupted(command: list, folder: str, ranks: int = 1) -> Path:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         process = breaker.start([*torchrun, *command, "--output_dir", work / folder])
-        breaker.said = []
-        breaker.checked(breaker.drain(process), 0)
+        breaker.output = []
+        breaker.check_exit(breaker.drain(process), 0)
         return work / folder
 
-    alone = unbroken(train, "alone")
+    alone = run_uninterrupted(train, "alone")
     one_rank(breaker, [*train, *SAVES], disk, images, args.kills)
     assert_same_run(alone, disk / "run")
-    print(f"one rank: {sum(breaker.breaks.values())} breaks, no difference", flush=True)
+    print(f"one rank: {sum(breaker.breaks.values())} interruptions, no difference", flush=True)
 
     shared = [*train, "--effective_batch", 16, "--epochs", max(2, args.epochs // 3), "--timeout_minutes", 0.15]
-    together = unbroken(shared, "together", ranks=2)
+    together = run_uninterrupted(shared, "together", ranks=2)
     two_ranks(breaker, [*shared, *SAVES], work / "broken", args.kills // 4)
     assert_same_run(together, work / "broken")
-    losses = [[x["loss"] for x in records(folder)] for folder in (together, unbroken(shared, "one"))]
+    losses = [[x["loss"] for x in records(folder)] for folder in (together, run_uninterrupted(shared, "one"))]
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
-    print("two ranks: no difference; to one rank of the same batch less than 1e-5", flush=True)
+    print("two ranks: no difference; relative to one rank with the same batch below 1e-5", flush=True)
 
     weights = ["--checkpoint", alone / "last.pth", *DEVICE, "--num_workers", 1, "--batch_size", 32, "--log_every", 3]
     for name, epochs in (("main_finetune", 3), ("main_linprobe", 6)):
         command = [f"{name}.py", *weights, *data, "--epochs", epochs, "--warmup_epochs", 1]
-        reference = unbroken(command, name)
+        reference = run_uninterrupted(command, name)
         for _ in range(3):
-            status = breaker.once(
-                [*command, *SAVES, "--output_dir", work / "c"], work / "c", name, send(signal.SIGKILL)
-            )
-            breaker.checked(status, -9, 0)
-        breaker.checked(breaker.once([*command, *SAVES, "--output_dir", work / "c"], work / "c", None, send(0)), 0)
+            status = breaker.run([*command, *SAVES, "--output_dir", work / "c"], work / "c", name, send(signal.SIGKILL))
+            breaker.check_exit(status, -9, 0)
+        breaker.check_exit(breaker.run([*command, *SAVES, "--output_dir", work / "c"], work / "c", None, send(0)), 0)
         assert_same_run(reference, work / "c")
         shutil.rmtree(work / "c")
         print(f"{name}: no difference", flush=True)

@@ -1,4 +1,4 @@
-"""The command line: recipes, ranges, help, and the one line that a mistake deserves."""
+"""Command line: recipes, value ranges, help and one-line errors."""
 
 import importlib
 import shutil
@@ -17,10 +17,10 @@ def parse(*words: str):
     return main_pretrain.get_parser().parse_args(["--data_path", "x", *words])
 
 
-# ------------------------------------------------------------------------------------------------------------- recipes
+# -------------------------------------------------------------------------------------------------------------- recipes
 
 
-def test_recipes_hold_the_words_of_the_command_line_and_comments(tmp_path):
+def test_recipes_contain_flags_and_comments(tmp_path):
     (tmp_path / "a.args").write_text(
         "# the head\n--epochs 3   # not many\n--output_dir 'two words'\n\n--norm_pix_loss\n"
     )
@@ -34,7 +34,7 @@ def test_recipes_hold_the_words_of_the_command_line_and_comments(tmp_path):
     ]
 
 
-def test_recipes_are_included_relative_to_their_file(tmp_path):
+def test_included_recipes_are_relative_to_the_including_file(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.args").write_text("@sub/b.args\n--epochs 3")
     (tmp_path / "sub" / "b.args").write_text("@../c.args\n--blr 1")
@@ -42,20 +42,20 @@ def test_recipes_are_included_relative_to_their_file(tmp_path):
     assert expand([f"@{tmp_path}/a.args"]) == ["--epochs", "1", "--blr", "1", "--epochs", "3"]
 
 
-def test_later_flags_win(tmp_path):
+def test_later_flags_override_earlier_ones(tmp_path):
     (tmp_path / "a.args").write_text("--epochs 3 --crop rrc")
     assert parse("--epochs", "9", f"@{tmp_path}/a.args").epochs == 3
     args = parse(f"@{tmp_path}/a.args", "--epochs", "9")
     assert (args.epochs, args.crop) == (9, "rrc")
 
 
-def test_a_missing_recipe_is_named(tmp_path):
+def test_error_names_the_missing_recipe(tmp_path):
     (tmp_path / "a.args").write_text("@gone.args")
     with pytest.raises(ValueError, match=f"@gone.args: .*{tmp_path}/gone.args"):
         parse(f"@{tmp_path}/a.args")
 
 
-def test_a_recipe_that_includes_itself_or_is_none_is_named(tmp_path):
+def test_error_names_a_recursive_or_unreadable_recipe(tmp_path):
     (tmp_path / "a.args").write_text("@b.args")
     (tmp_path / "b.args").write_text("@a.args")
     with pytest.raises(ValueError, match=r"a\.args includes itself"):
@@ -68,7 +68,7 @@ def test_a_recipe_that_includes_itself_or_is_none_is_named(tmp_path):
         parse(f"@{tmp_path}/a.args")
 
 
-# -------------------------------------------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_a_recipe_that_includes_itself_or_is_none_is_named(tmp_path):
         ("--seed", "-1"),
     ],
 )
-def test_a_value_out_of_range_ends_with_status_2_and_names_the_flag(flag, value, capsys):
+def test_values_out_of_range_exit_with_status_2_and_name_the_flag(flag, value, capsys):
     with pytest.raises(SystemExit) as end:
         parse(flag, *value.split())
     assert end.value.code == 2
     assert f"{flag}" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_flags_are_not_abbreviated(capsys):
+def test_abbreviated_flags_are_rejected(capsys):
     with pytest.raises(SystemExit):
         parse("--epoch", "3")
     assert "--epoch" in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_input_size_takes_one_number_or_two():
     assert parse("--input_size", "64", "96").input_size == (64, 96)
 
 
-def test_channel_statistics_are_imagenet_s_for_three_channels_and_asked_for_otherwise():
+def test_mean_and_std_default_to_imagenet_for_three_channels_and_are_required_otherwise():
     assert channel_statistics(3, None, None) == (IMAGENET_MEAN, IMAGENET_STD)
     assert channel_statistics(3, [0, 0, 0], None) == ((0, 0, 0), IMAGENET_STD)
     assert channel_statistics(1, [0.4], [0.3]) == ((0.4,), (0.3,))
@@ -119,7 +119,7 @@ def test_channel_statistics_are_imagenet_s_for_three_channels_and_asked_for_othe
         channel_statistics(2, [0, 0], [1, 1, 1])
 
 
-def test_the_defaults_are_the_paper_s_300_epochs_on_8_devices():
+def test_defaults_match_the_300_epoch_setting_of_the_paper_on_8_devices():
     args = parse()
     assert args.batch_size * args.accum_iter * 8 == 4096  # reference.md section 4
     assert args.blr * 4096 / 256 == pytest.approx(2.4e-3)
@@ -128,15 +128,15 @@ def test_the_defaults_are_the_paper_s_300_epochs_on_8_devices():
     assert (args.mask_ratio, args.norm_pix_loss, args.lowpass, args.crop) == (0.75, True, "reference", "src")
 
 
-# --------------------------------------------------------------------------------------- what cannot be, refused before
-# anything of a run that is there is touched, though --overwrite allows it
+# -------------------------------------------------------------------------------------------------------- invalid flags
+# They are rejected before an existing run is changed, even with --overwrite.
 
 NUMBERS = [
     (flag, value)
     for flag in ("--blr", "--weight_decay", "--lowpass_radius", "--save_minutes")
     for value in ("nan", "inf")
 ]
-IMPOSSIBLE = {
+INVALID_FLAGS = {
     "--input_size 30": "input size of 30 x 30 is not a multiple of the patch size 8",
     "--input_size 8": "mask ratio of 0.75 leaves 0 of 1 patches visible",
     "--patch_size 5": "16 x 16 is not a multiple of the patch size 5",
@@ -172,22 +172,22 @@ IMPOSSIBLE = {
 
 
 @pytest.fixture(scope="module")
-def held(pretrained, tmp_path_factory):
-    return shutil.copytree(pretrained, tmp_path_factory.mktemp("held") / "run")
+def existing_run(pretrained, tmp_path_factory):
+    return shutil.copytree(pretrained, tmp_path_factory.mktemp("existing_run") / "run")
 
 
-@pytest.mark.parametrize("words", IMPOSSIBLE)
-def test_impossible_flags_are_refused_before_an_existing_run_is_changed(words, held, photos):
+@pytest.mark.parametrize("words", INVALID_FLAGS)
+def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, existing_run, photos):
     sizes = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--data_path", photos]
-    may = [] if words.startswith("--resume") else ["--resume", "none", "--overwrite"]
-    before = files(held)
-    with pytest.raises((ValueError, OSError), match=IMPOSSIBLE[words]) as refused:
-        call("main_pretrain", *PRETRAIN, *sizes, *may, "--output_dir", held, *words.split())
-    assert "\n" not in str(refused.value)
-    assert files(held) == before
+    overwrite = [] if words.startswith("--resume") else ["--resume", "none", "--overwrite"]
+    before = files(existing_run)
+    with pytest.raises((ValueError, OSError), match=INVALID_FLAGS[words]) as error:
+        call("main_pretrain", *PRETRAIN, *sizes, *overwrite, "--output_dir", existing_run, *words.split())
+    assert "\n" not in str(error.value)
+    assert files(existing_run) == before
 
 
-CLASSIFIERS = {
+INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
     "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--model vit_pico: .*patch_embed.proj.weight",
     "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
@@ -200,14 +200,14 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize("words", CLASSIFIERS)
-def test_impossible_evaluations_are_refused(words, pretrained, photos, tmp_path):
+@pytest.mark.parametrize("words", INVALID_EVALUATIONS)
+def test_invalid_evaluation_flags_are_rejected(words, pretrained, photos, tmp_path):
     name, *flags = words.split()
     sizes = ["--epochs", "1", "--warmup_epochs", "0", "--output_dir", tmp_path]
     given = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--batch_size", "4", *DEVICE]
-    with pytest.raises((ValueError, OSError), match=CLASSIFIERS[words]) as refused:
+    with pytest.raises((ValueError, OSError), match=INVALID_EVALUATIONS[words]) as error:
         call(name, *given, *(sizes if name in ("main_linprobe", "main_finetune") else []), *flags)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.pth"))
 
 
@@ -233,12 +233,12 @@ def test_errors_name_the_flag_and_the_invalid_value(name, flag, value, capsys):
     with pytest.raises(SystemExit) as end:
         call(name, flag, value)
     assert end.value.code == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert flag in said
-    assert value in said
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert flag in message
+    assert value in message
 
 
-def test_a_batch_that_ranks_do_not_divide_is_refused():
+def test_effective_batch_must_be_divisible_by_the_number_of_ranks():
     with pytest.raises(ValueError, match=r"--effective_batch 15 .* 2 ranks"):
         split_effective_batch(15, 512, 2)
 
@@ -260,7 +260,7 @@ def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
     assert any(line.startswith("warning: --warmup_epochs 2 is not below --epochs 1") for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------- help and mistakes
+# ------------------------------------------------------------------------------------------------------ help and errors
 
 
 @pytest.mark.parametrize("name", MAINS)
@@ -280,7 +280,7 @@ def test_help_explains_every_flag_and_prints_its_default(name, capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FloatingPointError])
-def test_a_user_error_is_one_line_and_status_1(error, monkeypatch):
+def test_user_errors_print_one_line_and_exit_with_status_1(error, monkeypatch):
     def main():
         raise error("--flag 3 is too much")
 
@@ -300,7 +300,7 @@ def test_a_user_error_is_one_line_and_status_1(error, monkeypatch):
 @pytest.mark.parametrize(
     "reason", ["CUDA out of memory. Tried", "[enforce fail at alloc_cpu.cpp:127] can't allocate memory"]
 )
-def test_out_of_memory_is_one_line(reason, monkeypatch, capsys):
+def test_out_of_memory_prints_one_line(reason, monkeypatch, capsys):
     def main():
         raise RuntimeError(reason)
 
@@ -309,7 +309,7 @@ def test_out_of_memory_is_one_line(reason, monkeypatch, capsys):
     assert f"error: {reason}; reduce --batch_size" in capsys.readouterr().err
 
 
-def test_an_assertion_error_keeps_its_traceback():
+def test_assertion_errors_keep_their_traceback():
     def main():
         raise AssertionError("the encoder changed")
 
@@ -317,7 +317,7 @@ def test_an_assertion_error_keeps_its_traceback():
         run_main(main)
 
 
-def test_an_interrupted_main_exits_with_130():
+def test_keyboard_interrupt_exits_with_130():
     def main():
         raise KeyboardInterrupt
 
@@ -326,7 +326,7 @@ def test_an_interrupted_main_exits_with_130():
     assert end.value.code == 130
 
 
-def test_pixmim_debug_shows_where_a_real_main_failed(tmp_path):
+def test_pixmim_debug_prints_the_traceback_of_a_main(tmp_path):
     words = ["main_knn.py", "--checkpoint", tmp_path / "x.pth", "--data_path", tmp_path]
     plain, debug = [spawn(*words, PIXMIM_DEBUG=value) for value in ("", "1")]
     status, out, err = ended(plain)

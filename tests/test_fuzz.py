@@ -1,6 +1,6 @@
-"""Random command lines and damaged files: no traceback, no hang, no wrong load, no value accepted that a flag does not take.
+"""Fuzz tests: random command lines and damaged files give no traceback, no hang, no wrong load and no invalid flag value.
 
-FUZZ is the number of command lines of each main; there are 25 times as many damaged files. FUZZ_SEED repeats the draws of a run.
+FUZZ is the number of command lines of each main; there are 25 times as many damaged files. FUZZ_SEED sets the random seed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from util.files import content_hash
 from util.formats.read import read_weights
 from util.formats.unpickle import load_content
 
-TRIES = int(os.environ.get("FUZZ", 10))
+EXAMPLES = int(os.environ.get("FUZZ", 10))
 SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32)))
 SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
@@ -37,14 +37,14 @@ SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(He
 @pytest.fixture(autouse=True)
 def _seed_on_failure():
     """pytest shows this line where a test fails."""
-    print(f"FUZZ={TRIES} FUZZ_SEED={SEED}")
+    print(f"FUZZ={EXAMPLES} FUZZ_SEED={SEED}")
 
 
-# ------------------------------------------------------------------------------------------------------- broken files
+# --------------------------------------------------------------------------------------------------------- broken files
 
 
 def damaged(content: bytes, how: tuple[str, int, int, int]) -> bytes:
-    """What a disk, a network or a hand makes of a file."""
+    """The content with a truncation, bit flips or replaced, removed or repeated bytes."""
     kind, seed, where, length = how
     where, rng = where % len(content), random.Random(seed)
     end = min(len(content), where + length)
@@ -69,56 +69,58 @@ DAMAGE = st.tuples(
 )
 
 
-def content_of(read, path):
-    """What a reader makes of a file; None where it refuses it in a line that names it."""
+def read_or_none(read, path):
+    """The content that `read` returns; None if it raises a one-line ValueError that names the file."""
     try:
         return read(path)
     except ValueError as error:
-        said = str(error)
-    assert "\n" not in said
-    assert str(path) in said
+        message = str(error)
+    assert "\n" not in message
+    assert str(path) in message
     return None
 
 
 @pytest.fixture(scope="module")
-def whole(pretrained, place):
-    """A checkpoint of ours with all that is in one, but small enough to be read a thousand times a minute."""
+def whole(pretrained, folder):
+    """Checkpoint with every entry and tensors of 5 values, for fast reads."""
     content = torch.load(pretrained / "last.pth", weights_only=True)
     del content["sha256"]
     small = {name: value.flatten()[:5].clone() for name, value in content["model"].items()}
-    return write_checkpoint(place / "whole.pth", {**content, "model": small, "optimizer": {"state": small}})
+    return write_checkpoint(folder / "whole.pth", {**content, "model": small, "optimizer": {"state": small}})
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
 @seed(SEED)
-@settings(max_examples=25 * TRIES, **SETTINGS)
+@settings(max_examples=25 * EXAMPLES, **SETTINGS)
 @given(how=DAMAGE)
-def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was(how, whole, place):
-    broken = place / "broken.pth"
+def test_damaged_checkpoints_are_rejected_or_load_unchanged(how, whole, folder):
+    broken = folder / "broken.pth"
     broken.write_bytes(damaged(whole.read_bytes(), how))
     for read in (read_checkpoint, load_content):
-        content = content_of(read, broken)
+        content = read_or_none(read, broken)
         assert content is None or content_hash(content) == content_hash(read_checkpoint(whole))
 
 
 @pytest.fixture(scope="module")
-def theirs(pretrained, place):
-    """The same weights in each kind of file that others write: .pth, .old and .safetensors."""
+def foreign_files(pretrained, folder):
+    """The decoder's weights as .pth, .old (legacy torch.save) and .safetensors."""
     decoder = {name: x for name, x in read_weights(pretrained / "last.pth").state.items() if "decoder" in name}
-    torch.save({"model": decoder}, place / "theirs.pth")
-    torch.save({"model": decoder}, place / "theirs.old", _use_new_zipfile_serialization=False)
-    save_file(decoder, place / "theirs.safetensors")
-    return place / "theirs"
+    torch.save({"model": decoder}, folder / "foreign_files.pth")
+    torch.save({"model": decoder}, folder / "foreign_files.old", _use_new_zipfile_serialization=False)
+    save_file(decoder, folder / "foreign_files.safetensors")
+    return folder / "foreign_files"
 
 
 def tensors_of(content) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint by their names, whatever holds them."""
-    held = content.get("model", content) if isinstance(content, dict) else {}
-    return {name: x for name, x in held.items() if isinstance(x, torch.Tensor)} if isinstance(held, dict) else {}
+    """Tensors of a checkpoint by name, nested in "model" or not."""
+    container = content.get("model", content) if isinstance(content, dict) else {}
+    return (
+        {name: x for name, x in container.items() if isinstance(x, torch.Tensor)} if isinstance(container, dict) else {}
+    )
 
 
 def raw(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -126,19 +128,19 @@ def raw(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def distance(a: bytes, b: bytes) -> int:
-    """Bytes that differ."""
+    """Number of bytes that differ."""
     return int((np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8)).sum())
 
 
 @seed(SEED)
-@settings(max_examples=5 * TRIES, **SETTINGS)
+@settings(max_examples=5 * EXAMPLES, **SETTINGS)
 @given(how=DAMAGE, suffix=st.sampled_from([".pth", ".old", ".safetensors"]))
-def test_a_damaged_file_of_another_project_is_refused_or_loads_as_it_was(how, suffix, theirs, place):
-    """The last two have no checksum: of the right length and structure, they hold what is in the file, byte for byte."""
-    path, broken = theirs.with_suffix(suffix), place / f"broken{suffix}"
+def test_damaged_files_of_other_projects_are_rejected_or_load_unchanged(how, suffix, foreign_files, folder):
+    """.old and .safetensors have no checksum: if length and structure are valid, only damaged bytes may differ."""
+    path, broken = foreign_files.with_suffix(suffix), folder / f"broken{suffix}"
     whole = path.read_bytes()
     broken.write_bytes(damaged(whole, how))
-    content = content_of(load_content, broken)
+    content = read_or_none(load_content, broken)
     if content is None:
         return
     found, expected = tensors_of(content), tensors_of(load_content(path))
@@ -148,42 +150,42 @@ def test_a_damaged_file_of_another_project_is_refused_or_loads_as_it_was(how, su
         assert distance(raw(found), raw(expected)) <= distance(broken.read_bytes(), whole)
 
 
-# ------------------------------------------------------------------------------------------------------- command lines
+# -------------------------------------------------------------------------------------------------------- command lines
 
 WORDS = ["", "-1", "0", "1", "2", "3", "7", "17", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "99999999999999999999"]
 WORDS += [
     *["none", "auto", "x", "--", "/dev/null", "nowhere/x", "@x", "fp16", "cuda:9", "meta", "rrc", "vit_base"],
     "é x",
 ]
-UNTRIED = {"-h", "--help", "--compile", "--push_to_hub"}  # minutes; an account
+EXCLUDED = {"-h", "--help", "--compile", "--push_to_hub"}  # take minutes; need an account
 
 
-# What each flag that takes a number accepts, written a second time; a flag that is missing here fails the test of its main.
-MOST = 10**9
+# Valid range of each numeric flag, independent of the parsers. A flag that is missing here fails the test of its main.
+MAXIMUM = 10**9
 RANGES = {
     (int, 0, 256): "num_workers",
-    (int, 0, MOST): "fuse_layers image_every knn_every max_skipped",
+    (int, 0, MAXIMUM): "fuse_layers image_every knn_every max_skipped",
     (int, 0, 2**63 - 1): "seed",
     (int, 1, 10**6): "epochs",
     (
         int,
         1,
-        MOST,
+        MAXIMUM,
     ): "accum_iter batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k log_every "
-    "mask_unit patch_size replay save_every stream_samples",
-    (int, 4, MOST): "decoder_dim",
+    "mask_unit patch_size save_every stream_samples",
+    (int, 4, MAXIMUM): "decoder_dim",
     (float, 0, 0.99): "drop_path",
     (float, 0, 1): "mask_ratio reprob smoothing",
-    (float, 0, MOST): "blr cutmix lowpass_radius min_lr mixup save_minutes warmup_epochs weight_decay",
+    (float, 0, MAXIMUM): "blr cutmix lowpass_radius min_lr mixup save_minutes warmup_epochs weight_decay",
     (float, 0.01, 1): "layer_decay",
     (float, 1e-3, 10**5): "timeout_minutes",
-    (float, 1e-3, MOST): "temperature",
-    (float, 1e-6, MOST): "std",
-    (float, 1, MOST): "filter",
-    (float, -MOST, MOST): "mean",
+    (float, 1e-3, MAXIMUM): "temperature",
+    (float, 1e-6, MAXIMUM): "std",
+    (float, 1, MAXIMUM): "filter",
+    (float, -MAXIMUM, MAXIMUM): "mean",
 }
 NUMBERS = {name: limits for limits, names in RANGES.items() for name in names.split()}
-SEVERAL = {
+VALUE_COUNTS = {
     "input_size": (1, 2),
     "mean": (1, 99),
     "std": (1, 99),
@@ -191,20 +193,20 @@ SEVERAL = {
     "filter": (0, 99),
     "images": (1, 99),
 }
-WORD = {"lowpass_radius": "auto"}  # accepted beside numbers
+KEYWORDS = {"lowpass_radius": "auto"}  # accepted besides numbers
 REFUSED = object()
 
 
 def accepted(name: str, action: argparse.Action, values: list[str]):
-    """What a flag of a main makes of these words, or REFUSED: from the tables above, without argparse."""
+    """The value of a flag for these words, or REFUSED: from the tables above, without argparse."""
     dest = action.dest
     if action.nargs == 0:
         return REFUSED if values else True
-    low, high = (1, 99) if (name, dest) == ("main_linprobe", "blr") else SEVERAL.get(dest, (1, 1))
+    low, high = (1, 99) if (name, dest) == ("main_linprobe", "blr") else VALUE_COUNTS.get(dest, (1, 1))
     if not low <= len(values) <= high or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values):
-        return REFUSED  # what begins with a dash and is no number is another flag
+        return REFUSED  # a word that begins with a dash and is not a number is another flag
     if action.choices is None and action.type not in (None, Path, picture):
-        values = [value if value == WORD.get(dest) else number_of(value, *NUMBERS[dest]) for value in values]
+        values = [value if value == KEYWORDS.get(dest) else number_of(value, *NUMBERS[dest]) for value in values]
     wrong_choice = action.choices is not None and values[0] not in action.choices
     wrong_suffix = action.type is picture and Path(values[0]).suffix not in (".png", ".jpg", ".jpeg")
     if REFUSED in values or wrong_choice or wrong_suffix:
@@ -224,11 +226,11 @@ def number_of(text: str, kind: type, low: float, high: float):
 
 def flags_of(name: str) -> list[str]:
     parser = importlib.import_module(name).get_parser()
-    return sorted({flag for action in parser._actions for flag in action.option_strings} - UNTRIED)
+    return sorted({flag for action in parser._actions for flag in action.option_strings} - EXCLUDED)
 
 
-def lines(name: str):
-    """Up to four flags of a main; each with as many values as it takes, mostly, of those it lists or of any."""
+def command_lines(name: str):
+    """Strategy: up to four flags of a main, mostly with a valid number of values, from its choices or WORDS."""
     flags = []
     for action in importlib.import_module(name).get_parser()._actions:
         value = st.sampled_from([*map(str, action.choices or []), *WORDS])
@@ -236,7 +238,7 @@ def lines(name: str):
         values = st.one_of(counts, counts, st.integers(0, 2)).flatmap(
             lambda n, value=value: st.lists(value, min_size=n, max_size=n)
         )
-        for flag in sorted({*action.option_strings} - UNTRIED):
+        for flag in sorted({*action.option_strings} - EXCLUDED):
             flags += [st.tuples(st.just(flag), values)] * 20 + [st.tuples(st.just(flag[:-1]), values)]  # unknown
     return st.lists(st.one_of(flags), min_size=1, max_size=4)
 
@@ -245,8 +247,8 @@ MAINS = ["main_pretrain", "main_linprobe", "main_finetune", "main_knn", "main_fe
 
 
 @pytest.fixture
-def _bounded(monkeypatch, tmp_path):
-    """What asks for more memory than a laptop has gets none; what is written without a folder lands in a temporary one."""
+def _memory_limit(monkeypatch, tmp_path):
+    """Limit the address space to 16 GiB and work in a temporary folder."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (2**34, before[1]))
     monkeypatch.chdir(tmp_path)
@@ -255,17 +257,17 @@ def _bounded(monkeypatch, tmp_path):
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def outcome(name: str, words: list[str]) -> tuple[object, str, dict | None]:
-    """(exit status or message, what was printed as an error, the parsed arguments) of a main in this process."""
+def run_command(name: str, words: list[str]) -> tuple[object, str, dict | None]:
+    """(exit status or message, stderr, parsed arguments) of a main run in this process."""
     errors, status, parsed, parse = io.StringIO(), 0, [], argparse.ArgumentParser.parse_args
 
-    def recorded(self, *given):
+    def record_arguments(self, *given):
         args = parse(self, *given)
         parsed.append(dict(vars(args)))
         return args
 
     with (
-        patch.object(argparse.ArgumentParser, "parse_args", recorded),
+        patch.object(argparse.ArgumentParser, "parse_args", record_arguments),
         patch.object(sys, "argv", [f"{name}.py", *words]),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(errors),
@@ -278,9 +280,9 @@ def outcome(name: str, words: list[str]) -> tuple[object, str, dict | None]:
 
 
 def check_parsed(name: str, line, args: dict | None, given_again=()) -> None:
-    """What was parsed is what was given, but for flags that are given again; what a flag does not take was refused."""
+    """Assert that valid values were parsed as given (except flags given again) and invalid ones were rejected."""
     if any(word == "--" or word.startswith("@") for _, values in line for word in values):
-        return  # the end of the flags, or a file with more of them
+        return  # `--` ends the flags, @FILE adds flags
     actions = {flag: x for x in importlib.import_module(name).get_parser()._actions for flag in x.option_strings}
     expected = {}
     for flag, values in line:
@@ -299,8 +301,8 @@ def check_parsed(name: str, line, args: dict | None, given_again=()) -> None:
 
 
 @pytest.mark.parametrize("name", MAINS)
-def test_every_flag_accepts_exactly_its_values(name, monkeypatch):
-    """Each flag with each word, the ends of its range and what lies just beyond them."""
+def test_every_flag_accepts_only_its_documented_values(name, monkeypatch):
+    """Each flag with each word, the limits of its range and the values just outside."""
     parser = importlib.import_module(name).get_parser()
 
     def refuse(message: str):
@@ -333,11 +335,11 @@ def test_every_flag_accepts_exactly_its_values(name, monkeypatch):
     assert wrong == []
 
 
-@pytest.mark.usefixtures("_bounded")
+@pytest.mark.usefixtures("_memory_limit")
 @pytest.mark.parametrize("name", MAINS)
-@pytest.mark.timeout(max(300, 20 * TRIES))
+@pytest.mark.timeout(max(300, 20 * EXAMPLES))
 @pytest.mark.filterwarnings("ignore")
-def test_a_command_line_runs_or_is_refused_in_a_line(name, photos, pretrained, place, tmp_path_factory):
+def test_random_command_lines_run_or_fail_with_one_line(name, photos, pretrained, folder, tmp_path_factory):
     last = str(pretrained / "last.pth")
     common = ["--checkpoint", last, "--data_path", str(photos), *DEVICE]
     short = ["--epochs", "1", "--batch_size", "8", "--warmup_epochs", "0"]
@@ -346,7 +348,7 @@ def test_a_command_line_runs_or_is_refused_in_a_line(name, photos, pretrained, p
         "main_linprobe": [*common, *short],
         "main_finetune": [*common, *short],
         "main_knn": common,
-        "main_features": [*common, "--output", str(place / "x.npy")],
+        "main_features": [*common, "--output", str(folder / "x.npy")],
         "visualize": [
             "--checkpoint",
             last,
@@ -355,9 +357,9 @@ def test_a_command_line_runs_or_is_refused_in_a_line(name, photos, pretrained, p
             "--device",
             "cpu",
             "--output",
-            str(place / "x.png"),
+            str(folder / "x.png"),
         ],
-        "util.convert": [last, str(place / "x.pth")],
+        "util.convert": [last, str(folder / "x.pth")],
     }[name]
     known = flags_of(name)
     after = [
@@ -365,14 +367,14 @@ def test_a_command_line_runs_or_is_refused_in_a_line(name, photos, pretrained, p
     ]
 
     @seed(SEED)
-    @settings(max_examples=TRIES, **SETTINGS)
-    @given(line=lines(name))
+    @settings(max_examples=EXAMPLES, **SETTINGS)
+    @given(line=command_lines(name))
     def run(line):
         words = [word for flag, values in line for word in (flag, *values)]
-        folder = ["--output_dir", str(tmp_path_factory.mktemp("run"))] if "--output_dir" in known else []
-        status, errors, args = outcome(name, [*before, *folder, *words, *after])
+        output = ["--output_dir", str(tmp_path_factory.mktemp("run"))] if "--output_dir" in known else []
+        status, errors, args = run_command(name, [*before, *output, *words, *after])
         check_parsed(name, line, args, ("num_workers", "epochs"))
-        if status == 2:  # of argparse, which shows the usage first
+        if status == 2:  # argparse prints the usage first
             errors = errors.splitlines()[-1]
             assert "error: " in errors
         elif isinstance(status, str):

@@ -1,4 +1,4 @@
-"""The learning rate at named points, against facebookresearch/mae's formula written out."""
+"""Learning-rate schedule at key epochs and against the formula of facebookresearch/mae."""
 
 import math
 from argparse import Namespace
@@ -13,7 +13,7 @@ from util.run import Run, peak_lr
 
 
 def mae_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """util/lr_sched.py of facebookresearch/mae, as its formula reads."""
+    """Formula of util/lr_sched.py in facebookresearch/mae."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     turn = math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)
@@ -23,20 +23,20 @@ def mae_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs:
 @pytest.mark.parametrize(
     ("epoch", "expected"), [(0, 0.0), (20, 1.2e-3), (40, 2.4e-3), (170, (2.4e-3 + 1e-6) / 2), (300, 1e-6)]
 )
-def test_learning_rate_at_named_points_of_the_300_epoch_run(epoch, expected):
-    # 0 at the start, half the peak half-way through the warm-up, the peak after it, the mean of both ends in the middle
+def test_learning_rate_at_key_epochs_of_the_300_epoch_schedule(epoch, expected):
+    # start, half of the warm-up, its end (peak), half of the cosine (mean of peak and minimum), end
     assert warmup_cosine(epoch, 2.4e-3, 1e-6, 40, 300) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("warmup", [0, 5, 7.5])
 @pytest.mark.parametrize("floor", [0, 1e-5])
-def test_learning_rate_is_that_of_mae_everywhere(warmup, floor):
+def test_learning_rate_matches_mae_at_every_step(warmup, floor):
     for step in range(0, 1000, 7):
         epoch = step / 10
         assert warmup_cosine(epoch, 1e-3, floor, warmup, 100) == pytest.approx(mae_lr(epoch, 1e-3, floor, warmup, 100))
 
 
-def test_a_run_without_warm_up_begins_at_the_peak_and_one_of_warm_up_alone_ends_there():
+def test_schedule_without_warmup_starts_at_the_peak_and_warmup_only_schedule_ends_near_it():
     assert warmup_cosine(0, 1.0, 0, 0, 10) == 1.0
     assert warmup_cosine(9.5, 1.0, 0, 10, 10) == 0.95
 
@@ -48,7 +48,7 @@ def test_set_lr_applies_the_scale_of_each_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
 
 
-def test_peak_follows_the_linear_scaling_rule_and_the_run_asks_for_its_own_flags():
+def test_peak_lr_follows_the_linear_scaling_rule_and_lr_at_uses_the_flags_of_the_run():
     assert peak_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # reference.md section 4
     args = Namespace(min_lr=1e-6, warmup_epochs=5, epochs=100)
     run = Run(args, World(0, 1, CPU), None, None, 1024, 1, 2e-3)

@@ -1,4 +1,4 @@
-"""Optimisers and their groups against the rules of facebookresearch/mae written out."""
+"""Optimisers and parameter groups against independent versions of the rules of facebookresearch/mae."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from util.lr_sched import set_lr
 
 
 class SlowLARS:
-    """facebookresearch/mae's util/lars.py, a parameter at a time; `adapt_bias` as the release of PixMIM has it."""
+    """util/lars.py of facebookresearch/mae for one weight and bias; `adapt_bias` as in the release of PixMIM."""
 
     def __init__(self, weight, bias, adapt_bias: bool):
         self.parameters = [(weight, True), (bias, adapt_bias)]
@@ -32,16 +32,16 @@ class SlowLARS:
 
 
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
-def test_lars_is_that_of_mae_step_by_step_for_every_head(probe_as, tmp_path):
+def test_lars_matches_mae_at_every_step_for_every_head(probe_as, tmp_path):
     rates = [0.1, 0.025]
     run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=0.0)
     run = run._replace(lr=max(rates) * 512 / 256)
     model = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2)
     optimizer = main_linprobe.build_lars(model, run)
     slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup") for h in model.heads]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # nothing of the encoder
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # no parameter of the encoder
     for step in range(6):
-        share = 1 - step / 10  # the schedule moves while the momentum lasts
+        share = 1 - step / 10  # the learning rate changes while momentum is kept
         set_lr(optimizer, run.lr * share)
         for head, other, blr in zip(model.heads, slow, rates, strict=True):
             gradients = [torch.randn_like(head.weight), torch.randn_like(head.bias)]
@@ -61,7 +61,7 @@ def mae_layer(name: str, depth: int) -> int:
 
 
 @pytest.mark.parametrize(("name", "decay"), [("vit_tiny", 0.65), ("vit_base", 0.65), ("vit_large", 0.75)])
-def test_layer_decay_and_weight_decay_are_those_of_mae_for_every_parameter(name, decay):
+def test_layer_decay_and_weight_decay_match_mae_for_every_parameter(name, decay):
     with torch.device("meta"):
         model = ENCODERS[name](num_classes=1000, global_pool="avg").requires_grad_(True)
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=decay)
@@ -75,7 +75,7 @@ def test_layer_decay_and_weight_decay_are_those_of_mae_for_every_parameter(name,
         assert weight_decay == (0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else 0.05)
 
 
-def test_pre_training_decays_weights_alone_and_leaves_fixed_position_embeddings_out():
+def test_pretraining_decays_only_weights_and_excludes_fixed_position_embeddings():
     args = resolve_defaults(main_pretrain.get_parser().parse_args([*MODEL, "--data_path", "x", "--decoder_depth", "2"]))
     model = build_model(args)
     groups = param_groups_weight_decay(model, args.weight_decay)
@@ -84,13 +84,13 @@ def test_pre_training_decays_weights_alone_and_leaves_fixed_position_embeddings_
     assert decay.keys() == {0.0, 0.05}
     fixed = {"encoder.pos_embed", "decoder.pos_embed"}
     assert decay[0.0] | decay[0.05] == set(names.values()) - fixed
-    # facebookresearch/mae (through timm's add_weight_decay): biases and 1-d parameters have none, the tokens have it
+    # facebookresearch/mae (through timm's add_weight_decay): no decay of biases and 1-d parameters, decay of the tokens
     assert all(name.endswith("bias") or "norm" in name for name in decay[0.0])
     assert not any(name.endswith("bias") or "norm" in name for name in decay[0.05])
     assert {"encoder.cls_token", "decoder.mask_token"} <= decay[0.05]
 
 
-def test_a_group_s_scale_reaches_the_optimizer():
+def test_lr_scale_of_a_group_is_applied_by_set_lr():
     model = ENCODERS["vit_tiny"](img_size=16, num_classes=3, global_pool="avg").requires_grad_(True)
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     optimizer = torch.optim.AdamW(groups, 1.0)

@@ -1,4 +1,4 @@
-"""Pre-training as a whole: the same run in one piece, in two, in smaller parts, on two ranks; what it writes; the picture."""
+"""Pre-training end to end: accumulation, two ranks, errors, log, config, TensorBoard and reconstruction figures."""
 
 import json
 import re
@@ -55,19 +55,17 @@ def assert_close_runs(a, b, tolerance: float) -> None:
         assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     for name, value in one["model"].items():
         moved = other["model"][name]
-        if name.endswith(
-            "qkv.bias"
-        ):  # the softmax does not feel the keys' bias: its gradient is noise, which Adam scales
+        if name.endswith("qkv.bias"):  # softmax is invariant to the key bias: its gradient is noise, which Adam scales
             value, moved = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (value, moved))
-        assert_close(value, moved, rtol=0, atol=2e-6)  # a thousandth of what the steps moved them
+        assert_close(value, moved, rtol=0, atol=2e-6)  # a thousandth of the change by the steps
 
 
-def test_accumulating_two_batches_of_four_is_one_batch_of_eight(pretrained, photos, tmp_path):
+def test_accumulating_two_batches_of_four_equals_one_batch_of_eight(pretrained, photos, tmp_path):
     pretrain(photos, tmp_path, "--batch_size", 4, "--accum_iter", 2)
     assert_close_runs(pretrained, tmp_path, 1e-6)
 
 
-def test_two_ranks_are_one_with_the_doubled_batch_and_rank_0_alone_writes(pretrained, photos, tmp_path):
+def test_two_ranks_equal_one_rank_with_twice_the_batch_and_only_rank_0_writes(pretrained, photos, tmp_path):
     flags = ["--data_path", photos, "--output_dir", tmp_path, "--batch_size", 4, "--image_every", 1, "--knn_every", 2]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_pretrain.py"]
     status, out, err = ended(spawn(*torchrun, *TRAIN, *flags))
@@ -77,17 +75,17 @@ def test_two_ranks_are_one_with_the_doubled_batch_and_rank_0_alone_writes(pretra
     assert [x["step"] for x in records(tmp_path)] == [1, 2, 3, 4]
     assert out.count("effective batch 8") == 1
     assert json.loads((tmp_path / "config.json").read_text())["world_size"] == 2
-    (shared,) = records(tmp_path, "knn_acc1")  # every image counted once, and the same as alone
+    (shared,) = records(tmp_path, "knn_acc1")  # every image counts once, as on one rank
     alone = result("main_knn", "--checkpoint", tmp_path / "last.pth", "--data_path", photos, *DEVICE)
     assert shared == {"epoch": 2} | {f"knn_{name}": value for name, value in alone.items()}
 
 
-def test_no_image_is_trained_twice_in_an_epoch_and_the_tail_waits(photos, tmp_path):
+def test_each_image_is_used_at_most_once_per_epoch_and_the_incomplete_batch_is_dropped(photos, tmp_path):
     pretrain(photos, tmp_path, "--batch_size", 5)
     assert [x["epoch"] for x in records(tmp_path)] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])  # 16 // 5 steps
 
 
-# ------------------------------------------------------------------------------------------------------- what goes wrong
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_uncommitted_changes_are_saved_beside_the_configuration(tmp_path, monkeypatch):
@@ -101,7 +99,7 @@ def test_uncommitted_changes_are_saved_beside_the_configuration(tmp_path, monkey
     assert not (tmp_path / "changes.diff").exists()
 
 
-def test_git_sees_an_uncommitted_change(tmp_path, monkeypatch):
+def test_git_diff_returns_uncommitted_changes(tmp_path, monkeypatch):
     monkeypatch.setattr("util.run.__file__", str(tmp_path / "run.py"))
     (tmp_path / "run.py").write_text("a\n")
     for command in ("init -q", "add .", "-c user.name=x -c user.email=x@x commit -qm x"):
@@ -114,7 +112,12 @@ def test_git_sees_an_uncommitted_change(tmp_path, monkeypatch):
 def test_a_run_with_the_default_radius_accepts_the_same_radius_as_a_number(pretrained, photos, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     content = read_checkpoint(tmp_path / "run" / "last.pth")
-    older = {"lowpass_radius": None, "crop_interpolation": None, "mean": None, "std": None}  # as earlier versions wrote
+    older = {
+        "lowpass_radius": None,
+        "crop_interpolation": None,
+        "mean": None,
+        "std": None,
+    }  # as in checkpoints of earlier versions
     assert content["args"]["lowpass_radius"] == pytest.approx(40 * 16 / 224)
     write_checkpoint(tmp_path / "run" / "last.pth", content | {"args": content["args"] | older})
     pretrain(photos, tmp_path / "run", "--lowpass_radius", 40 * 16 / 224, "--crop_interpolation", "bilinear")
@@ -122,12 +125,12 @@ def test_a_run_with_the_default_radius_accepts_the_same_radius_as_a_number(pretr
         pretrain(photos, tmp_path / "run", "--lowpass_radius", 3)
 
 
-def test_a_machine_without_git_trains_all_the_same(monkeypatch):
+def test_commit_is_none_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert versions()["commit"] is None
 
 
-def test_a_loss_that_is_not_finite_stops_every_rank_with_one_line(photos, tmp_path):
+def test_nonfinite_loss_stops_every_rank_with_one_line(photos, tmp_path):
     flags = ["--data_path", photos, "--output_dir", tmp_path, "--batch_size", 4, "--blr", "1e9", "--warmup_epochs", 0]
     flags += ["--max_skipped", 0]
     for rank, (status, _, err) in enumerate(ranks(2, "main_pretrain.py", *TRAIN, *flags)):
@@ -149,12 +152,12 @@ def test_a_loss_that_is_not_finite_stops_every_rank_with_one_line(photos, tmp_pa
         ("--amp fp16", "--amp fp16 needs a GPU"),
     ],
 )
-def test_sizes_and_settings_that_do_not_fit_are_named(flags, message, photos, tmp_path):
+def test_errors_name_incompatible_sizes_and_settings(flags, message, photos, tmp_path):
     with pytest.raises(ValueError, match=message):
         pretrain(photos, tmp_path, *flags.split())
 
 
-# ------------------------------------------------------------------------------------------------------- what it writes
+# --------------------------------------------------------------------------------------------------------- output files
 
 
 def test_log_has_one_object_for_each_log_step(pretrained, photos):
@@ -162,7 +165,7 @@ def test_log_has_one_object_for_each_log_step(pretrained, photos):
     fields = ["step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "tflops", "memory_gib"]
     assert [list(x) for x in log] == [fields] * 4
     assert [(x["step"], x["epoch"]) for x in log] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
-    peak = 0.03 * 8 / 256  # of 2 steps of warm-up from 0, then half a cosine over 2 more
+    peak = 0.03 * 8 / 256  # 2 steps of warm-up from 0, then half a cosine over 2 steps
     assert [x["lr"] for x in log] == pytest.approx([0, peak / 2, peak, peak / 2])
     assert all(0 <= x["data_wait"] <= 1 and x["images_per_s"] > 0 and x["memory_gib"] > 0 for x in log)
 
@@ -173,7 +176,7 @@ def test_log_lines_average_the_steps_since_the_last_one(pretrained, photos, tmp_
     assert losses(tmp_path) == pytest.approx([sum(each[:2]) / 2, sum(each[2:]) / 2], rel=1e-6)
 
 
-def test_config_tells_arguments_versions_commit_command_and_ranks(pretrained):
+def test_config_contains_arguments_versions_commit_command_and_world_size(pretrained):
     config = json.loads((pretrained / "config.json").read_text())
     assert config["args"] == weights(pretrained)["args"]
     assert (config["world_size"], config["batch"], config["device"]) == (1, 8, "cpu")
@@ -184,18 +187,18 @@ def test_config_tells_arguments_versions_commit_command_and_ranks(pretrained):
     assert str(pretrained) in config["command"]
 
 
-def test_plain_lines_tell_progress_speed_and_time_left(photos, tmp_path):
+def test_console_lines_show_progress_speed_and_time_left(photos, tmp_path):
     flags = [*TRAIN, "--epochs", 1, "--warmup_epochs", 0, "--data_path", photos, "--output_dir", tmp_path]
-    head, begun, first, second, *_, last = call("main_pretrain", *flags, "--blr", 0.0256)
+    head, first_step, first, second, *_, last = call("main_pretrain", *flags, "--blr", 0.0256)
     assert head == f"1 x cpu, effective batch 8, peak learning rate 0.0008, output in {tmp_path}"
     line = r"epoch {}  step {}/2  loss \d\.\d{{4}}  lr \d\.\d\de[+-]\d\d  \d+ images/s  \S+ TFLOP/s  data wait \d+%  \d+\.\d GiB  \d:\d\d:\d\d left"
-    assert re.fullmatch(r"first step: \d+\.\d s including its data", begun)
+    assert re.fullmatch(r"first step: \d+\.\d s including its data", first_step)
     assert re.fullmatch(line.format("0.50", 1), first)
     assert re.fullmatch(line.format("1.00", 2), second)
     assert last == f"1 epochs finished: {tmp_path}/last.pth"
 
 
-def test_tensorboard_has_scalars_at_a_thousand_times_the_epoch_and_pictures(pretrained):
+def test_tensorboard_steps_are_thousandths_of_an_epoch_for_scalars_and_images(pretrained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(pretrained / "tensorboard")).Reload()
@@ -208,7 +211,7 @@ def test_tensorboard_has_scalars_at_a_thousand_times_the_epoch_and_pictures(pret
     assert min(below + above) > 0
 
 
-# --------------------------------------------------------------------------------------------------------- other settings
+# ------------------------------------------------------------------------------------------------------- other settings
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_tensorboard_has_scalars_at_a_thousand_times_the_epoch_and_pictures(pret
         "--knn_every 1",
     ],
 )
-def test_other_settings_train(flags, photos, tmp_path):
+def test_other_settings_train_without_error(flags, photos, tmp_path):
     pretrain(photos, tmp_path, "--epochs", 1, *flags.split())
     assert len(losses(tmp_path)) == 2
     if "knn" in flags:
@@ -230,12 +233,12 @@ def test_other_settings_train(flags, photos, tmp_path):
         assert (knn["epoch"], knn["knn_n"]) == (1, 9)
 
 
-def test_recomputing_activations_changes_nothing(pretrained, photos, tmp_path):
+def test_grad_checkpointing_does_not_change_the_weights(pretrained, photos, tmp_path):
     pretrain(photos, tmp_path, "--epochs", 2, "--grad_checkpointing")
     assert_same(weights(pretrained)["model"], weights(tmp_path)["model"])
 
 
-def test_kNN_and_pictures_do_not_change_the_training(pretrained, photos, tmp_path):
+def test_knn_and_images_do_not_change_the_weights(pretrained, photos, tmp_path):
     pretrain(photos, tmp_path, "--knn_every", 1)
     assert_same(weights(pretrained)["model"], weights(tmp_path)["model"])
 
@@ -245,11 +248,11 @@ def test_bf16_losses_are_near_those_of_float32(pretrained, photos, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(pretrained), rel=0.02)  # 8 bits of mantissa
 
 
-# ------------------------------------------------------------------------------------------------------------ the picture
+# ------------------------------------------------------------------------------------------------------- reconstruction
 
 
-class Oracle(nn.Module):
-    """A decoder that knows the answer."""
+class FixedPrediction(nn.Module):
+    """Decoder that returns a fixed prediction."""
 
     def __init__(self, answer):
         super().__init__()
@@ -259,13 +262,13 @@ class Oracle(nn.Module):
         return self.answer
 
 
-def parsed(*flags: str):
+def parse(*flags: str):
     return resolve_defaults(main_pretrain.get_parser().parse_args([*MODEL, *PRETRAIN, "--data_path", "x", *flags]))
 
 
 def columns(monkeypatch, flags: str, perfect: bool = True):
-    """(the panel's columns, images, target, removed) of a model that predicts its target exactly, or not at all."""
-    args = parsed(*flags.split())
+    """(figure columns, images, target, mask) of a model that predicts its target exactly (`perfect`) or an untrained one."""
+    args = parse(*flags.split())
     model = build_model(args)
     pixels = torch.randint(0, 256, (3, 4, 4, args.in_chans), dtype=torch.uint8).repeat_interleave(6, 1)
     batch = {
@@ -279,7 +282,7 @@ def columns(monkeypatch, flags: str, perfect: bool = True):
         if args.norm_pix_loss:
             mean, std = patch_statistics(answer)
             answer = (answer - mean) / std
-        model.decoder = Oracle(answer)
+        model.decoder = FixedPrediction(answer)
     drawn = {}
     monkeypatch.setattr("util.plots.reconstruction.draw_columns", drawn.update)
     draw_reconstruction(reconstruct(model, images, noise, args))
@@ -292,7 +295,7 @@ def columns(monkeypatch, flags: str, perfect: bool = True):
 
 
 @pytest.mark.parametrize("flags", ["", "--no-norm_pix_loss", "--lowpass_radius 0", "--in_chans 1 --mean 0.4 --std 0.3"])
-def test_a_perfect_prediction_shows_the_target_where_patches_were_removed(flags, monkeypatch):
+def test_perfect_prediction_shows_the_target_at_masked_patches(flags, monkeypatch):
     drawn, pixels, target, removed = columns(monkeypatch, flags)
     (prediction,) = (value for label, value in drawn.items() if label.startswith("prediction"))
     assert np.array_equal(drawn["input"], pixels)
@@ -303,11 +306,11 @@ def test_a_perfect_prediction_shows_the_target_where_patches_were_removed(flags,
     if "lowpass_radius" not in flags:
         (shown,) = (value for label, value in drawn.items() if label.startswith("low-pass target, r = 2.85714"))
         assert np.array_equal(shown, target)
-        assert abs(target.astype(int) - pixels).max() > 20  # the filter did something
+        assert abs(target.astype(int) - pixels).max() > 20  # the filter changes the image
 
 
-def test_the_error_is_that_of_removed_patches_alone():
-    args = parsed()
+def test_reconstruction_error_covers_only_masked_patches():
+    args = parse()
     model = build_model(args)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 4)
     loss, _, mask = model(images, noise)
@@ -318,22 +321,22 @@ def test_the_error_is_that_of_removed_patches_alone():
     assert_close((take(error, mask.drop) / std / scale).square().mean(), loss, rtol=1e-4, atol=0)
 
 
-def test_labels_say_how_the_prediction_is_unnormalised(monkeypatch):
+def test_labels_state_how_the_prediction_is_denormalized(monkeypatch):
     assert "prediction (true patch mean and std)" in columns(monkeypatch, "")[0]
     assert "prediction (pixels)" in columns(monkeypatch, "--no-norm_pix_loss --lowpass_radius 0")[0]
 
 
-def test_the_filtered_and_the_removed_add_up_to_the_input():
-    args = parsed("--lowpass", "centered")
+def test_lowpass_removes_every_kept_frequency_from_the_residual():
+    args = parse("--lowpass", "centered")
     target, images = build_target(args), torch.randn(1, 3, 16, 16)
     assert isinstance(target, LowPass)
     rest = images - target(images)
-    low = torch.fft.fft2(rest * target.std)  # nothing that the filter keeps is left
+    low = torch.fft.fft2(rest * target.std)  # no frequency that the filter keeps remains
     assert low.abs()[0, :, :2, :2].max() < 1e-4
 
 
-def test_the_picture_is_a_labelled_row_for_each_image():
-    args = parsed()
+def test_reconstruction_figure_has_one_labelled_row_per_image():
+    args = parse()
     model = build_model(args)
     picture = draw_reconstruction(reconstruct(model, torch.randn(2, 3, 16, 16), torch.rand(2, 4), args))
     assert picture.dtype == np.uint8
@@ -341,18 +344,18 @@ def test_the_picture_is_a_labelled_row_for_each_image():
     assert picture.shape[1:] == (8 + 5 * (zoomed + 8), 3)
     header = picture.shape[0] - 2 * (zoomed + 8)
     assert header == 2 * 24 + 8  # the longest label, of the prediction, takes two lines of 1.2 x 20 px
-    assert model.training  # as it was
+    assert model.training  # unchanged
 
 
-def test_the_cut_off_scales_with_the_shorter_side_unless_it_is_given():
-    assert parsed("--input_size", "224").lowpass_radius == 40
-    assert parsed("--input_size", "448", "560").lowpass_radius == 80
-    assert parsed("--lowpass_radius", "7").lowpass_radius == 7
+def test_default_lowpass_radius_scales_with_the_shorter_side():
+    assert parse("--input_size", "224").lowpass_radius == 40
+    assert parse("--input_size", "448", "560").lowpass_radius == 80
+    assert parse("--lowpass_radius", "7").lowpass_radius == 7
 
 
-def test_bf16_on_a_processor_without_it_is_warned_of(photos, tmp_path, monkeypatch):
+def test_warns_if_the_cpu_has_no_bf16(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "cpu_has_bf16", lambda: False)
     words = [*TRAIN, "--epochs", 1, "--data_path", photos, "--output_dir", tmp_path]
     assert call("main_pretrain", *words, "--amp", "bf16")[0].startswith("warning: --amp bf16: this CPU")
-    said = call("main_pretrain", *words, "--amp", "off", "--resume", "none", "--overwrite")
-    assert not [line for line in said if "bfloat16" in line]
+    lines = call("main_pretrain", *words, "--amp", "off", "--resume", "none", "--overwrite")
+    assert not [line for line in lines if "bfloat16" in line]

@@ -1,7 +1,7 @@
-"""The reference implementations' answers: target, mask, loss, prediction and every gradient.
+"""Target, mask, loss, prediction and every gradient against the reference implementations.
 
-From the extracts in tests/reference always, and from all of ../shared/reference where it is. Equal losses prove little,
-so everything is compared, with weights that went through util.convert.
+The extracts in tests/reference are always compared, the full outputs in ../shared/reference if present. The weights are
+read by util.formats.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ def low_pass(images: Tensor, radius: float) -> LowPass:
 
 
 def noise_of(answers: dict) -> Tensor:
-    """Noise that gives the reference's mask; long_seq_mae keeps ranks only: each 2 x 2 unit gets its first patch's."""
+    """Noise that gives the reference's mask; long_seq_mae stores only ranks: each 2 x 2 unit gets that of its first patch."""
     if answers["noise"] is not None:
         return answers["noise"]
     cfg = answers["cfg"]
@@ -46,7 +46,7 @@ def noise_of(answers: dict) -> Tensor:
 
 
 def encoder_of(cfg: dict, weights: Weights) -> MaskedViT | ConvViT:
-    """The host whose weights these are."""
+    """Encoder of the family and sizes of these weights."""
     sizes = {key: getattr(weights, key) for key in ("patch_size", "embed_dim", "depth")}
     sizes |= {"img_size": (cfg["img_size"],) * 2, "num_heads": cfg["num_heads"]}
     if weights.family == "convvit":
@@ -55,7 +55,7 @@ def encoder_of(cfg: dict, weights: Weights) -> MaskedViT | ConvViT:
 
 
 def model_of(answers: dict, folder: Path) -> tuple[PixMIM, Weights]:
-    """PixMIM with the reference's weights, which went through a file and util.convert; and what was read."""
+    """(PixMIM with the reference's weights, the weights as read from a file)."""
     cfg = answers["cfg"]
     torch.save(answers["checkpoint"], folder / "reference.pth")
     weights = read_weights(folder / "reference.pth")
@@ -75,14 +75,14 @@ def model_of(answers: dict, folder: Path) -> tuple[PixMIM, Weights]:
 
 
 def distance(ours: Tensor, answer: Tensor | dict[str, Tensor]) -> float:
-    """Relative distance to an answer, or to what the extracts keep of it; 0 = equal."""
+    """Relative L2 distance to a reference tensor or to the samples of it in an extract; 0 = equal."""
     kept = {"values": answer} if isinstance(answer, Tensor) else answer
     mine = {"values": ours} if isinstance(answer, Tensor) else sample(ours)
     return max(float((mine[key] - kept[key]).norm() / kept[key].norm()) for key in kept)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_equal_those_of_the_reference(case, tmp_path):
+def test_outputs_and_gradients_match_the_reference(case, tmp_path):
     answers = answers_of(case)
     model, weights = model_of(answers, tmp_path)
     images = answers["imgs"]
@@ -100,7 +100,7 @@ def test_answers_equal_those_of_the_reference(case, tmp_path):
     if isinstance(answers["pred"], Tensor):
         whole = take(answers["pred"], mask.drop)
         torch.testing.assert_close(prediction, whole, rtol=1e-4, atol=1e-4)
-    else:  # the extract keeps removed places in raster order
+    else:  # extracts store masked patches in raster order
         raster = take(prediction, mask.drop.argsort(1)).flatten(0, 1)
         torch.testing.assert_close(sample(raster)["values"], answers["pred"]["values"], rtol=1e-4, atol=1e-4)
 
@@ -114,7 +114,7 @@ def test_answers_equal_those_of_the_reference(case, tmp_path):
 
 @where_shared
 @pytest.mark.parametrize("name", SEEDS)
-def test_what_an_extract_draws_again_is_what_the_reference_drew(name):
+def test_extracts_regenerate_the_inputs_and_weights_of_the_reference(name):
     drawn, answers = read(name), answers_of(f"shared/{name}")
     for key in ("imgs", "checkpoint"):
         torch.testing.assert_close(drawn[key], answers[key], rtol=0, atol=1e-5)  # 5e-6 where randn is not vectorised
@@ -122,7 +122,7 @@ def test_what_an_extract_draws_again_is_what_the_reference_drew(name):
 
 @where_shared
 @pytest.mark.parametrize("name", ["pixmim", "pixmim_raw_pixels"])
-def test_patches_of_the_target_equal_the_release(name):
+def test_target_patches_match_the_released_code(name):
     answers = torch.load(SHARED / f"{name}.pt", weights_only=True)
     patches = patchify(low_pass(answers["imgs"], answers["cfg"]["radius"])(answers["imgs"]), 16)
     if answers["cfg"]["norm_pix"]:
@@ -139,14 +139,14 @@ def low_pass_cases():
 
 
 @pytest.mark.parametrize(("answers", "key"), [*low_pass_cases()])
-def test_low_pass_equals_the_release(answers, key):
+def test_lowpass_matches_the_released_code(answers, key):
     case = answers()["cases"][key]
     target = low_pass(case["imgs"], case["radius"])(case["imgs"])
     assert distance(target, case["target"]) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["extract/mae", pytest.param("shared/mae", marks=where_shared)])
-def test_fresh_position_embeddings_are_those_of_mae(case):
+def test_initial_position_embeddings_match_mae(case):
     answers = answers_of(case)
     cfg, state = answers["cfg"], answers["checkpoint"]["model"]
     encoder = MaskedViT(img_size=224, patch_size=16, embed_dim=cfg["embed_dim"], depth=1, num_heads=3)
@@ -156,8 +156,8 @@ def test_fresh_position_embeddings_are_those_of_mae(case):
 
 
 @pytest.mark.parametrize("what", ["qkv", "norms", "rows"])
-def test_a_wrong_mapping_does_not_pass(what, tmp_path):
-    """Control: a slip in the tables of util.convert moves the prediction far beyond the tolerance."""
+def test_wrong_weight_mappings_change_the_prediction(what, tmp_path):
+    """Control: an error in the name tables changes the prediction by far more than the tolerance."""
     answers = read("pixmim")
     model, _ = model_of(answers, tmp_path)
     right = model(answers["imgs"], answers["noise"])[1]
@@ -168,7 +168,7 @@ def test_a_wrong_mapping_does_not_pass(what, tmp_path):
     elif what == "norms":
         a, b = block + "norm1.weight", block + "norm2.weight"
         state[a], state[b] = state[b].clone(), state[a].clone()
-    else:  # halves of the position embedding, as they differ between mmselfsup and MAE
+    else:  # halves of the position embedding, which mmselfsup and MAE order differently
         state["encoder.pos_embed"] = state["encoder.pos_embed"].roll(24, -1)
     model.load_state_dict(state)
     assert (model(answers["imgs"], answers["noise"])[1] - right).abs().max() > 1e-3

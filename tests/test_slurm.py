@@ -1,4 +1,4 @@
-"""The scripts of docs/slurm.md, with stand-ins for Slurm's commands."""
+"""Scripts of docs/slurm.md, run with mock srun and scontrol commands."""
 
 import os
 import re
@@ -20,7 +20,7 @@ EPOCHS = ["--epochs", "20", "--batch_size", "2", "--warmup_epochs", "1", "--imag
 
 
 def script(launcher: str, flags: list) -> str:
-    """The script of the page with this launcher, for two ranks, a tiny model and our photographs."""
+    """The script of docs/slurm.md with this launcher, changed to two ranks and these flags."""
     (found,) = (
         text
         for text in re.findall(r"```bash\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.S)
@@ -34,8 +34,8 @@ def script(launcher: str, flags: list) -> str:
 
 
 @pytest.mark.slow  # six interpreters
-@pytest.mark.parametrize(("launcher", "told"), [("srun", "tasks"), (".venv/bin/torchrun", "script")])
-def test_a_job_that_reaches_its_limit_is_requeued_and_goes_on_to_the_unbroken_end(launcher, told, photos, tmp_path):
+@pytest.mark.parametrize(("launcher", "receiver"), [("srun", "tasks"), (".venv/bin/torchrun", "script")])
+def test_job_at_its_time_limit_is_requeued_and_equals_an_uninterrupted_run(launcher, receiver, photos, tmp_path):
     flags = [*PRETRAIN, *EPOCHS, "--effective_batch", 4, "--data_path", photos, "--output_dir", tmp_path / "run"]
     job, commands = tmp_path / "job.sh", tmp_path / "bin"
     commands.mkdir()
@@ -62,18 +62,18 @@ def test_a_job_that_reaches_its_limit_is_requeued_and_goes_on_to_the_unbroken_en
     while not (log.exists() and '"step": 6,' in log.read_text()) and first.poll() is None:
         time.sleep(0.1)
     tasks = ["pkill", "-USR1", "-f", rf"^\.venv/bin/python main_pretrain\.py .*{tmp_path}"]
-    subprocess.run(tasks if told == "tasks" else ["kill", "-USR1", str(first.pid)], check=True)
-    said, _ = first.communicate(timeout=200)
-    assert first.returncode == 75, said
+    subprocess.run(tasks if receiver == "tasks" else ["kill", "-USR1", str(first.pid)], check=True)
+    output, _ = first.communicate(timeout=200)
+    assert first.returncode == 75, output
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     progress = weights(tmp_path / "run")["progress"]
     assert 6 <= progress["epoch"] * 4 + progress["step"] < 80
-    assert "saved; the same command goes on" in said
-    again = submit(SLURM_RESTART_COUNT="1")
-    said, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, said
-    assert "resumed from" in said
-    if not (whole := tmp_path.parent / "unbroken").exists():
-        plain = [*flags[:-1], Path(whole)]
+    assert ", saved; " in output
+    restarted = submit(SLURM_RESTART_COUNT="1")
+    output, _ = restarted.communicate(timeout=200)
+    assert restarted.returncode == 0, output
+    assert "resumed from" in output
+    if not (uninterrupted := tmp_path.parent / "uninterrupted").exists():
+        plain = [*flags[:-1], Path(uninterrupted)]
         assert [status for status, _, _ in ranks(2, "main_pretrain.py", *plain)] == [0, 0]
-    assert_same_run(whole, tmp_path / "run")
+    assert_same_run(uninterrupted, tmp_path / "run")

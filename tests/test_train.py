@@ -1,4 +1,4 @@
-"""What the training loop says of its speed: operations, shares, waiting, and that nothing is read back in between."""
+"""Speed measurements of the training loop: FLOPs, share of the peak, data wait and host synchronisation."""
 
 import threading
 import time
@@ -22,12 +22,12 @@ from util.meters import Meter, image_flops, peak_tflops
 
 
 def products(tokens: int, dim: int, depth: int) -> int:
-    """Operations of ViT blocks: four square products and an MLP of 4 times the width, and attention's two products."""
+    """FLOPs of ViT blocks: four square projections, an MLP of 4 times the width and attention's two products."""
     return depth * (2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim)
 
 
 @pytest.mark.parametrize("flags", ["", "--grad_checkpointing", "--amp bf16", "--lowpass_radius 0"])
-def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
+def test_flops_of_a_step_are_three_times_those_of_the_forward_matrix_products(flags):
     words = [*PRETRAIN, "--input_size", "64", *flags.split(), "--data_path", "x"]
     args = resolve_defaults(main_pretrain.get_parser().parse_args(words))
     model = build_model(args)
@@ -39,7 +39,7 @@ def test_the_operations_of_a_step_are_those_of_its_products_three_times(flags):
     assert model.training
 
 
-def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_counting():
+def test_flops_of_a_frozen_encoder_are_forward_only_and_counting_keeps_batch_norm_statistics():
     probe = Probe(ENCODERS["vit_tiny"](img_size=32), 5, 1).train()
     before = probe.bn.running_mean.clone()
     flops = image_flops(probe, lambda batch: probe(batch["images"]), {"images": torch.randn(4, 3, 32, 32)}, "off")
@@ -55,19 +55,19 @@ def test_a_frozen_encoder_has_no_way_back_and_batch_norm_learns_nothing_from_cou
         ("NVIDIA H100 PCIe", "bf16", 756),
         ("NVIDIA L40S", "fp16", 362),
         ("NVIDIA L4", "fp16", 121),
-        ("NVIDIA H100 80GB HBM3", "off", None),  # float32 is another unit of it
+        ("NVIDIA H100 80GB HBM3", "off", None),  # no peak for float32
         ("Somebody's GPU", "bf16", None),
-        ("NVIDIA L40", "bf16", None),  # no L4
-        ("NVIDIA RTX A1000", "bf16", None),  # no A100
+        ("NVIDIA L40", "bf16", None),  # not an L4
+        ("NVIDIA RTX A1000", "bf16", None),  # not an A100
     ],
 )
-def test_the_peak_of_known_devices_is_that_of_their_makers(name, amp, peak, monkeypatch):
+def test_peak_tflops_match_the_data_sheets_of_known_gpus(name, amp, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_tflops(amp, torch.device("cuda", 0)) == peak
     assert peak_tflops(amp, CPU) is None
 
 
-def test_the_log_has_the_share_of_the_peak_flops(tmp_path):
+def test_log_contains_the_share_of_peak_flops(tmp_path):
     run = one_rank(tmp_path, size=2)
     meter = Meter(run, lambda batch: None, None)
     meter.flops, meter.peak = 2e9, 100
@@ -83,12 +83,12 @@ def test_warns_if_training_waits_for_data(photos, tmp_path, monkeypatch, capsys)
 
     words = ["--data_path", photos, "--output_dir", tmp_path, "--batch_size", 8, "--epochs", 1]
     monkeypatch.setattr(Samples, "__getitems__", slow)
-    said = call("main_pretrain", *PRETRAIN, *words)
-    (warning,) = [line for line in said if "waiting for data" in line]
+    lines = call("main_pretrain", *PRETRAIN, *words)
+    (warning,) = [line for line in lines if "waiting for data" in line]
     share = int(warning.split("%")[0].removeprefix("warning: "))
     assert share > 50  # two steps of a second of waiting and far less of work
     assert "of epoch 1 was spent waiting for data: raise --num_workers (0 now)" in warning
-    (first,) = [line for line in said if line.startswith("first step: ")]
+    (first,) = [line for line in lines if line.startswith("first step: ")]
     assert float(first.split()[2]) >= 1  # its batch took a second
 
 
@@ -105,27 +105,29 @@ def test_no_warning_if_training_does_not_wait_for_data(tmp_path, capsys):
         assert capsys.readouterr().out.count("warning") == warnings
 
 
-def test_nothing_is_read_back_between_log_lines(photos, tmp_path, monkeypatch):
+def test_no_tensor_is_copied_to_the_host_between_log_lines(photos, tmp_path, monkeypatch):
     read, train_one_epoch = [], main_pretrain.train_one_epoch
     for name in ("item", "tolist", "__bool__", "__float__", "cpu", "numpy"):
         real = getattr(torch.Tensor, name)
 
-        def counted(self, *args, real=real, name=name):
-            if threading.current_thread() is threading.main_thread():  # another one writes the checkpoint
+        def record_read(self, *args, real=real, name=name):
+            if (
+                threading.current_thread() is threading.main_thread()
+            ):  # the writer thread reads tensors of the checkpoint
                 read.append(name)
             return real(self, *args)
 
-        monkeypatch.setattr(torch.Tensor, name, counted)
+        monkeypatch.setattr(torch.Tensor, name, record_read)
 
-    def watched(*args):
+    def count_reads(*args):
         read.clear()
         progress = train_one_epoch(*args)
         epochs.append({name: read.count(name) for name in set(read)})
         return progress
 
     epochs = []
-    monkeypatch.setattr(main_pretrain, "train_one_epoch", watched)
+    monkeypatch.setattr(main_pretrain, "train_one_epoch", count_reads)
     pretrain(photos, tmp_path, "--batch_size", 4, "--log_every", 4, "--num_workers", 0)
-    # of four steps the losses; the norm of the gradient, the loader's seed (on the host), once the end of the first step;
-    # the loader fills four batches, on the host
+    # tolist: losses of four steps; item: gradient norm, loader seed (on the host) and, once, the end of the first step;
+    # numpy: the loader fills four batches on the host
     assert epochs == [{"tolist": 1, "item": 3, "numpy": 4}, {"tolist": 1, "item": 2, "numpy": 4}]

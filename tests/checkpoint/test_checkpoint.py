@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, readable by others, and never resumed as something else."""
+"""Checkpoints: atomic writes, contents, and checks before a run is resumed."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from reference.make import read as reference
 from util.checkpoint.resume import candidates
 from util.checkpoint.state import read_checkpoint, store_checkpoint, write_checkpoint
 
-KILLED = """
+SAVE_AND_KILL = """
 import io, os, signal, sys
 from pathlib import Path
 import torch
@@ -41,7 +41,7 @@ store_checkpoint(Path(sys.argv[-1]), {"model": torch.ones(100_000)}, "epoch-0009
 
 @pytest.fixture
 def run(pretrained, tmp_path):
-    """A copy of the finished run; epoch-NNNN.pth are linked, for they are replaced, never rewritten."""
+    """Copy of the finished run; epoch-NNNN.pth are hard links, which is safe since they are replaced, never rewritten."""
 
     def copy(source: str, target: str) -> None:
         (os.link if "epoch-" in source else shutil.copy)(source, target)
@@ -53,25 +53,25 @@ def run(pretrained, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("where", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
-def test_a_save_killed_at_any_point_leaves_a_complete_checkpoint(where, run):
+@pytest.mark.parametrize("location", ["torch.save", *[f"os.replace {n}" for n in range(5)]])
+def test_save_killed_at_any_point_leaves_a_complete_checkpoint(location, run):
     before = read_checkpoint(run / "last.pth")
-    status, _, err = ended(spawn("-c", KILLED, *where.split(), run))
+    status, _, err = ended(spawn("-c", SAVE_AND_KILL, *location.split(), run))
     if (
-        where == "os.replace 4"
-    ):  # there are four: into place, the kept name, the old to previous.pth, the new to last.pth
+        location == "os.replace 4"
+    ):  # four renames: .new.pth, epoch-NNNN.pth, last.pth to previous.pth, the new file to last.pth
         assert status == 0, err
     else:
         assert status == -9, err
     first = candidates(run, "auto")[0]
-    if where != "os.replace 4":
+    if location != "os.replace 4":
         assert_same(read_checkpoint(first), before)
-    store_checkpoint(run, {"batch": 3}, None)  # what the dead process left is in nobody's way
+    store_checkpoint(run, {"batch": 3}, None)  # files left by the killed process do not interfere
     assert read_checkpoint(run / "last.pth")["batch"] == 3
     assert {path.name for path in run.glob(".*")} <= {".lock", ".new.pth", ".epoch-0009.pth.tmp"}
 
 
-def test_a_full_disk_leaves_the_old_file_and_raises_an_error(run):
+def test_full_disk_keeps_the_old_file_and_raises_an_error(run):
     before, limits = read_checkpoint(run / "last.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -83,22 +83,22 @@ def test_a_full_disk_leaves_the_old_file_and_raises_an_error(run):
     assert not list(run.glob(".*.tmp"))
 
 
-def numbered(names) -> set[str]:
-    """Names of tensors with N for the number of a block."""
+def without_block_numbers(names) -> set[str]:
+    """Tensor names with N in place of block numbers."""
     return {re.sub(r"(?<=blocks\.)\d+", "N", name) for name in names}
 
 
-def test_last_pth_holds_tensors_under_the_names_of_mae_and_everything_needed_to_go_on(pretrained):
+def test_last_pth_contains_mae_tensor_names_and_the_training_state(pretrained):
     content = weights(pretrained)  # read with weights_only
-    assert numbered(content["model"]) == numbered(reference("mae")["checkpoint"]["model"])
+    assert without_block_numbers(content["model"]) == without_block_numbers(reference("mae")["checkpoint"]["model"])
     assert len(content["model"]) == 4 + 5 * 2 + 3 * 12  # tokens and positions; embeddings, norms, head; blocks
-    assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # but for its evaluation
+    assert content["progress"] == {"epoch": 1, "step": 2, "losses": (), "skipped": 0}  # the evaluation is still to come
     assert content["batch"] == 8
     assert content["args"]["input_size"] == [16, 16]
     assert {"optimizer", "scaler", "format"} <= content.keys()
 
 
-def test_an_epoch_is_kept_every_save_every_and_at_the_end(pretrained, photos, tmp_path):
+def test_epoch_checkpoints_are_written_every_save_every_epochs_and_at_the_end(pretrained, photos, tmp_path):
     assert sorted(path.name for path in pretrained.glob("epoch-*")) == ["epoch-0001.pth", "epoch-0002.pth"]
     assert torch.load(pretrained / "epoch-0001.pth", weights_only=True)["progress"]["epoch"] == 0
     assert_same(torch.load(pretrained / "epoch-0002.pth", weights_only=True), weights(pretrained))
@@ -120,7 +120,7 @@ def test_an_epoch_is_kept_every_save_every_and_at_the_end(pretrained, photos, tm
         ("--batch_size", 4, r"effective batch of 8, not 4 .*--effective_batch 8"),
     ],
 )
-def test_another_run_is_refused_by_the_name_of_its_flag(flag, value, message, run, photos):
+def test_resume_with_other_flags_is_rejected_and_names_the_flag(flag, value, message, run, photos):
     with pytest.raises(ValueError, match=message):
         pretrain(photos, run, flag, value)
 
@@ -128,20 +128,20 @@ def test_another_run_is_refused_by_the_name_of_its_flag(flag, value, message, ru
 @pytest.mark.parametrize(
     ("change", "message"), [("more", "16 images, --data_path .* has 17 now"), ("other", "other names")]
 )
-def test_other_images_are_refused(change, message, run, photos, tmp_path):
+def test_resume_with_other_images_is_rejected(change, message, run, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "data")
-    pretrain(data, run)  # a folder may move
+    pretrain(data, run)  # the folder may be moved
     image = data / "train" / "ant" / "1.png"
     (shutil.copy if change == "more" else shutil.move)(image, image.with_name("7.png"))
     with pytest.raises(ValueError, match=f"last.pth was trained on .*{message}"):
         pretrain(data, run)
 
 
-def test_a_run_is_resumed_with_the_same_batch_in_smaller_parts(pretrained, photos, tmp_path):
-    """Of the second epoch: other parts of the batch and other log lines change no sample, mask or learning rate."""
+def test_run_resumes_with_the_same_effective_batch_and_smaller_batches(pretrained, photos, tmp_path):
+    """In the second epoch, accumulation and log interval change no sample, mask or learning rate."""
     parts = ["--batch_size", 4, "--accum_iter", 2, "--log_every", 2]
     resumed = pretrain(photos, tmp_path / "resumed", *parts, "--resume", pretrained / "epoch-0001.pth")
-    (second,) = records(resumed)  # the mean of its two steps
+    (second,) = records(resumed)  # mean of its two steps
     expected = records(pretrained)[2:]
     assert (second["step"], second["lr"]) == (4, expected[1]["lr"])
     assert second["loss"] == pytest.approx(sum(x["loss"] for x in expected) / 2, rel=1e-6)
@@ -154,12 +154,12 @@ def test_a_run_is_resumed_with_the_same_batch_in_smaller_parts(pretrained, photo
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=2e-6)
     moved = max((value - before[name]).abs().max() for name, value in unchanged.items())
-    assert moved > 100 * 2e-6  # the tolerance is small beside what the epoch changes
-    with pytest.raises(ValueError, match=r"--batch_size"):  # another batch is another run
+    assert moved > 100 * 2e-6  # the tolerance is small compared with the change by the epoch
+    with pytest.raises(ValueError, match=r"--batch_size"):  # the effective batch differs
         pretrain(photos, tmp_path / "other", "--batch_size", 4, "--resume", pretrained / "epoch-0001.pth")
 
 
-def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tmp_path):
+def test_resume_from_foreign_truncated_or_missing_files_is_rejected_by_name(run, photos, tmp_path):
     whole = (run / "last.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     torch.save({"model": {}, "epoch": 3}, tmp_path / "foreign.pth")
@@ -170,20 +170,20 @@ def test_foreign_truncated_and_missing_files_are_refused_by_name(run, photos, tm
         pretrain(photos, run, "--resume", tmp_path / "nowhere.pth")
 
 
-def test_resume_takes_the_named_file(run, photos, pretrained):
+def test_resume_loads_the_given_file(run, photos, pretrained):
     (run / "last.pth").unlink()
     pretrain(photos, run, "--resume", run / "epoch-0001.pth", "--image_every", 0)
     assert_same(weights(run)["model"], weights(pretrained)["model"])
     assert [x["step"] for x in records(run)] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_started_again_trains_nothing(run, photos):
+def test_finished_run_does_not_train_again(run, photos):
     before = [(run / name).read_bytes() for name in ("last.pth", "log.jsonl")]
     pretrain(photos, run, "--save_every", 1, "--image_every", 1)
     assert before == [(run / name).read_bytes() for name in ("last.pth", "log.jsonl")]
 
 
-def test_resume_none_asks_for_overwrite_and_then_begins_anew(run, photos):
+def test_resume_none_requires_overwrite_and_starts_a_new_run(run, photos):
     with pytest.raises(ValueError, match=f"--resume none: {run} .*--overwrite"):
         pretrain(photos, run, "--resume", "none", "--seed", 1)
     assert weights(run)["args"]["seed"] == 0

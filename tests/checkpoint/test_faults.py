@@ -1,4 +1,4 @@
-"""What disks, files and processes do to a run: one line that names them, or another image in their place."""
+"""Faults during a run: unreadable images, disks that do not answer, killed workers and signals."""
 
 import multiprocessing
 import os
@@ -33,8 +33,8 @@ def images(tmp_path) -> Path:
     return folder
 
 
-def header(width: int, height: int) -> bytes:
-    """A bitmap that says it has this size."""
+def bitmap_header(width: int, height: int) -> bytes:
+    """BMP bitmap_header that declares this size."""
     start = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
     size = (
         width.to_bytes(4, "little")
@@ -45,12 +45,12 @@ def header(width: int, height: int) -> bytes:
     return start + size + bytes(24)
 
 
-WICKED = {
+BAD_FILES = {
     "truncated": lambda path: path.write_bytes((path.parent / "00.png").read_bytes()[:200]),
     "empty": lambda path: path.write_bytes(b""),
     "of another kind": lambda path: path.write_text("no image"),
-    "a bomb": lambda path: path.write_bytes(header(50_000, 50_000)),
-    "without pixels": lambda path: path.write_bytes(header(0, 10)),
+    "a bomb": lambda path: path.write_bytes(bitmap_header(50_000, 50_000)),
+    "without pixels": lambda path: path.write_bytes(bitmap_header(0, 10)),
     "a line": lambda path: Image.new("RGB", (200_000, 1)).save(path, "PNG"),
     "a link to nowhere": lambda path: path.symlink_to("/nowhere/x.jpg"),
     "a loop of links": lambda path: path.symlink_to(path.name),
@@ -58,16 +58,16 @@ WICKED = {
 }
 
 
-@pytest.mark.parametrize("kind", WICKED)
-def test_an_unreadable_file_stops_the_run_or_is_replaced(kind, images, tmp_path):
-    WICKED[kind](images / "x.jpg")
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_unreadable_images_stop_the_run_or_are_replaced(kind, images, tmp_path):
+    BAD_FILES[kind](images / "x.jpg")
     words = ONE_EPOCH + {
         "a pipe": ["--timeout_minutes", 0.005],
-        "a line": ["--input_size", 64, "--patch_size", 16],  # it would be resized to 800 megapixels
+        "a line": ["--input_size", 64, "--patch_size", 16],  # resizing it would give 800 megapixels
     }.get(kind, [])
     with pytest.raises(ValueError, match=r"x\.jpg cannot be read: .+--on_bad_image skip"):
         pretrain(images, tmp_path / "run", *words)
-    if kind == "a pipe":  # as a disk that does not answer: the images behind it would not come either
+    if kind == "a pipe":  # like a disk that does not answer: other images could not be read either
         with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer"):
             pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
         return
@@ -76,13 +76,13 @@ def test_an_unreadable_file_stops_the_run_or_is_replaced(kind, images, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_disk_that_does_not_answer_is_named_from_a_loader_process_too(images, tmp_path):
+def test_loader_worker_reports_a_disk_that_does_not_answer(images, tmp_path):
     os.mkfifo(images / "x.jpg")
     with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer \(--timeout_minutes\)"):
         pretrain(images, tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
 
 
-def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch):
+def test_cache_read_timeout_ends_the_run(images, tmp_path, monkeypatch):
     build(
         cache_parser().parse_args(
             ["build", "--data_path", str(images), "--out", str(tmp_path / "c"), "--input_size", "16"]
@@ -106,13 +106,13 @@ def test_a_cache_that_does_not_answer_ends_the_run(images, tmp_path, monkeypatch
         released.set()
 
 
-def test_large_photographs_are_read_without_a_warning(tmp_path):
+def test_large_images_are_read_without_a_warning(tmp_path):
     Image.new("L", (12_000, 9_000)).save(tmp_path / "large.png")  # 108 megapixels
-    (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # here warnings are errors
+    (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # pytest turns warnings into errors
     assert image.size == (12_000, 9_000)
 
 
-def test_a_line_of_pixels_does_not_become_gigabytes():
+def test_extreme_aspect_ratios_are_rejected_before_resizing():
     assert resize_to_cover(Image.new("L", (30_000, 3)), (8, 8)).size == (80_000, 8)
     with pytest.raises(ValueError, match=r"is 100000 x 1 and would be 22400000 x 224 to cover \(224, 224\): too long"):
         resize_to_cover(Image.new("L", (100_000, 1)), (224, 224))
@@ -120,7 +120,7 @@ def test_a_line_of_pixels_does_not_become_gigabytes():
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("parent", ["alive", "killed"])
-def test_a_loader_process_ends_if_its_parent_was_killed_during_the_fork(parent):
+def test_loader_worker_exits_if_its_parent_was_killed_during_the_fork(parent):
     loader = multiprocessing.get_context("fork").Process(
         target=init_worker, args=(os.getpid() if parent == "alive" else 1, 0)
     )
@@ -129,7 +129,7 @@ def test_a_loader_process_ends_if_its_parent_was_killed_during_the_fork(parent):
     assert loader.exitcode == (parent == "killed")
 
 
-KILLER = """
+KILL_LOADER_WORKER = """
 import os, signal, sys
 import main_pretrain
 from util.args import run_main
@@ -146,10 +146,10 @@ run_main(main_pretrain.main)
 """
 
 
-def test_a_loader_process_that_is_killed_ends_the_run_with_a_line_and_it_goes_on(photos, tmp_path):
+def test_killed_loader_worker_ends_the_run_with_one_line_and_the_run_resumes(photos, tmp_path):
     words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--num_workers", 1, "--image_every", 0]
     flags = [*words, "--data_path", photos, "--output_dir", tmp_path / "a"]
-    status, _, err = ended(spawn("-c", KILLER, *flags))
+    status, _, err = ended(spawn("-c", KILL_LOADER_WORKER, *flags))
     assert status == 1
     assert "Traceback" not in err
     assert "DataLoader worker (pid" in err
@@ -163,7 +163,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_line_and_it_goes_on
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_signal_to_the_process_group_lets_the_step_finish(photos, tmp_path):
+def test_signal_to_the_process_group_finishes_the_step_and_saves(photos, tmp_path):
     words = [
         *PRETRAIN,
         "--epochs",
@@ -185,6 +185,6 @@ def test_a_signal_to_the_process_group_lets_the_step_finish(photos, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     status, out, err = ended(process)
     assert status == 130, err
-    assert weights(tmp_path)["progress"]["epoch"] < 499  # it did not train to its end
+    assert weights(tmp_path)["progress"]["epoch"] < 499  # training did not finish
     assert ", saved; " in out
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are killed, stopped, short of room or of ranks go on as if nothing had been."""
+"""Interrupted runs resume bit for bit: signals, kills, damaged checkpoints, full disks, non-finite steps and lost ranks."""
 
 import json
 import math
@@ -41,52 +41,52 @@ from util.files import write_atomic
 from util.log import Log
 from util.run import split_effective_batch
 
-# 8 steps an epoch, of 2 images; log lines and saves do not fall together; evaluations and pictures
+# 8 steps of 2 images per epoch; log lines and saves are at different steps; with kNN evaluation and figures
 STEPS = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", "--warmup_epochs", "1", "--blr", "0.1"]
-ALL = [*STEPS, "--image_every", "1", "--knn_every", "1"]
-CLASSIFIER = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", *DEVICE]
+EVAL = [*STEPS, "--image_every", "1", "--knn_every", "1"]
+CLASSIFIER_FLAGS = ["--epochs", "2", "--batch_size", "2", "--log_every", "3", *DEVICE]
 
 
-def classifier(name: str, photos, folder, pretrained, *words) -> None:
+def train_classifier(name: str, photos, folder, pretrained, *words) -> None:
     flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--output_dir", folder]
-    call(name, *CLASSIFIER, *flags, *words)
+    call(name, *CLASSIFIER_FLAGS, *flags, *words)
 
 
 @pytest.fixture(scope="module")
-def unbroken(photos, tmp_path_factory):
+def uninterrupted(photos, tmp_path_factory):
     torch.set_num_threads(1)
-    return pretrain(photos, tmp_path_factory.mktemp("unbroken") / "run", *ALL)
+    return pretrain(photos, tmp_path_factory.mktemp("uninterrupted") / "run", *EVAL)
 
 
-# ------------------------------------------------------------------------------------------------------------- signals
+# -------------------------------------------------------------------------------------------------------------- signals
 
 
 @pytest.mark.parametrize(
     ("step", "number", "status"),  # of 14 steps that do not end an epoch
     [*((step, signal.SIGTERM, 75) for step in (1, 5, 9, 14)), (5, signal.SIGUSR1, 75), (5, signal.SIGINT, 130)],
 )
-def test_a_signal_lets_the_step_finish_and_saves_it(
-    step, number, status, unbroken, photos, tmp_path, monkeypatch, capfd
+def test_signal_finishes_the_step_saves_and_exits_with_75_or_130(
+    step, number, status, uninterrupted, photos, tmp_path, monkeypatch, capfd
 ):
-    assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *ALL), number) == status
+    assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *EVAL), number) == status
     assert f"{number.name}: finishing the step, then saving; a second signal ends at once" in capfd.readouterr().err
     progress = weights(tmp_path)["progress"]
-    assert progress["epoch"] * 7 + progress["step"] == step  # seven in an epoch ask whether to stop
+    assert progress["epoch"] * 7 + progress["step"] == step  # seven steps of an epoch check for a stop request
     assert len(progress["losses"]) == progress["step"] % 3
-    pretrain(photos, tmp_path, *ALL)
-    assert_same_run(unbroken, tmp_path)
+    pretrain(photos, tmp_path, *EVAL)
+    assert_same_run(uninterrupted, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("words", ["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc"])
-def test_every_kind_of_pre_training_goes_on_within_an_epoch(words, photos, tmp_path, monkeypatch):
+def test_pretraining_resumes_within_an_epoch_bit_for_bit(words, photos, tmp_path, monkeypatch):
     def train(folder):
         return pretrain(photos, tmp_path / folder, *STEPS, *words.split())
 
-    train("unbroken")
-    assert interrupted(monkeypatch, 5, lambda: train("broken")) == 75
-    train("broken")
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    train("uninterrupted")
+    assert interrupted(monkeypatch, 5, lambda: train("interrupted")) == 75
+    train("interrupted")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
 
 
 @pytest.mark.parametrize(
@@ -96,28 +96,32 @@ def test_every_kind_of_pre_training_goes_on_within_an_epoch(words, photos, tmp_p
         ("main_finetune", "--warmup_epochs 1 --blr 0.003 --drop_path 0.3"),  # mixup, erasing, drop path, RandAugment
     ],
 )
-def test_probing_and_fine_tuning_go_on_within_an_epoch(name, words, pretrained, photos, tmp_path, monkeypatch):
+def test_probing_and_fine_tuning_resume_within_an_epoch_bit_for_bit(
+    name, words, pretrained, photos, tmp_path, monkeypatch
+):
     def train(folder):
-        classifier(name, photos, tmp_path / folder, pretrained, *words.split())
+        train_classifier(name, photos, tmp_path / folder, pretrained, *words.split())
 
-    train("unbroken")
-    for step in (3, 5):  # of what is left
-        assert interrupted(monkeypatch, step, lambda: train("broken")) == 75
-    train("broken")
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
-    one, other = (torch.load(tmp_path / f / "classifier.pth", weights_only=True) for f in ("unbroken", "broken"))
-    assert one["sha256"] != other["sha256"]  # the folder is another
+    train("uninterrupted")
+    for step in (3, 5):  # counted from the last start
+        assert interrupted(monkeypatch, step, lambda: train("interrupted")) == 75
+    train("interrupted")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
+    one, other = (
+        torch.load(tmp_path / f / "classifier.pth", weights_only=True) for f in ("uninterrupted", "interrupted")
+    )
+    assert one["sha256"] != other["sha256"]  # the output folder differs
     assert all(torch.equal(value, other["model"][k]) for k, value in one["model"].items())
 
 
-def test_a_second_signal_ends_at_once(photos, tmp_path):
+def test_second_signal_exits_immediately(photos, tmp_path):
     script = """
 import hashlib, os, signal, threading, main_pretrain
 from util.checkpoint.saver import Saver
 def after_step(self, progress):
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as in a collective, Python calls no handler: longer than `ended` waits
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # runs no signal handler, as a collective
 Saver.after_step = after_step
 main_pretrain.main()
 """
@@ -125,9 +129,9 @@ main_pretrain.main()
     assert status == 128 + signal.SIGTERM
 
 
-def test_a_run_of_one_step_an_epoch_stops_too(photos, tmp_path, monkeypatch):
+def test_sigterm_stops_a_run_with_one_step_per_epoch(photos, tmp_path, monkeypatch):
     words = ["--epochs", 4, "--batch_size", 16, "--warmup_epochs", 1]
-    reference, saves, real = pretrain(photos, tmp_path / "unbroken", *words), [], Saver.save
+    reference, saves, real = pretrain(photos, tmp_path / "uninterrupted", *words), [], Saver.save
 
     def save(self, *given):
         saves.append(1)
@@ -137,11 +141,11 @@ def test_a_run_of_one_step_an_epoch_stops_too(photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Saver, "save", save)
     with pytest.raises(SystemExit) as ending:
-        pretrain(photos, tmp_path / "broken", *words)
+        pretrain(photos, tmp_path / "interrupted", *words)
     assert ending.value.code == 75
-    assert weights(tmp_path / "broken")["progress"]["epoch"] == 1
-    pretrain(photos, tmp_path / "broken", *words)
-    assert_same_run(reference, tmp_path / "broken")
+    assert weights(tmp_path / "interrupted")["progress"]["epoch"] == 1
+    pretrain(photos, tmp_path / "interrupted", *words)
+    assert_same_run(reference, tmp_path / "interrupted")
 
 
 def test_ranks_exit_together_after_the_checkpoint_is_written(photos, tmp_path, monkeypatch):
@@ -158,9 +162,9 @@ def test_ranks_exit_together_after_the_checkpoint_is_written(photos, tmp_path, m
     assert events[-2:] == ["stored", "met"]
 
 
-# --------------------------------------------------------------------------------------------------------------- kills
+# ---------------------------------------------------------------------------------------------------------------- kills
 
-KILLED = """
+KILL_RUN = """
 import os, signal, sys, time
 import main_pretrain
 from util.checkpoint.saver import Saver
@@ -170,7 +174,7 @@ def after_step(self, progress):
     real(self, progress)
     calls.append(1)
     if where == str(len(calls)):
-        while not os.path.exists(self.run.folder / "last.pth"):  # the first save may take longer than the steps
+        while not os.path.exists(self.run.folder / "last.pth"):  # the first save may outlast the steps
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 def knn(*args, real=main_pretrain.knn):
@@ -184,18 +188,18 @@ main_pretrain.main()
 
 
 @pytest.mark.parametrize("where", ["6", "11", "knn"])
-def test_a_run_that_is_killed_is_the_unbroken_one_bit_for_bit(where, unbroken, photos, tmp_path):
-    flags = [*PRETRAIN, *ALL, "--image_every", 1, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path]
-    status, _, err = ended(spawn("-c", KILLED, where, *flags))
+def test_killed_run_resumes_bit_for_bit(where, uninterrupted, photos, tmp_path):
+    flags = [*PRETRAIN, *EVAL, "--image_every", 1, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path]
+    status, _, err = ended(spawn("-c", KILL_RUN, where, *flags))
     assert status == -9, err
-    with (tmp_path / "log.jsonl").open("a") as log:  # as if it had been killed while it logged
+    with (tmp_path / "log.jsonl").open("a") as log:  # as if killed while logging
         log.write('{"epoch": 2.1, "loss": 9, "step": 17}\n{"epoch": 2.2, "lo')  # later than any checkpoint
-    said = call("main_pretrain", *flags)
-    assert any(re.match(rf"resumed from {tmp_path}/(last|previous)\.pth: epoch ", line) for line in said)
-    assert_same_run(unbroken, tmp_path)
+    lines = call("main_pretrain", *flags)
+    assert any(re.match(rf"resumed from {tmp_path}/(last|previous)\.pth: epoch ", line) for line in lines)
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def test_checkpoints_come_by_the_clock_and_steps_do_not_wait_for_the_disk(photos, tmp_path, monkeypatch):
+def test_checkpoints_are_written_by_save_minutes_without_blocking_steps(photos, tmp_path, monkeypatch):
     stored, steps, overtaken, real = [], [], [], store_checkpoint
     moved = threading.Condition()
 
@@ -221,13 +225,13 @@ def test_checkpoints_come_by_the_clock_and_steps_do_not_wait_for_the_disk(photos
     assert all(overtaken)  # no step waited for a store
     assert stored[0] == (0, 1)
     assert stored[-1] == (1, 8)
-    assert 2 <= len(stored) < 16  # a newer state replaces one that waits
+    assert 2 <= len(stored) < 16  # a newer state replaces a waiting one
     stored.clear()
     pretrain(photos, tmp_path / "hourly", *STEPS, "--save_minutes", 60)
     assert {progress[1] for progress in stored} == {8}
 
 
-def test_epochs_that_are_kept_wait_for_a_slow_disk(tmp_path, monkeypatch):
+def test_epoch_checkpoints_are_all_written_on_a_slow_disk(tmp_path, monkeypatch):
     store = store_checkpoint
     monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *given: [time.sleep(0.05), store(*given)])
     writer = Writer(tmp_path, print, 1)
@@ -243,10 +247,10 @@ def test_epochs_that_are_kept_wait_for_a_slow_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["half", "zeros", "flip", "empty", "gone"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    damage, unbroken, photos, tmp_path, monkeypatch
+def test_warns_of_a_damaged_checkpoint_and_resumes_from_the_previous_one(
+    damage, uninterrupted, photos, tmp_path, monkeypatch
 ):
-    interrupted(monkeypatch, 5, lambda: pretrain(photos, tmp_path, *ALL, "--save_minutes", 0))
+    interrupted(monkeypatch, 5, lambda: pretrain(photos, tmp_path, *EVAL, "--save_minutes", 0))
     last = tmp_path / "last.pth"
     content = bytearray(last.read_bytes())
     if damage == "zeros":
@@ -256,15 +260,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     last.write_bytes({"half": content[: len(content) // 2], "empty": b""}.get(damage, content))
     if damage == "gone":
         last.unlink()  # killed between the two renames
-    said = call("main_pretrain", *PRETRAIN, *ALL, "--data_path", photos, "--output_dir", tmp_path)
-    named = any(line.startswith(f"warning: {last} is damaged") for line in said)
+    lines = call("main_pretrain", *PRETRAIN, *EVAL, "--data_path", photos, "--output_dir", tmp_path)
+    named = any(line.startswith(f"warning: {last} is damaged") for line in lines)
     assert named == (damage != "gone")
-    assert any(line.startswith(f"resumed from {tmp_path}/previous.pth: epoch 1 of 2, ") for line in said)
+    assert any(line.startswith(f"resumed from {tmp_path}/previous.pth: epoch 1 of 2, ") for line in lines)
     assert (tmp_path / "last.pth.damaged").exists() == (damage != "gone")
-    assert_same_run(unbroken, tmp_path)
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def test_a_run_of_the_older_format_goes_on(photos, tmp_path):
+def test_run_in_the_pixmim_1_format_resumes(photos, tmp_path):
     pretrain(photos, tmp_path / "a", *STEPS)
     content = read_checkpoint(tmp_path / "a" / "epoch-0002.pth")
     older = {key: content[key] for key in ("optimizer", "scaler", "batch", "origin", "args", "model")}
@@ -275,7 +279,7 @@ def test_a_run_of_the_older_format_goes_on(photos, tmp_path):
     older = {key: first[key] for key in older} | {"format": "pixmim-1", "progress": {"epoch": 1, "step": 0}}
     reference = weights(pretrain(photos, tmp_path / "c", *STEPS, "--epochs", 3))["model"]
     for name in ("save_minutes", "max_skipped", "timeout_minutes", "on_full_disk", "effective_batch"):
-        del older["args"][name]  # flags that there were not
+        del older["args"][name]  # flags that did not exist
     torch.save(older, tmp_path / "b" / "last.pth")
     pretrain(photos, tmp_path / "b", *STEPS, "--epochs", 3)
     assert all(torch.equal(value, reference[name]) for name, value in weights(tmp_path / "b")["model"].items())
@@ -285,8 +289,8 @@ def test_a_run_of_the_older_format_goes_on(photos, tmp_path):
 
 
 @pytest.fixture
-def full_at(monkeypatch):
-    """Let stores from the n-th on fail until so many have."""
+def fail_writes(monkeypatch):
+    """A function: let `failures` atomic writes fail, from number `first` on; returns the list of their paths."""
 
     def fail(first: int, failures: int) -> list:
         calls, real = [], write_atomic
@@ -303,26 +307,28 @@ def full_at(monkeypatch):
     return fail
 
 
-def test_a_full_disk_is_warned_of_and_the_run_goes_on_until_there_is_room(
-    unbroken, photos, tmp_path, full_at, monkeypatch
+def test_full_disk_warns_and_training_continues_until_space_is_free(
+    uninterrupted, photos, tmp_path, fail_writes, monkeypatch
 ):
-    calls = full_at(first=2, failures=3)
-    monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
-    said = call("main_pretrain", *PRETRAIN, *ALL, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path)
-    warnings = [line for line in said if "No space left" in line]
+    calls = fail_writes(first=2, failures=3)
+    monkeypatch.setattr(Writer, "__init__", with_short_retry(Writer.__init__))
+    lines = call(
+        "main_pretrain", *PRETRAIN, *EVAL, "--save_minutes", 0, "--data_path", photos, "--output_dir", tmp_path
+    )
+    warnings = [line for line in lines if "No space left" in line]
     assert len(warnings) == 3
     assert warnings[0].startswith(f"warning: {tmp_path}/.new.pth cannot be written (No space left on device)")
-    assert any(line.endswith("last.pth is written again") for line in said)
+    assert any(line.endswith("last.pth is written again") for line in lines)
     assert len(calls) > 5
-    assert_same_run(unbroken, tmp_path)
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def quick(real):
-    """Writer.__init__ with a short time between two tries."""
+def with_short_retry(real):
+    """Writer.__init__ with 0.05 s between two attempts."""
     return lambda self, folder, info, retry: real(self, folder, info, 0.05)
 
 
-def test_lines_without_room_come_back_with_the_checkpoint_that_is_newer(tmp_path, monkeypatch):
+def test_unwritten_log_lines_are_restored_once_from_the_checkpoint(tmp_path, monkeypatch):
     log, real = Log(tmp_path, True), Log.write_pending
     log.scalars({"epoch": 0.5, "loss": 1.0})
     monkeypatch.setattr(Log, "write_pending", lambda self: None)
@@ -331,29 +337,29 @@ def test_lines_without_room_come_back_with_the_checkpoint_that_is_newer(tmp_path
     monkeypatch.setattr(Log, "write_pending", real)
     again = Log(tmp_path, True)
     again.rewind(1.0, waiting)
-    again.rewind(1.0, waiting)  # they are there now, and come no second time
+    again.rewind(1.0, waiting)  # existing lines are not repeated
     again.close()
     assert records(tmp_path) == [{"epoch": 0.5, "loss": 1.0}, {"epoch": 1.0, "loss": 2.0}]
 
 
-def test_a_full_disk_ends_the_run_if_that_is_chosen(photos, tmp_path, full_at):
-    full_at(first=2, failures=1000)
+def test_full_disk_ends_the_run_with_on_full_disk_stop(photos, tmp_path, fail_writes):
+    fail_writes(first=2, failures=1000)
     message = r"new\.pth cannot be written \(No space left on device\).*\(--on_full_disk\)"
     with pytest.raises(OSError, match=message):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0, "--on_full_disk", "stop")
     assert read_checkpoint(tmp_path / "last.pth")["progress"]["step"] == 1
 
 
-def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, full_at, monkeypatch):
-    calls, close = full_at(first=1, failures=1000), Saver.close
-    monkeypatch.setattr(Writer, "__init__", quick(Writer.__init__))
+def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fail_writes, monkeypatch):
+    calls, close = fail_writes(first=1, failures=1000), Saver.close
+    monkeypatch.setattr(Writer, "__init__", with_short_retry(Writer.__init__))
     tries = []
 
-    def watched(self):
+    def record(self):
         tried = len(calls)
 
         def stop():
-            while len(calls) < tried + 5:  # five more tries, then it is asked to end
+            while len(calls) < tried + 5:  # five more attempts, then SIGTERM
                 time.sleep(0.01)
             tries.append(len(calls))
             os.kill(os.getpid(), signal.SIGTERM)
@@ -361,88 +367,90 @@ def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fu
         threading.Thread(target=stop).start()
         close(self)
 
-    monkeypatch.setattr(Saver, "close", watched)
+    monkeypatch.setattr(Saver, "close", record)
     with pytest.raises(OSError, match=r"No space left on device.*--on_full_disk"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 1)
     assert tries[0] <= len(calls) <= tries[0] + 2
 
 
-def test_a_run_on_a_disk_that_is_really_full_is_the_unbroken_one(unbroken, photos, tmp_path):
+def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(uninterrupted, photos, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    checkpoint = (unbroken / "last.pth").stat().st_size
+    checkpoint = (uninterrupted / "last.pth").stat().st_size
     mount = ["mount", "-t", "tmpfs", "-o", f"size={5 * checkpoint}", "none", disk]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     try:
         (disk / "big").write_bytes(bytes(int(3.7 * checkpoint)))  # one checkpoint fits beside it
-        flags = [*PRETRAIN, *ALL, "--save_minutes", 0, "--data_path", photos, "--output_dir", disk / "run"]
+        flags = [*PRETRAIN, *EVAL, "--save_minutes", 0, "--data_path", photos, "--output_dir", disk / "run"]
         process = spawn("-u", "main_pretrain.py", *flags)
-        said = []
+        lines = []
         for text in process.stdout:
-            said.append(text)
+            lines.append(text)
             if "No space left on device" in text or "cannot be written" in text:
                 (disk / "big").unlink(missing_ok=True)
         assert process.wait(120) == 0
-        assert any("cannot be written" in text for text in said)
-        assert_same_run(unbroken, disk / "run")
+        assert any("cannot be written" in text for text in lines)
+        assert_same_run(uninterrupted, disk / "run")
     finally:
         process.kill()
         process.communicate()
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# ----------------------------------------------------------------------------------------------------- non-finite steps
 
 
-def poisoned(monkeypatch, steps, value=float("nan")) -> None:
-    """The loss of these steps (from 1, of training steps in this process) is not finite."""
+def make_losses_nonfinite(monkeypatch, steps, value=float("nan")) -> None:
+    """Multiply the loss of these training steps (counted from 1 in this process) by `value`."""
     made, calls = main_pretrain.pretrain_loss, []
 
-    def broken(normalize):
+    def make_loss(normalize):
         loss = made(normalize)
 
         def bad(model, batch):
             result = loss(model, batch)
-            if torch.is_grad_enabled():  # not while operations are counted
+            if torch.is_grad_enabled():  # not while FLOPs are counted
                 calls.append(1)
                 return result * value if len(calls) in steps else result
             return result
 
         return bad
 
-    monkeypatch.setattr(main_pretrain, "pretrain_loss", broken)
+    monkeypatch.setattr(main_pretrain, "pretrain_loss", make_loss)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing_and_its_samples_are_logged(value, photos, tmp_path, monkeypatch):
+def test_nonfinite_step_changes_no_weights_and_logs_its_samples(value, photos, tmp_path, monkeypatch):
     states, after_step = [], Saver.after_step
 
-    def watched(self, progress):
+    def record(self, progress):
         states.append(
             [p.detach().clone() for p in self.state.model.parameters()]
             + [self.state.optimizer.state_dict()["state"][0]["step"].clone()]
         )
         after_step(self, progress)
 
-    monkeypatch.setattr(Saver, "after_step", watched)
-    poisoned(monkeypatch, {3, 5}, value)
-    said = call("main_pretrain", *PRETRAIN, *STEPS, "--image_every", 0, "--data_path", photos, "--output_dir", tmp_path)
+    monkeypatch.setattr(Saver, "after_step", record)
+    make_losses_nonfinite(monkeypatch, {3, 5}, value)
+    lines = call(
+        "main_pretrain", *PRETRAIN, *STEPS, "--image_every", 0, "--data_path", photos, "--output_dir", tmp_path
+    )
     for before, after, same in ((1, 2, True), (3, 4, True), (0, 1, False), (2, 3, False)):  # counted from 0
         assert all(torch.equal(x, y) for x, y in zip(states[before], states[after], strict=True)) == same
     skipped = records(tmp_path, "skipped_step")
     assert [x["skipped_step"] for x in skipped] == [3, 5]
     source = main_pretrain.pretrain_source(main_pretrain.get_parser().parse_args(["--data_path", str(photos)]))
-    order = checkpoint_order(photos, tmp_path, len(source))
+    order = build_sampler(photos, tmp_path, len(source))
     assert skipped[1]["samples"] == order.samples(0, 4).tolist()
-    (line,) = [line for line in said if line.startswith("warning: step 5: ")]
+    (line,) = [line for line in lines if line.startswith("warning: step 5: ")]
     assert line.endswith(f"debug_step.py {tmp_path} 5")
     logged = records(tmp_path)
     assert all(x["loss"] is not None and 0 < x["loss"] < 3 for x in logged)
 
 
-def checkpoint_order(photos, folder, count: int):
-    """The order of a run of STEPS."""
+def build_sampler(photos, folder, count: int):
+    """Training sampler of a run with STEPS."""
     from conftest import one_rank
 
     from util.data.samplers import TrainSampler
@@ -450,8 +458,8 @@ def checkpoint_order(photos, folder, count: int):
     return TrainSampler(count, one_rank(folder, batch_size=2))
 
 
-def test_too_many_in_a_row_end_the_run_with_the_last_good_state(photos, tmp_path, monkeypatch):
-    poisoned(monkeypatch, {2, 4, 5, 6, 7})
+def test_too_many_consecutive_nonfinite_steps_end_the_run_and_keep_the_last_good_state(photos, tmp_path, monkeypatch):
+    make_losses_nonfinite(monkeypatch, {2, 4, 5, 6, 7})
     message = (
         rf"step 6, more than --max_skipped 2 .*{tmp_path}/last\.pth holds the last good state; "
         rf".*debug_step\.py {tmp_path} 4"
@@ -461,18 +469,18 @@ def test_too_many_in_a_row_end_the_run_with_the_last_good_state(photos, tmp_path
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
 
 
-def test_skipped_steps_are_counted_across_log_lines_epochs_and_kills(photos, tmp_path, monkeypatch):
-    poisoned(monkeypatch, {7, 8, 9})
+def test_skipped_steps_are_counted_across_log_lines_epochs_and_restarts(photos, tmp_path, monkeypatch):
+    make_losses_nonfinite(monkeypatch, {7, 8, 9})
     assert interrupted(monkeypatch, 8, lambda: pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)) == 75
     monkeypatch.undo()
     progress = weights(tmp_path)["progress"]
     assert (progress["epoch"], progress["step"], progress["skipped"]) == (1, 1, 2)
-    poisoned(monkeypatch, {1, 2})
+    make_losses_nonfinite(monkeypatch, {1, 2})
     with pytest.raises(FloatingPointError, match=r"step 11, more than --max_skipped 4 "):
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)
 
 
-def test_a_gradient_alone_that_is_not_finite_is_skipped_too(photos, tmp_path, monkeypatch):
+def test_step_with_a_finite_loss_and_nonfinite_gradient_is_skipped(photos, tmp_path, monkeypatch):
     made = main_pretrain.pretrain_loss
 
     def steep(normalize):
@@ -484,13 +492,13 @@ def test_a_gradient_alone_that_is_not_finite_is_skipped_too(photos, tmp_path, mo
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 1)
 
 
-def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkeypatch):
+def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, *STEPS, "--save_every", 1)
     before = (tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes()
     report = call("debug_step", tmp_path, 12, "--device", "cpu")
     assert report[1].startswith("step 12, batch 1 of 1 on rank 0: 2 images, loss ")
     replayed = torch.load(tmp_path / "debug-12.pth", weights_only=True)
-    assert replayed["batches"][0]["index"].tolist() == checkpoint_order(photos, tmp_path, 16).samples(1, 3).tolist()
+    assert replayed["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
     assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
     interrupted(monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS))  # 11 steps: one ended an epoch
     assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
@@ -502,16 +510,16 @@ def test_a_step_is_replayed_with_its_weights_and_images(photos, tmp_path, monkey
         call("debug_step", tmp_path / "nowhere", 3)
 
 
-def test_a_probe_keeps_its_weights_and_statistics_through_a_bad_step(pretrained, photos, tmp_path, monkeypatch):
+def test_nonfinite_step_keeps_probe_weights_and_batch_norm_statistics(pretrained, photos, tmp_path, monkeypatch):
     states, after_step, made, calls = [], Saver.after_step, main_linprobe.probe_loss, []
 
-    def watched(self, progress):
+    def record(self, progress):
         states.append(
             [value.clone() for name, value in self.state.model.state_dict().items() if "num_batches" not in name]
         )
         after_step(self, progress)
 
-    def broken(normalize):
+    def make_loss(normalize):
         loss = made(normalize)
 
         def bad(model, batch):
@@ -520,19 +528,19 @@ def test_a_probe_keeps_its_weights_and_statistics_through_a_bad_step(pretrained,
 
         return bad
 
-    monkeypatch.setattr(Saver, "after_step", watched)
-    monkeypatch.setattr(main_linprobe, "probe_loss", broken)
+    monkeypatch.setattr(Saver, "after_step", record)
+    monkeypatch.setattr(main_linprobe, "probe_loss", make_loss)
     words = ["--warmup_epochs", 0, "--blr", 1, "--pool", "mean"]
-    classifier("main_linprobe", photos, tmp_path, pretrained, *words)
+    train_classifier("main_linprobe", photos, tmp_path, pretrained, *words)
     first, second, third = ([torch.equal(x, y) for x, y in zip(a, b, strict=True)] for a, b in pairwise(states[:4]))
     assert all(first)
     assert not all(second)
     assert not all(third)
 
 
-# ----------------------------------------------------------------------------------------------------------------- ranks
+# ---------------------------------------------------------------------------------------------------------------- ranks
 
-DIES = """
+SIGNAL_RANK_1 = """
 import os, signal, sys
 import main_pretrain
 from util.args import run_main
@@ -547,7 +555,7 @@ def after_step(self, progress):
 Saver.after_step = after_step
 run_main(main_pretrain.main)
 """
-TWO = [
+TWO_RANKS = [
     *PRETRAIN,
     *STEPS,
     "--effective_batch",
@@ -561,29 +569,29 @@ TWO = [
 ]
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_line_and_both_go_on(photos, tmp_path):
-    flags = [*TWO, "--data_path", photos, "--output_dir"]
-    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "unbroken"):
+def test_killed_rank_ends_the_other_with_one_line_and_the_run_resumes(photos, tmp_path):
+    flags = [*TWO_RANKS, "--data_path", photos, "--output_dir"]
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "uninterrupted"):
         assert status == 0, err
-    (zero, _, err), (one, _, _) = ranks(2, "-c", DIES.format("SIGKILL"), *flags, tmp_path / "broken")
+    (zero, _, err), (one, _, _) = ranks(2, "-c", SIGNAL_RANK_1.format("SIGKILL"), *flags, tmp_path / "interrupted")
     assert (zero, one) == (1, -9), err
     assert "Traceback" not in err
     assert "another rank died" in err
-    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "broken"):
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "interrupted"):
         assert status == 0, err
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
-    # and alone, with the same global batch
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
+    # one rank with the same effective batch
     status, _, err = ended(spawn("main_pretrain.py", *flags, tmp_path / "alone"))
     assert status == 0, err
-    losses = [[x["loss"] for x in records(tmp_path / f)] for f in ("unbroken", "alone")]
+    losses = [[x["loss"] for x in records(tmp_path / f)] for f in ("uninterrupted", "alone")]
     assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
 
 
-def test_a_rank_that_hangs_ends_the_others_within_the_timeout(photos, tmp_path):
-    flags = [*TWO, "--data_path", photos, "--output_dir", tmp_path]
-    zero, one = start_ranks(2, "-c", DIES.format("SIGSTOP"), *flags)
+def test_hanging_rank_ends_the_other_within_the_timeout(photos, tmp_path):
+    flags = [*TWO_RANKS, "--data_path", photos, "--output_dir", tmp_path]
+    zero, one = start_ranks(2, "-c", SIGNAL_RANK_1.format("SIGSTOP"), *flags)
     status, _, err = ended(zero)
-    assert one.poll() is None  # it still hangs
+    assert one.poll() is None  # it is still stopped
     one.kill()
     ended(one)
     assert status == 1
@@ -592,54 +600,54 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(photos, tmp_path):
 
 
 @pytest.mark.slow  # five interpreters
-def test_torchrun_restarts_after_a_rank_was_killed_and_the_run_is_the_unbroken_one(photos, tmp_path):
-    flags = [*TWO, "--data_path", photos, "--output_dir"]
-    script = tmp_path / "dies.py"
+def test_torchrun_restarts_a_killed_rank_and_the_run_resumes_bit_for_bit(photos, tmp_path):
+    flags = [*TWO_RANKS, "--data_path", photos, "--output_dir"]
+    script = tmp_path / "signal_rank_1.py"
     once = 'if len(calls) == 10 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":'
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        + DIES.format("SIGKILL").replace('if len(calls) == 10 and os.environ["RANK"] == "1":', once)
+        + SIGNAL_RANK_1.format("SIGKILL").replace('if len(calls) == 10 and os.environ["RANK"] == "1":', once)
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    # the command says --resume none: a restart must not take that for a new run
+    # a restart must resume in spite of --resume none
     status, out, err = ended(spawn(*torchrun, script, *flags, tmp_path / "run", "--resume", "none", "--overwrite"))
     assert status == 0, err
     assert "resumed from" in out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["world_size"] == 2
-    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "unbroken"):
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "uninterrupted"):
         assert status == 0, err
-    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "run")
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
-    flags = [*TWO, "--data_path", photos, "--output_dir", tmp_path]
-    ends = ranks(2, "-c", DIES.format("SIGUSR1"), *flags)
+def test_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
+    flags = [*TWO_RANKS, "--data_path", photos, "--output_dir", tmp_path]
+    ends = ranks(2, "-c", SIGNAL_RANK_1.format("SIGUSR1"), *flags)
     assert [status for status, _, _ in ends] == [75, 75], ends
     progress = weights(tmp_path)["progress"]
-    assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # 10 of 7 an epoch, known a step later
+    assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # call 10, 7 per epoch, agreed a step later
     assert f"stopped at step {progress['step']} of 8 of epoch 2, saved; " in ends[0][1]
-    (zero, said, err), (one, _, _) = ranks(2, "debug_step.py", tmp_path, 14, "--device", "cpu")
+    (zero, out, err), (one, _, _) = ranks(2, "debug_step.py", tmp_path, 14, "--device", "cpu")
     assert (zero, one) == (0, 0), err
     for rank, name in enumerate(("debug-14.pth", "debug-14-rank1.pth")):
-        assert f"step 14, batch 1 of 1 on rank {rank}: 1 images, loss " in said
+        assert f"step 14, batch 1 of 1 on rank {rank}: 1 images, loss " in out
         assert len(torch.load(tmp_path / name, weights_only=True)["batches"][0]["index"]) == 1
 
 
-def test_two_ranks_probe_on_with_the_statistics_of_each(pretrained, photos, tmp_path):
-    flags = [*CLASSIFIER, "--warmup_epochs", 0, "--blr", 1, "--pool", "mean", "--data_path", photos]
+def test_probing_on_two_ranks_resumes_with_the_batch_norm_statistics_of_each_rank(pretrained, photos, tmp_path):
+    flags = [*CLASSIFIER_FLAGS, "--warmup_epochs", 0, "--blr", 1, "--pool", "mean", "--data_path", photos]
     flags = ["main_linprobe", *flags, "--checkpoint", pretrained / "last.pth", "--output_dir"]
-    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "unbroken"):
+    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "uninterrupted"):
         assert status == 0, err
-    script = DIES.replace("main_pretrain", "main_linprobe").replace("== 10", "== 4").format("SIGTERM")
-    assert [status for status, _, _ in ranks(2, "-c", script, *flags[1:], tmp_path / "broken")] == [75, 75]
-    each = weights(tmp_path / "broken")["statistics"]
+    script = SIGNAL_RANK_1.replace("main_pretrain", "main_linprobe").replace("== 10", "== 4").format("SIGTERM")
+    assert [status for status, _, _ in ranks(2, "-c", script, *flags[1:], tmp_path / "interrupted")] == [75, 75]
+    each = weights(tmp_path / "interrupted")["statistics"]
     assert not torch.equal(each[0][0], each[1][0])
-    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "broken"):
+    for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "interrupted"):
         assert status == 0, err
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
 
 
-def test_ranks_that_find_different_checkpoints_say_so(photos, tmp_path, monkeypatch):
+def test_error_if_ranks_find_different_checkpoints(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, *STEPS)
     monkeypatch.setattr(World, "gather", lambda self, value: [value, Progress(0, 3)])
     with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: the ranks find different checkpoints"):
@@ -650,7 +658,7 @@ def test_ranks_that_find_different_checkpoints_say_so(photos, tmp_path, monkeypa
     ("effective", "ranks", "batch", "accum"),
     [(4096, 8, 512, 1), (4096, 4, 512, 2), (4096, 1, 512, 8), (96, 1, 40, 3), (6, 2, 512, 1), (14, 2, 4, 7)],
 )
-def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, accum):
+def test_effective_batch_is_split_among_ranks(effective, ranks, batch, accum):
     most = {(96, 1): 40, (14, 2): 4}.get((effective, ranks), 512)
     batch_size, accum_iter = split_effective_batch(effective, most, ranks)
     assert accum_iter == accum
@@ -658,13 +666,13 @@ def test_an_effective_batch_is_split_among_the_ranks(effective, ranks, batch, ac
     assert batch_size <= batch
 
 
-def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
+def test_effective_batch_not_divisible_by_the_ranks_is_rejected():
     with pytest.raises(ValueError, match=r"--effective_batch 4096 .* 3 ranks"):
         split_effective_batch(4096, 512, 3)
 
 
 @pytest.mark.parametrize(
-    ("environ", "own"),
+    ("environ", "is_restart"),
     [
         ({}, False),
         ({"TORCHELASTIC_RUN_ID": "a"}, True),
@@ -674,7 +682,7 @@ def test_an_effective_batch_that_ranks_do_not_divide_is_refused():
         ({"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
     ],
 )
-def test_only_a_restart_of_the_same_job_ignores_resume_none(environ, own, photos, tmp_path, monkeypatch):
+def test_only_a_restart_of_the_same_job_ignores_resume_none(environ, is_restart, photos, tmp_path, monkeypatch):
     first, again = ["--epochs", 1, "--warmup_epochs", 0], ["--resume", "none", "--overwrite"]
     with monkeypatch.context() as began:
         began.setenv("TORCHELASTIC_RUN_ID", "a")
@@ -683,11 +691,11 @@ def test_only_a_restart_of_the_same_job_ignores_resume_none(environ, own, photos
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     words = [*PRETRAIN, *first, "--batch_size", 8, "--blr", 0.03, "--image_every", 0, "--data_path", photos, *again]
-    said = call("main_pretrain", *words, "--output_dir", tmp_path)
-    assert any(line.startswith("resumed from") for line in said) == own
+    lines = call("main_pretrain", *words, "--output_dir", tmp_path)
+    assert any(line.startswith("resumed from") for line in lines) == is_restart
 
 
-def test_a_restart_resumes_from_the_file_given_at_the_start(photos, tmp_path, monkeypatch):
+def test_restart_uses_the_checkpoint_given_to_resume_at_first(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, "--save_every", 1)
     monkeypatch.setattr(main_pretrain, "train_one_epoch", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -695,9 +703,9 @@ def test_a_restart_resumes_from_the_file_given_at_the_start(photos, tmp_path, mo
     assert weights(tmp_path)["progress"]["epoch"] == 0
 
 
-def test_two_runs_do_not_write_into_one_folder(photos, tmp_path):
-    holder = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+def test_second_run_in_the_same_output_folder_is_rejected(photos, tmp_path):
+    lock_script = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", lock_script], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run"):
@@ -705,4 +713,4 @@ def test_two_runs_do_not_write_into_one_folder(photos, tmp_path):
     finally:
         process.kill()
         process.communicate()
-    pretrain(photos, tmp_path, *STEPS)  # the lock ended with its holder
+    pretrain(photos, tmp_path, *STEPS)  # the lock is released when its process ends
