@@ -1,8 +1,8 @@
 """python debug_step.py RUN STEP: compute a training step again and report what is not finite.
 
 STEP counts from 1, as the log's `skipped_step`. The step is reached by training from the newest checkpoint in RUN that
-was saved before it; nothing in RUN is changed but RUN/debug-STEP.pth, which gets the batch and the weights before the
-step. A run on several ranks needs torchrun with as many: each rank computes its own share.
+was saved before it, else from the initial weights. Nothing in RUN is changed; RUN/debug-STEP.pth receives the batch and
+the weights before the step. A run on several ranks needs torchrun with as many ranks; each computes its own share.
 """
 
 import importlib
@@ -60,23 +60,25 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
     done, lines, kept = epoch * sampler.steps + step, [], []
     for micro in range(run.accum_iter):
         batch = next(batches)
-        names = [state.loader.dataset.source.name(i) for i in batch["index"].tolist()]
+        images = [state.loader.dataset.source.name(i) for i in batch["index"].tolist()]
         seed_everything(step_seed(run.args.seed, done * run.accum_iter + micro, run.world.rank))
-        with record_nonfinite(model, len(names)) as found, autocast(run.args.amp, run.world.device):
+        with record_nonfinite(model, len(images)) as found, autocast(run.args.amp, run.world.device):
             loss = state.loss_fn(model, batch)
-        loss.backward()
+        state.scaler.scale(loss / run.accum_iter).backward()
         kept.append({name: value.cpu() for name, value in batch.items()})
         where = f"batch {micro + 1} of {run.accum_iter} on rank {run.world.rank}"
-        lines.append(f"step {done + 1}, {where}: {len(names)} images, loss {loss.item():.6g}")
+        lines.append(f"step {done + 1}, {where}: {len(images)} images, loss {loss.item():.6g}")
         if found:
             layer, rows = found[0]
-            images = ", ".join(f"{batch['index'][i]} {names[i]}" for i in rows)
-            lines.append(f"first output that is not finite: {layer}, images {images}")
+            listed = ", ".join(f"{batch['index'][i]} {images[i]}" for i in rows)
+            lines.append(f"first output that is not finite: {layer}, images {listed}")
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    norm = nn.utils.get_total_norm(list(gradients.values())).item()
-    names = " ".join(wrong[:8]) or "none"
-    lines.append(f"gradient norm {norm:.6g}; not finite: {len(wrong)} of {len(gradients)} gradients: {names}")
+    norm = nn.utils.get_total_norm(list(gradients.values())).item() / state.scaler.get_scale()
+    first = " ".join(wrong[:8]) or "none"
+    lines.append(
+        f"gradient norm of this rank {norm:.6g}; not finite: {len(wrong)} of {len(gradients)} gradients: {first}"
+    )
     suffix = f"-rank{run.world.rank}" if run.world.rank else ""
     path = run.folder / f"debug-{done + 1}{suffix}.pth"
     weights = {name: value.cpu() for name, value in mae_names(model.state_dict()).items()}
@@ -140,12 +142,12 @@ def main() -> None:
     run, steps = state.run, state.loader.batch_sampler.steps
     if asked.step > args.epochs * steps:
         raise ValueError(f"STEP {asked.step}: the run has {args.epochs * steps} steps")
-    found = find_checkpoint(run, steps, before=asked.step)
-    if found is None:
-        raise ValueError(f"STEP {asked.step}: {asked.run} holds no checkpoint from before this step")
-    path, content, progress = found
-    load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
-    lines = [f"trained from {path} to step {asked.step}", *run_until(state, progress, asked.step)]
+    source, progress = "the initial weights", Progress(0, 0)
+    if found := find_checkpoint(run, steps, before=asked.step):
+        path, content, progress = found
+        source = str(path)
+        load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
+    lines = [f"trained from {source} to step {asked.step}", *run_until(state, progress, asked.step)]
     if run.world.is_main:
         print("\n".join(lines))
     run.close()

@@ -54,12 +54,12 @@ def prepare_training(run: Run, model: nn.Module, optimizer, loss_fn: LossFn, loa
 def wrap_model(model: nn.Module, run: Run) -> nn.Module:
     """The model with torch.compile (--compile) and DistributedDataParallel (several ranks); parameters are shared.
 
-    Call it before the checkpoint is loaded: DDP copies the buffers of rank 0, batch-norm statistics among them.
+    Call this before loading the checkpoint: DDP replaces every rank's buffers, batch-norm statistics included, by rank 0's.
     """
     wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
         ids = [run.world.device.index] if run.world.device.type == "cuda" else None
-        # Every step uses the same parameters. With accumulation, however, DDP would miscount them in the first step.
+        # static_graph does not work with no_sync in the first step, which accumulation needs
         static = run.accum_iter == 1
         wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, static_graph=static)
         wrapped.broadcast_buffers = False  # constants; the probe averages its batch-norm statistics itself

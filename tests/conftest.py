@@ -101,9 +101,20 @@ def pretrain(photos: Path, output: Path, *words) -> Path:
 
 def call(name: str, *words) -> list[str]:
     """Lines that a main prints, run in this process; its errors are raised."""
-    output = io.StringIO()
-    with patch.object(sys, "argv", [f"{name}.py", *map(str, words)]), redirect_stdout(output):
-        importlib.import_module(name).main()
+    output, logs, open_board = io.StringIO(), [], Log.open_board
+
+    def open_and_record(self, *args):
+        logs.append(self)
+        open_board(self, *args)
+
+    argv = patch.object(sys, "argv", [f"{name}.py", *map(str, words)])
+    with argv, patch.object(Log, "open_board", open_and_record), redirect_stdout(output):
+        try:
+            importlib.import_module(name).main()
+        finally:  # a run that failed leaves TensorBoard's thread, which would miss the folder after the test
+            for log in logs:
+                with suppress(OSError):
+                    log.board.close()
     return output.getvalue().splitlines()
 
 

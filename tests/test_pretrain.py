@@ -90,11 +90,11 @@ def test_each_image_is_used_at_most_once_per_epoch_and_the_incomplete_batch_is_d
 
 def test_uncommitted_changes_are_saved_beside_the_configuration(tmp_path, monkeypatch):
     run = one_rank(tmp_path)
-    monkeypatch.setattr("util.run.git", lambda *command: "-a\n+b" if command[0] == "diff" else "1234-dirty")
+    monkeypatch.setattr("util.run.git", lambda *command: b"-a\n+b \n" if command[0] == "diff" else b"1234-dirty\n")
     write_config(run)
-    assert (tmp_path / "changes.diff").read_text() == "-a\n+b\n"
+    assert (tmp_path / "changes.diff").read_bytes() == b"-a\n+b \n"
     assert json.loads((tmp_path / "config.json").read_text())["commit"] == "1234-dirty"
-    monkeypatch.setattr("util.run.git", lambda *command: None)
+    monkeypatch.setattr("util.run.git", lambda *command: b"")
     write_config(run)
     assert not (tmp_path / "changes.diff").exists()
 
@@ -104,9 +104,9 @@ def test_git_diff_returns_uncommitted_changes(tmp_path, monkeypatch):
     (tmp_path / "run.py").write_text("a\n")
     for command in ("init -q", "add .", "-c user.name=x -c user.email=x@x commit -qm x"):
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
-    assert git("diff", "HEAD") is None
+    assert git("diff", "HEAD") == b""
     (tmp_path / "run.py").write_text("b\n")
-    assert git("diff", "HEAD").splitlines()[-2:] == ["-a", "+b"]
+    assert git("diff", "HEAD").splitlines()[-2:] == [b"-a", b"+b"]
 
 
 def test_a_run_with_the_default_radius_accepts_the_same_radius_as_a_number(pretrained, photos, tmp_path):
@@ -190,7 +190,7 @@ def test_config_contains_arguments_versions_commit_command_and_world_size(pretra
 def test_console_lines_show_progress_speed_and_time_left(photos, tmp_path):
     flags = [*TRAIN, "--epochs", 1, "--warmup_epochs", 0, "--data_path", photos, "--output_dir", tmp_path]
     head, first_step, first, second, *_, last = call("main_pretrain", *flags, "--blr", 0.0256)
-    assert head == f"1 x cpu, effective batch 8, peak learning rate 0.0008, output in {tmp_path}"
+    assert head == f"1 x cpu, effective batch 8 (8 x 1 x 1), peak learning rate 0.0008, output in {tmp_path}"
     line = r"epoch {}  step {}/2  loss \d\.\d{{4}}  lr \d\.\d\de[+-]\d\d  \d+ images/s  \S+ TFLOP/s  data wait \d+%  \d+\.\d GiB  \d:\d\d:\d\d left"
     assert re.fullmatch(r"first step: \d+\.\d s including its data", first_step)
     assert re.fullmatch(line.format("0.50", 1), first)

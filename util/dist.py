@@ -44,6 +44,10 @@ class World(NamedTuple):
         torch_dist.all_gather_object(values, value)
         return values
 
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
     def close(self) -> None:
         """Leave the process group."""
         if self.size > 1:

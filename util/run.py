@@ -2,7 +2,7 @@
 
 OUTPUT_DIR holds
     config.json             arguments, command, versions, commit; written at every start
-    changes.diff            uncommitted changes of the code, if there are any
+    changes.diff            uncommitted changes of tracked files, if there are any (git apply)
     log.jsonl               one JSON object per log line and evaluation
     tensorboard/            the same numbers, and pictures
     last.pth                newest checkpoint
@@ -78,18 +78,17 @@ def args_to_dict(args: Namespace) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
-def git(*command: str) -> str | None:
-    """Output of git in this repository; None if there is no git or no repository."""
+def git(*command: str) -> bytes:
+    """Output of git in this repository; empty if there is no git or no repository."""
     with suppress(OSError):
-        found = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, check=False)
-        return found.stdout.decode(errors="replace").strip() or None
-    return None
+        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, check=False).stdout
+    return b""
 
 
 def versions() -> dict:
     """Commit of this code and versions of the libraries."""
     return {
-        "commit": git("describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": git("describe", "--always", "--dirty", "--abbrev=12").decode().strip() or None,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -155,7 +154,7 @@ def start_run(args: Namespace) -> Run:
         raise ValueError(f"--min_lr {args.min_lr:g} is above the peak learning rate {run.lr:.3g} (--blr x batch / 256)")
     if world.is_main:
         prepare_folder(run)
-    world.gather(None)  # no rank looks for checkpoints before the folder is ready
+    world.barrier()  # no rank looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
         run.log.info(
@@ -166,7 +165,8 @@ def start_run(args: Namespace) -> Run:
             f"warning: --warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the learning rate never decays"
         )
     run.log.info(
-        f"{world.size} x {world.device}, effective batch {run.batch}, peak learning rate {run.lr:.3g}, output in {folder}"
+        f"{world.size} x {world.device}, effective batch {run.batch} ({batch_size} x {accum_iter} x {world.size}), "
+        f"peak learning rate {run.lr:.3g}, output in {folder}"
     )
     return run
 
@@ -201,8 +201,7 @@ def write_config(run: Run) -> None:
         **versions(),
     }
     write_atomic(run.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    changes = git("diff", "HEAD")
-    if changes:
-        write_atomic(run.folder / "changes.diff", (changes + "\n").encode())
+    if changes := git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD"):  # of tracked files
+        write_atomic(run.folder / "changes.diff", changes)
     else:
         (run.folder / "changes.diff").unlink(missing_ok=True)

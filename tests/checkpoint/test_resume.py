@@ -319,7 +319,7 @@ def test_full_disk_warns_and_training_continues_until_space_is_free(
     assert len(warnings) == 3
     assert warnings[0].startswith(f"warning: {tmp_path}/.new.pth cannot be written (No space left on device)")
     assert any(line.endswith("last.pth is written again") for line in lines)
-    assert len(calls) > 5
+    assert len(calls) >= 5  # one save, three failures, a retry that succeeds
     assert_same_run(uninterrupted, tmp_path)
 
 
@@ -504,8 +504,12 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
     assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
     with pytest.raises(ValueError, match=r"STEP 17: .*16 steps"):
         call("debug_step", tmp_path, 17)
-    with pytest.raises(ValueError, match=f"STEP 3: {tmp_path}"):
-        call("debug_step", tmp_path, 3)
+    assert call("debug_step", tmp_path, 3, "--device", "cpu")[0].startswith(
+        "trained from the initial weights to step 3"
+    )
+    early = torch.load(tmp_path / "debug-3.pth", weights_only=True)["model"]
+    interrupted(monkeypatch, 2, lambda: pretrain(photos, tmp_path / "two", *STEPS))
+    assert all(torch.equal(v, early[k]) for k, v in weights(tmp_path / "two")["model"].items())
     with pytest.raises(ValueError, match=r"nowhere/config.json"):
         call("debug_step", tmp_path / "nowhere", 3)
 

@@ -68,7 +68,7 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
             progress = Progress(progress.epoch - 1, steps)
         if before is None or progress.epoch * steps + progress.step < before:
             return path, content, progress
-    if damaged:
+    if damaged and before is None:
         names = " ".join(path.name for path in damaged)
         raise ValueError(
             f"--resume {run.resume}: damaged or foreign files in {damaged[0].parent}: {names}, and no other checkpoint; "

@@ -137,11 +137,11 @@ class Saver:
         Returns True if it is written.
         """
         stored = self.writer.flush(keep_waiting=lambda: False)
-        self.run.world.gather(None)
+        self.run.world.barrier()
         return stored
 
     def describe_last_save(self) -> str:
-        """What a run that fails on all ranks can be resumed from."""
+        """Which checkpoint can be resumed from, for the error of a run that fails; called on all ranks."""
         self.flush()
         last = self.run.folder / "last.pth"
         return f"{last} holds the last good state" if last.exists() else "no checkpoint has been saved yet"
@@ -155,7 +155,7 @@ class Saver:
             self.fail_disk_full()
 
     def fail_disk_full(self) -> None:
-        """OSError with the reason for which the checkpoint cannot be written."""
+        """Raise OSError with the reason why the checkpoint cannot be written."""
         self.writer.cancel()
         reason = self.writer.error or "rank 0 cannot write the checkpoint"
         raise OSError(f"{reason}; free disk space and run the same command to resume (--on_full_disk)")

@@ -62,14 +62,14 @@ def exit_at_second_signal(read_end: int) -> None:
 
 
 class DelayedMax:
-    """Maximum over the ranks of a number that each names after every step, known one step later: no rank waits."""
+    """Maximum over the ranks of a number that each submits per step, known one step later, so that no rank waits."""
 
     def __init__(self, world: World):
         self.world = world
         self.pending: tuple[Any, Tensor] | None = None
 
     def exchange(self, mine: int) -> int:
-        """Submit a number; returns the maximum of the previous step (without other ranks: of this one)."""
+        """Submit a number; returns the largest number of the previous step, with a single rank of this step."""
         if self.world.size == 1:
             return mine
         before, largest = self.pending, torch.tensor(mine)
