@@ -64,6 +64,18 @@ def is_outside_model_files(name: str) -> bool:
 
 
 SEPARATE = ("util.formats", "util.data", "util.plots")
+UTIL_LEVELS = (  # each imports from lines below; the rest of util is the lowest
+    ("util.plots", "util.cache", "util.convert"),
+    ("util.evaluate", "util.meters"),
+    ("util.checkpoint", "util.data", "util.formats"),
+)
+
+
+def util_level(name: str) -> int:
+    """0 = the highest."""
+    return next((i for i, packages in enumerate(UTIL_LEVELS) if is_within(name, *packages)), len(UTIL_LEVELS))
+
+
 IMPORT_RULES: dict[str, Callable[[str, str], bool]] = {  # rule -> whether (module, imported module) breaks it
     "imports are absolute": lambda _, other: other.startswith("."),
     "nobody imports a main": lambda _, other: is_main(other),
@@ -75,6 +87,9 @@ IMPORT_RULES: dict[str, Callable[[str, str], bool]] = {  # rule -> whether (modu
         name.startswith("models_") and is_outside_model_files(other)
     ),
     "models imports no util": lambda name, other: name == "models" and is_within(other, "util"),
+    "packages of util import from lower levels": lambda name, other: (
+        is_within(name, "util") and is_within(other, "util") and util_level(other) < util_level(name)
+    ),
     "formats, data and plots do not import each other": lambda name, other: (
         is_within(name, *SEPARATE) and is_within(other, *SEPARATE) and name.split(".")[1] != other.split(".")[1]
     ),
@@ -125,6 +140,11 @@ def test_no_module_breaks_an_import_rule():
         ({"models_pixmim": "import numpy as np"}, "models_pixmim imports numpy: model files"),
         ({"models_convmae": "import models_mff"}, "models_convmae imports models_mff: model files"),
         ({"models": "from util import log"}, "models imports util.log: models imports"),
+        ({"util.log": "from util.data import decode"}, "util.log imports util.data.decode: packages"),
+        ({"util.run": "import util.checkpoint.stop"}, "util.run imports util.checkpoint.stop: packages"),
+        ({"util.data.tars": "import util.evaluate.knn"}, "util.data.tars imports util.evaluate.knn: packages"),
+        ({"util.formats.hub": "import util.convert"}, "util.formats.hub imports util.convert: packages"),
+        ({"util.evaluate.knn": "import util.plots.grids"}, "util.evaluate.knn imports util.plots.grids: packages"),
         ({"util.data.tars": "from util.formats import keys"}, "util.data.tars imports util.formats.keys: formats"),
         ({"util.formats.read": "import util.plots.grids"}, "util.formats.read imports util.plots.grids: formats"),
         ({"util.plots.grids": "from util.data.decode import x"}, "util.plots.grids imports util.data.decode: formats"),
