@@ -121,7 +121,7 @@ def test_mean_and_std_default_to_imagenet_for_three_channels_and_are_required_ot
 
 def test_defaults_match_the_300_epoch_setting_of_the_paper_on_8_devices():
     args = parse()
-    assert args.batch_size * args.accum_iter * 8 == 4096  # reference.md section 4
+    assert args.batch_size * args.accum_iter * 8 == 4096  # arXiv:2111.06377, table 8
     assert args.blr * 4096 / 256 == pytest.approx(2.4e-3)
     assert (args.model, args.epochs, args.warmup_epochs, args.weight_decay) == ("vit_base", 300, 40, 0.05)
     assert (args.decoder_dim, args.decoder_depth, args.decoder_heads) == (512, 8, 16)

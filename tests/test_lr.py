@@ -49,7 +49,7 @@ def test_set_lr_applies_the_scale_of_each_group():
 
 
 def test_peak_lr_follows_the_linear_scaling_rule_and_lr_at_uses_the_flags_of_the_run():
-    assert peak_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # reference.md section 4
+    assert peak_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # arXiv:2111.06377, table 8
     args = Namespace(min_lr=1e-6, warmup_epochs=5, epochs=100)
     run = Run(args, World(0, 1, CPU), None, None, 1024, 1, 2e-3)
     assert run.lr_at(2.5) == mae_lr(2.5, 2e-3, 1e-6, 5, 100)
