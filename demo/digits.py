@@ -17,9 +17,7 @@ from util.dist import cpu_has_bf16
 DATA, OUTPUT = Path("data/demo"), Path("output/demo")
 # bf16 halves the time on processors that have bf16 instructions.
 AMP = "--amp bf16" if cpu_has_bf16() else "--amp off"
-# Grey images: one channel, with the mean and standard deviation of the 4,000 training digits.
-CHANNELS = "--in_chans 1 --mean 0.1 --std 0.275"
-UNTRAINED = f"--checkpoint none --model vit_tiny --patch_size 4 --input_size 32 {CHANNELS}"
+UNTRAINED = "--checkpoint none --model vit_tiny --patch_size 4 --input_size 32"
 TRAINED = f"--checkpoint {OUTPUT}/pretrain/last.pth"
 COMMANDS = {
     "pretrain": f"main_pretrain.py @recipes/demo.args --data_path {DATA} --output_dir {OUTPUT}/pretrain {AMP}",

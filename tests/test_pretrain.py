@@ -266,6 +266,18 @@ def parse(*flags: str):
     return resolve_defaults(main_pretrain.get_parser().parse_args([*MODEL, *PRETRAIN, "--data_path", "x", *flags]))
 
 
+def test_reconstructions_of_grey_images_are_drawn_in_grey(monkeypatch):
+    args, drawn = parse("--no-norm_pix_loss"), {}
+    model = build_model(args)
+    grey = torch.randint(0, 256, (2, 16, 16, 1), dtype=torch.uint8)
+    for images, is_grey in ((grey.expand(-1, -1, -1, 3), True), (torch.cat([grey, grey, 255 - grey], 3), False)):
+        monkeypatch.setattr("util.plots.reconstruction.draw_columns", drawn.update)
+        normalised = Normalize(args, CPU)({"images": images})
+        draw_reconstruction(reconstruct(model, normalised, torch.rand(2, model.noise_length), args))
+        prediction = next(x for label, x in drawn.items() if label.startswith("prediction"))
+        assert (prediction == prediction[..., :1]).all() == is_grey
+
+
 def columns(monkeypatch, flags: str, perfect: bool = True):
     """(figure columns, images, target, mask) of a model that predicts its target exactly (`perfect`) or an untrained one."""
     args = parse(*flags.split())
