@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tests.forkserver import ForkServer, Process
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint.saver import Saver
+from util.checkpoint.stop import SIGNALS
 from util.dist import World
 from util.log import Log
 from util.run import Run
@@ -45,6 +46,16 @@ def _one_thread():
     """Use one thread, so that sums have the same order in every process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_signal_handlers():
+    """Restore the handlers that a main leaves if it fails."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,9 @@ class ForkServer:
         return Process(int(status.recv(16)), status, out, err)
 
     def close(self) -> None:
+        """End the server and its processes. A shutdown reaches it even if a forgotten fork of this process holds the socket."""
         if self.channel is not None:
+            self.channel.shutdown(socket.SHUT_RDWR)
             self.channel.close()
             self.server.wait()
 

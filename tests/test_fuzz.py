@@ -294,6 +294,9 @@ def check_parsed(name: str, line, args: dict | None, given_again=()) -> None:
             value = not flag.startswith("--no-")
         expected.setdefault(actions[flag].dest, []).append(value)
     refused = [dest for dest, values in expected.items() if REFUSED in values]
+    for group in importlib.import_module(name).get_parser()._mutually_exclusive_groups:
+        given = [action.dest for action in group._group_actions if action.dest in expected]
+        refused += given if len(given) > 1 else []
     assert (args is None) == bool(refused), (refused, args)
     for dest, values in expected.items() if args else ():
         if dest not in given_again:

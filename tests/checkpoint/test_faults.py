@@ -4,13 +4,15 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PRETRAIN, assert_same_run, ended, pretrain, smooth, spawn, weights
+from conftest import PRETRAIN, ROOT, assert_same_run, ended, pretrain, smooth, spawn, weights
 from PIL import Image
 
+from tests.forkserver import ForkServer
 from util.args import explain_error
 from util.cache import build
 from util.cache import get_parser as cache_parser
@@ -188,3 +190,16 @@ def test_signal_to_the_process_group_finishes_the_step_and_saves(photos, tmp_pat
     assert weights(tmp_path)["progress"]["epoch"] < 499  # training did not finish
     assert ", saved; " in out
     assert "Traceback" not in err
+
+
+def test_fork_server_ends_although_a_fork_of_its_client_lives():
+    """A loader worker that a failed test leaves behind holds every descriptor of pytest's process."""
+    server = ForkServer()
+    assert server.start(["-c", "print(1)"], dict(os.environ), ROOT).communicate(timeout=60)[0] == "1\n"
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
+    worker.start()
+    closing = threading.Thread(target=server.close, daemon=True)
+    closing.start()
+    closing.join(timeout=20)
+    assert not closing.is_alive()
+    worker.kill()

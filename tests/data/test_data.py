@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import time
 from argparse import Namespace
 from itertools import product
 from pathlib import Path
@@ -20,6 +22,7 @@ from util.data.folders import image_folder, list_images
 from util.data.samplers import EvalSampler
 from util.data.samples import Samples
 from util.data.sources import labelled_source, labelled_sources
+from util.data.timeouts import DiskTimeout, time_limit
 from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.dist import World
 
@@ -378,3 +381,20 @@ def test_evaluation_does_not_flip(photos):
     assert [len(batch["images"]) for batch in batches] == [4, 4, 1]
     assert all("flip" not in batch for batch in batches)
     assert torch.cat([batch["label"] for batch in batches]).tolist() == source.labels.tolist()
+
+
+def test_time_limit_restores_the_timer_of_the_caller(monkeypatch):
+    """pytest-timeout has one, too; without it a test that hangs would hang for ever."""
+    before = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 100, 7)
+    try:
+        with pytest.raises(DiskTimeout), time_limit(0.01):
+            time.sleep(5)
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 90 < left <= 100
+        assert interval == 7
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGALRM, before[1])
+        signal.setitimer(signal.ITIMER_REAL, *before[0])
