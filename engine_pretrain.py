@@ -93,7 +93,7 @@ def optimizer_step(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Ite
 def train_step(state: TrainState, batches: Iterator[dict], epoch: int, step: int) -> tuple[Tensor, Tensor]:
     """One update from the next `accum_iter` batches; returns (loss, gradient norm), scalars still on the device."""
     run, steps = state.run, state.loader.batch_sampler.steps
-    set_lr(state.optimizer, run.lr_at(epoch + step / steps))
+    set_lr(state.optimizer, run.lr_at(epoch + step / steps), epoch)
     statistics = running_statistics(state.model)
     before = [value.clone() for value in statistics]
     losses = []

@@ -10,10 +10,13 @@ from collections.abc import Callable
 
 import torch
 from timm.optim import param_groups_weight_decay
+from torch import Tensor
 
 from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_one_epoch
 from models import ENCODERS, build_model
+from models_pixmim import PixMIM, sincos_pos_embed
 from util.args import (
+    PRETRAIN,
     Parser,
     add_data_arguments,
     add_device_arguments,
@@ -25,15 +28,22 @@ from util.args import (
     resolve_defaults,
     run_main,
 )
+from util.checkpoint.resume import Progress
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
-from util.evaluate.health import check_examples, check_loss
+from util.evaluate.encoder import MODEL_FLAGS, read_architecture
+from util.evaluate.health import check_examples, check_loss, compare_with_constant
 from util.evaluate.knn import knn
+from util.formats.initial import initial_state
+from util.formats.keys import mae_names
+from util.formats.weights import Weights
 from util.plots.reconstruction import log_pictures, reconstruct
 from util.run import Run, is_due, start_run
+
+DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -42,11 +52,21 @@ def get_parser() -> argparse.ArgumentParser:
         parser,
         "images: a folder of any structure (train/ if it has one), tar shards, a stream of shards, or a packed cache",
     )
-    add_model_arguments(parser, ENCODERS, model="vit_base")
+    add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     # fmt: off
+    add = parser.add_argument_group("initial weights").add_argument
+    add("--checkpoint", metavar="FILE|FOLDER",
+        help="start from these weights, in any format that util/convert.py reads; flags of the model that are not given are those of "
+             "the file (default: random weights). To resume a run, use --resume")
+    add("--init_channels", choices=["new", "mean", "cycle"], default="new",
+        help="--in_chans other than the file's: new = random weights for patch embedding and prediction; mean, cycle = made of the "
+             "file's channels (torchgeo-bench 85: repeating RGB weights made 16 of 17 results worse)")
+    add("--resample_patches", action="store_true", help="allow a --patch_size other than the file's, as in FlexiViT")
+    add("--freeze_encoder_epochs", type=number(int, 0), default=0,
+        help="epochs in which only the decoder is trained, for a new decoder on a trained encoder")
     data.add_argument("--stream_samples", type=number(int, 1),
         help="images per epoch of streamed shards, whose number is unknown; required for these (default: none)")
-    add = add_method_arguments(parser).add_argument
+    add = add_method_arguments(parser, **dict.fromkeys(DECODER)).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
         help="src = SimpleResizedCrop (PixMIM); rrc = RandomResizedCrop of 0.2 to 1 of the area (MAE)")
     add("--crop_interpolation", choices=["auto", "bilinear", "bicubic"], default="auto",
@@ -67,26 +87,57 @@ def get_parser() -> argparse.ArgumentParser:
 
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, image source): data, model, optimiser, loss."""
+    args, weights = (
+        read_architecture(args, ENCODERS, (*MODEL_FLAGS, *DECODER, "fuse_layers")) if args.checkpoint else (args, None)
+    )
+    args = resolve_defaults(args)
     source = pretrain_source(args)
     run = begin(args)
     device = run.world.device
-    model = build_model(args).to(device)
+    model = build_model(args)
+    if weights:
+        load_initial(run, model, weights)
+    model.to(device)
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
     loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
     groups = param_groups_weight_decay(model, args.weight_decay)
+    if args.freeze_encoder_epochs:
+        groups = param_groups_weight_decay(model.decoder, args.weight_decay)
+        frozen = {"frozen_epochs": args.freeze_encoder_epochs}
+        groups += [group | frozen for group in param_groups_weight_decay(model.encoder, args.weight_decay)]
     optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     return prepare_training(run, model, optimizer, pretrain_loss(Normalize(args, device)), loader), source
 
 
+def load_initial(run: Run, model: PixMIM, weights: Weights) -> None:
+    """Load the weights into the model and report what is from the file, what was changed and what is new."""
+    fresh = model.state_dict()
+    state, report = initial_state(weights, mae_names(fresh), model.encoder, run.args, sincos_pos_embed)
+    model.load_state_dict(dict(zip(fresh, (state[name] for name in mae_names(fresh)), strict=True)))
+    for line in report:
+        run.log.info(line)
+
+
+def compare_with_untrained(state: TrainState, images: Tensor, noise: Tensor) -> str:
+    """The loss of the example images before the first step, and that of random weights."""
+    run = state.run
+    torch.manual_seed(run.args.seed)
+    random = build_model(run.args).to(run.world.device)
+    (loss, _), (untrained, constant) = (compare_with_constant(model, images, noise) for model in (state.model, random))
+    return f"loss of the example images {loss:.4f}; of random weights {untrained:.4f}, of a constant prediction {constant:.4f}"
+
+
 def main() -> None:
-    args = resolve_defaults(get_parser().parse_args())
+    args = get_parser().parse_args()
     labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
     state, source = setup(args)
-    run, model = state.run, state.model
+    run, args, model = state.run, state.run.args, state.model
     examples = load_batch(state.loader.dataset, [i * len(source) // 4 for i in range(4)], run.world.device)
     images, noise = Normalize(args, run.world.device)(examples), examples["noise"]
     saver = Saver(state)
     progress = saver.resume()
+    if args.checkpoint and progress == Progress(0, 0):
+        run.log.info(compare_with_untrained(state, images, noise))
     for line in check_examples(model, images, args):
         run.log.info(line)
 

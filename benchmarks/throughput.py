@@ -32,6 +32,7 @@ from engine_pretrain import optimizer_step, pretrain_loss
 from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
 from util.args import (
+    PRETRAIN,
     Parser,
     add_device_arguments,
     add_method_arguments,
@@ -146,7 +147,7 @@ def format_result(result: dict) -> list[str]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure the time of a training step, of its ablations and of a baseline MAE.")
-    add_model_arguments(parser, ENCODERS, model="vit_base")
+    add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     add_method_arguments(parser)
     add = add_device_arguments(parser).add_argument
     add(

@@ -44,7 +44,7 @@ def test_schedule_without_warmup_starts_at_the_peak_and_warmup_only_schedule_end
 def test_set_lr_applies_the_scale_of_each_group():
     tensors = [torch.zeros(1, requires_grad=True) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": tensors[:1], "lr_scale": 0.25}, {"params": tensors[1:]}], lr=1)
-    set_lr(optimizer, 0.1)
+    set_lr(optimizer, 0.1, 0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1]
 
 

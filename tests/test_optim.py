@@ -42,7 +42,7 @@ def test_lars_matches_mae_at_every_step_for_every_head(probe_as, tmp_path):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # no parameter of the encoder
     for step in range(6):
         share = 1 - step / 10  # the learning rate changes while momentum is kept
-        set_lr(optimizer, run.lr * share)
+        set_lr(optimizer, run.lr * share, 0)
         for head, other, blr in zip(model.heads, slow, rates, strict=True):
             gradients = [torch.randn_like(head.weight), torch.randn_like(head.bias)]
             head.weight.grad, head.bias.grad = gradients
@@ -94,7 +94,7 @@ def test_lr_scale_of_a_group_is_applied_by_set_lr():
     model = ENCODERS["vit_tiny"](img_size=16, num_classes=3, global_pool="avg").requires_grad_(True)
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     optimizer = torch.optim.AdamW(groups, 1.0)
-    set_lr(optimizer, 8.0)
+    set_lr(optimizer, 8.0, 0)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rate[id(model.head.weight)] == 8.0
     assert rate[id(model.blocks[11].mlp.fc1.weight)] == 4.0

@@ -14,6 +14,7 @@ METHOD = {
     "lowpass_radius": "auto", "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
     "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "fuse_layers": None,
 }  # fmt: skip
+PRETRAIN = {"model": "vit_base", "input_size": (224, 224), "in_chans": 3}  # without --checkpoint
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -105,16 +106,15 @@ class SizeAction(argparse.Action):
 
 
 # fmt: off
-def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | None = None):
-    """Flags of the architecture. Scripts that read it from a checkpoint leave `model` None."""
+def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: str):
+    """Flags of the architecture, which a checkpoint states; `otherwise`: --model, --input_size, --in_chans without one."""
     group = parser.add_argument_group("model")
-    source = "" if model else " (default: as in --checkpoint)"
-    group.add_argument("--model", choices=sorted(encoders), default=model, help=f"encoder{source}")
+    sources = [f" (default: as in --checkpoint{x and f', else {x}'})" for x in otherwise or ("", "", "")]
+    group.add_argument("--model", choices=sorted(encoders), help=f"encoder{sources[0]}")
     group.add_argument("--patch_size", type=number(int, 1), help="side of a patch in pixels (default: the model's, 16 or 14)")
     group.add_argument("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
-                       default=(224, 224) if model else None, help=f"side of the input in pixels, or height and width{source}")
-    group.add_argument("--in_chans", type=number(int, 1), default=3 if model else None,
-                       help=f"number of image channels{source}")
+                       help=f"side of the input in pixels, or height and width{sources[1]}")
+    group.add_argument("--in_chans", type=number(int, 1), help=f"number of image channels{sources[2]}")
     group.add_argument("--mean", type=number(float, -(10**9)), nargs="+",
                        help="mean of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
     group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
@@ -133,9 +133,9 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     group.add_argument("--mask_unit", type=number(int, 1), help="side of the blocks in which patches are removed, in patches; 2 = LSMAE")
     group.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction,
                        help="normalise each target patch by its own mean and standard deviation")
-    group.add_argument("--decoder_dim", type=number(int, 4), help="decoder width")
-    group.add_argument("--decoder_depth", type=number(int, 1), help="number of decoder blocks")
-    group.add_argument("--decoder_heads", type=number(int, 1), help="number of decoder attention heads")
+    for name, least, what in (("dim", 4, "width"), ("depth", 1, "number of blocks"), ("heads", 1, "number of attention heads")):
+        group.add_argument(f"--decoder_{name}", type=number(int, least),
+                           help=f"decoder: {what} (default: as in --checkpoint, else {METHOD[f'decoder_{name}']})")
     group.add_argument("--fuse_layers", type=number(int, 0), nargs="+",
                        help="layers that an MFF encoder fuses, counted from 0 (default: 0 2 4 6 8 11 of 12 layers)")
     parser.set_defaults(**METHOD | defaults)
@@ -243,11 +243,12 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
 
 
 def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """Copy of the arguments with "auto" and unset values replaced: radius, crop interpolation, mean, std.
+    """Copy of the arguments with "auto" and unset values replaced: architecture, radius, crop interpolation, mean, std.
 
-    Flags that the arguments lack stay absent. Checkpoints of earlier versions store None for all four.
+    Flags that the arguments lack stay absent. Checkpoints of earlier versions store None for the last four.
     """
-    found = dict(vars(args))
+    defaults = PRETRAIN | METHOD
+    found = {name: defaults.get(name) if value is None else value for name, value in vars(args).items()}
     if found.get("lowpass_radius", 0) in ("auto", None):
         found["lowpass_radius"] = 40 * min(found["input_size"]) / 224
     if found.get("crop_interpolation", "") in ("auto", None):

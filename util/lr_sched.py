@@ -11,7 +11,7 @@ def warmup_cosine(epoch: float, peak: float, floor: float, warmup_epochs: float,
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def set_lr(optimizer, lr: float) -> None:
-    """Set the learning rate of each group to `lr` x its `lr_scale` (layer decay, several probes)."""
+def set_lr(optimizer, lr: float, epoch: float) -> None:
+    """Set the learning rate of each group to `lr` x its `lr_scale` (layer decay, several probes), to 0 in its `frozen_epochs`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group.get("lr_scale", 1.0) * (epoch >= group.get("frozen_epochs", 0))
