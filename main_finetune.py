@@ -6,11 +6,13 @@ The defaults are MAE's for ViT-B/16 on 8 devices.
 import argparse
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision import transforms as T
@@ -22,6 +24,7 @@ from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources
+from util.data.subset import select_training_images, write_list
 from util.data.transforms import Normalize, eval_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier
 from util.evaluate.encoder import load_encoder, read_architecture
@@ -37,6 +40,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--layer_decay", type=number(float, 0.01, 1), default=0.65,
         help="factor of the learning rate from a layer to the layer before it; 1 = no decay, 0.75 for ViT-L and ViT-H")
+    add("--freeze_layers", type=number(int, 0), default=0,
+        help="blocks that are not trained, from the first; 1 or more also freezes the embedding (partial fine-tuning)")
     add("--drop_path", type=number(float, 0, 0.99), default=0.1, help="drop-path rate of the last block, rising linearly from 0")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="augmentation policy by timm's name; none = no augmentation")
     add("--reprob", type=number(float, 0, 1), default=0.25, help="probability of random erasing")
@@ -78,16 +83,32 @@ def finetune_loss(args: Namespace, normalize: Normalize, num_classes: int, devic
     return loss
 
 
+def freeze_layers(model: Any, count: int) -> None:
+    """Freeze the first `count` blocks and what is before them (MAE, section 4.3); ConvMAE's convolutions are before them."""
+    layers = group_parameters(
+        model, model.group_matcher(), reverse=True
+    )  # 0 = embedding, then the blocks, then the head
+    if count >= max(layers.values()):
+        raise ValueError(f"--freeze_layers {count}: --checkpoint has {max(layers.values()) - 1} blocks")
+    for name, parameter in model.named_parameters():
+        if 0 < count >= layers[name]:
+            parameter.requires_grad_(False)
+
+
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, validation images): data, model, optimiser, loss."""
     args, weights = read_architecture(args, ENCODERS)
     train, val = labelled_sources(args.data_path)
+    train = select_training_images(train, args)
     run = begin(args)
+    if run.world.is_main:
+        write_list(run.folder, train, args.data_path)
     if run.batch_size % 2 and (args.mixup or args.cutmix):
         raise ValueError(f"--batch_size {run.batch_size}: mixup and cutmix mix pairs; use an even one, or 0 for both")
     device, classes = run.world.device, len(train.classes)
     options = {"num_classes": classes, "global_pool": "avg", "drop_path_rate": args.drop_path}
     model = load_encoder(args, build_encoder, weights, **options).requires_grad_(True).to(device)
+    freeze_layers(model, args.freeze_layers)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
     loader = train_loader(run, train, finetune_transform(args), flip=False)

@@ -9,10 +9,12 @@ from util.args import (
     add_data_arguments,
     add_device_arguments,
     add_model_arguments,
+    add_subset_arguments,
     number,
     run_main,
 )
 from util.data.sources import labelled_sources
+from util.data.subset import select_training_images
 from util.dist import init_world
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
 from util.evaluate.knn import knn
@@ -22,6 +24,7 @@ from util.evaluate.scores import print_result
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
+    add_subset_arguments(parser)
     add_checkpoint_arguments(parser)
     add_model_arguments(parser, ENCODERS)
     add_device_arguments(parser)
@@ -41,8 +44,9 @@ def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device)
-    sources = labelled_sources(args.data_path)
-    print_result(world, knn(args, world, encoder, sources, args.k, args.temperature))
+    train, val = labelled_sources(args.data_path)
+    train = select_training_images(train, args)
+    print_result(world, knn(args, world, encoder, (train, val), args.k, args.temperature))
     world.close()
 
 

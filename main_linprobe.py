@@ -19,6 +19,7 @@ from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources
+from util.data.subset import select_training_images, write_list
 from util.data.transforms import T_MODES, Normalize, eval_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
@@ -71,8 +72,11 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     """(training state, validation images): data, frozen encoder with heads, optimiser, loss."""
     args, weights = read_architecture(args, ENCODERS)
     train, val = labelled_sources(args.data_path)
+    train = select_training_images(train, args)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
     run = begin(args)
+    if run.world.is_main:
+        write_list(run.folder, train, args.data_path)
     model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
     crop = SeededTransform(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
     loader = train_loader(run, train, crop, flip=True)

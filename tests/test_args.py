@@ -7,7 +7,7 @@ import pytest
 from conftest import DEVICE, PRETRAIN, call, ended, files, spawn
 
 import main_pretrain
-from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, run_main
+from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, resolve_defaults, run_main
 from util.run import split_effective_batch
 
 MAINS = ["main_pretrain", "main_knn", "main_features", "main_linprobe", "main_finetune", "visualize"]
@@ -104,7 +104,7 @@ def test_abbreviated_flags_are_rejected(capsys):
 
 
 def test_input_size_takes_one_number_or_two():
-    assert parse().input_size == (224, 224)
+    assert resolve_defaults(parse()).input_size == (224, 224)
     assert parse("--input_size", "64").input_size == (64, 64)
     assert parse("--input_size", "64", "96").input_size == (64, 96)
 
@@ -120,7 +120,7 @@ def test_mean_and_std_default_to_imagenet_for_three_channels_and_are_required_ot
 
 
 def test_defaults_match_the_300_epoch_setting_of_the_paper_on_8_devices():
-    args = parse()
+    args = resolve_defaults(parse())
     assert args.batch_size * args.accum_iter * 8 == 4096  # arXiv:2111.06377, table 8
     assert args.blr * 4096 / 256 == pytest.approx(2.4e-3)
     assert (args.model, args.epochs, args.warmup_epochs, args.weight_decay) == ("vit_base", 300, 40, 0.05)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 METHOD = {
     "lowpass_radius": "auto", "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
@@ -163,6 +164,14 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
     return group
 
 
+def add_subset_arguments(parser: argparse.ArgumentParser):
+    """Flags of evaluation with few labels."""
+    group = parser.add_argument_group("few labels")
+    group.add_argument("--train_fraction", type=number(float, 1e-9, 1), default=1.0,
+                       help="share of each training class to use, drawn by --seed, at least one image a class")
+    group.add_argument("--train_list", metavar="FILE", help="training images to use: CLASS/IMAGE, one a line (default: all)")
+
+
 def add_device_arguments(parser: argparse.ArgumentParser, amp: bool = True):
     """Flags of the device and the precision."""
     group = parser.add_argument_group("device")
@@ -222,6 +231,7 @@ def classifier_parser(description: str, encoders, output_dir: str, pool: bool, *
     """Parser with the flags that probing and fine-tuning share."""
     parser = Parser(description)
     add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
+    add_subset_arguments(parser)
     add_checkpoint_arguments(parser, pool)
     add_model_arguments(parser, encoders)
     add_schedule_arguments(parser, **schedule)
@@ -247,8 +257,8 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
     Flags that the arguments lack stay absent. Checkpoints of earlier versions store None for the last four.
     """
-    defaults = PRETRAIN | METHOD
-    found = {name: defaults.get(name) if value is None else value for name, value in vars(args).items()}
+    defaults: dict[str, Any] = PRETRAIN | METHOD
+    found: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in vars(args).items()}
     if found.get("lowpass_radius", 0) in ("auto", None):
         found["lowpass_radius"] = 40 * min(found["input_size"]) / 224
     if found.get("crop_interpolation", "") in ("auto", None):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-ORDER, CROP, MASK, STEP = range(4)  # independent streams
+ORDER, CROP, MASK, STEP, SUBSET = range(5)  # independent streams
 
 
 def generator(seed: int, stream: int, epoch: int = 0, index: int = 0) -> np.random.Generator:

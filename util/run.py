@@ -198,6 +198,7 @@ def write_config(run: Run) -> None:
         "accum_iter": run.accum_iter,
         "batch": run.batch,
         "lr": run.lr,
+        "origin": run.origin,
         **versions(),
     }
     write_atomic(run.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())

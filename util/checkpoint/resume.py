@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import shlex
 import shutil
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from util.run import Run, args_to_dict
 
 # Flags that a resumed run may change: they affect where and how fast it runs, not what it computes.
 FREE = {
-    "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
+    "checkpoint", "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
     "on_bad_image", "max_skipped", "timeout_minutes",
 }  # fmt: skip
@@ -77,30 +79,43 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
     return None
 
 
+def describe_continuation(path: Path, run: Run) -> str:
+    """The command that starts a new run from the weights of a checkpoint, for errors; of main_pretrain only."""
+    if Path(sys.argv[0]).name != "main_pretrain.py":
+        return "use the same value, or another --output_dir for a new run"
+    words = [Path(sys.executable).name, *sys.argv, "--checkpoint", str(path), "--output_dir", f"{run.folder}_2"]
+    return f"use the same value, or start a new run from its weights: {shlex.join(words)}"
+
+
 def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) -> None:
     """ValueError if the checkpoint belongs to a run that computes something else: flags, batch, weights, images."""
     before, now = (args_to_dict(resolve_defaults(args)) for args in (Namespace(**content["args"]), run.args))
     for flag in sorted((set(before) & set(now)) - FREE):
         if before[flag] != now[flag]:
             raise ValueError(
-                f"{path} was trained with --{flag} {before[flag]}, not {now[flag]}; "
-                "use the same value, or another --output_dir for a new run"
+                f"{path} was trained with --{flag} {before[flag]}, not {now[flag]}; {describe_continuation(path, run)}"
             )
     if content["batch"] != run.batch:
         raise ValueError(
             f"{path} was trained with an effective batch of {content['batch']}, not {run.batch} (--batch_size x --accum_iter x "
-            f"ranks); --effective_batch {content['batch']} sets it for any number of ranks"
+            f"ranks); --effective_batch {content['batch']} sets it for any number of ranks; {describe_continuation(path, run)}"
         )
     if content["origin"] != run.origin:
-        raise ValueError(f"{path} started from other weights than --checkpoint names now; use another --output_dir")
+        names = (
+            f"--checkpoint {run.args.checkpoint} names now" if run.origin else "this command, which has no --checkpoint"
+        )
+        raise ValueError(f"{path} started from other weights than {names}; use the same, or another --output_dir")
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:
         raise ValueError(
             f"{path} was trained on {count} images, --data_path {run.args.data_path} has {count_now} now; replace a missing "
-            "image by an empty file of its name, with --on_bad_image skip"
+            f"image by an empty file of its name, with --on_bad_image skip; or {describe_continuation(path, run)}"
         )
     if names and names_now and names != names_now:
-        raise ValueError(f"{path} was trained on images of other names than those of --data_path {run.args.data_path}")
+        raise ValueError(
+            f"{path} was trained on images of other names than those of --data_path {run.args.data_path}; "
+            f"{describe_continuation(path, run)}"
+        )
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
