@@ -59,7 +59,8 @@ def get_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, ENCODERS)
     group = add_method_arguments(parser, **dict.fromkeys(METHOD))
     group.description = (
-        "None = as in --checkpoint. A checkpoint without these settings is read as MAE, with decoder heads 32 wide."
+        "None = as in --checkpoint. A checkpoint without these settings is read as MAE with --norm_pix_loss, with decoder "
+        "heads 32 wide."
     )
     add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False)
@@ -95,6 +96,18 @@ def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
             f"--checkpoint {args.checkpoint} does not fit --model {args.model} with --input_size {args.input_size} and "
             f"these --decoder_* flags: {differs[:200]}"
         ) from error
+
+
+def print_assumptions(args: Namespace) -> None:
+    """Print one line if neither --checkpoint nor a flag states the loss or the mask ratio that the picture shows."""
+    assumed = {"mask_ratio": f"--mask_ratio {METHOD['mask_ratio']}"}
+    if not args.masks:
+        assumed["norm_pix_loss"] = (
+            "--norm_pix_loss as mae_pretrain_*_full; raw pixels, as mae_visualize_*, need --no-norm_pix_loss"
+        )
+    if missing := [name for name in assumed if getattr(args, name) is None]:
+        values = ", ".join(assumed[name] for name in missing)
+        print(f"{args.checkpoint} does not state {' and '.join(missing)}; assumed: {values}")
 
 
 def scale_to_pixels(batch: dict) -> Tensor:
@@ -151,6 +164,8 @@ def main() -> None:
             f"--checkpoint {args.checkpoint} has no decoder: the reconstruction and --spectrum need a pre-training checkpoint "
             "with one; --attention, --pca, --masks and --filter do not"
         )
+    if weights and not of_encoder and args.filter is None:
+        print_assumptions(args)
     unset = {name: value for name, value in METHOD.items() if getattr(args, name) is None}
     args = resolve_defaults(Namespace(**vars(args) | unset))
     device = init_world(args.device, "off").device

@@ -61,10 +61,14 @@ def convert(
     decoder = sum(1 for key in removed if DECODER.fullmatch(key))
     dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
     dropped += [key for key in removed if not DECODER.fullmatch(key)]
+    raw = target == "hf" and "mask_token" in chosen and weights.norm_pix_loss is None
+    assumed = (
+        "assumed  norm_pix_loss true, which IN does not state; for raw pixels (mae_visualize_*) edit config.json\n"
+    )
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
-        f"wrote    {out}: {target}, {len(state)} keys\n"
+        f"wrote    {out}: {target}, {len(state)} keys\n{assumed if raw else ''}"
         f"load it  {line}"
     )
 

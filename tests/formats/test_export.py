@@ -589,6 +589,28 @@ def test_numbers_of_heads_in_the_config_are_kept(mae, tmp_path):
     assert "num_heads=6" in load_command(read_weights(folder), "timm", "x.pth")
 
 
+@pytest.mark.parametrize("target", ["mae", "mmpretrain", "hf"])
+def test_statistics_of_the_run_are_read_back_from_its_conversion(target, mae, tmp_path):
+    statistics = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    weights = read_weights(write_format(mae, tmp_path, target, args=statistics))
+    assert {"mean": weights.mean, "std": weights.std} == statistics
+
+
+def test_a_probe_of_the_mean_is_one_after_conversion(mae, tmp_path):
+    head = {"head.weight": torch.randn(5, 192), "head.bias": torch.randn(5)}
+    file = write_format(to_timm(mae) | head, tmp_path, "mmpretrain", args={"pool": "mean", "classes": [*"abcde"]})
+    weights = read_weights(file)
+    assert (weights.averages_normed, weights.classes) == (True, [*"abcde"])
+
+
+@pytest.mark.parametrize(("args", "said"), [({}, True), ({"norm_pix_loss": False}, False)])
+def test_the_report_says_if_the_loss_in_the_config_of_transformers_is_assumed(args, said, mae, tmp_path):
+    path = save_content(tmp_path, {"model": mae, "args": args})
+    report = convert.convert(path, tmp_path / "hf", "hf")
+    assert ("assumed  norm_pix_loss true" in report) == said
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["norm_pix_loss"] == said
+
+
 def convert_to(path: Path, target: str, **options) -> Path:
     out = path.with_name(f"{path.name}-{target}")
     convert.convert(path, out, target, **options)

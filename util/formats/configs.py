@@ -90,6 +90,8 @@ def hf_config(weights: Weights) -> dict[str, Any]:
         "qkv_bias": True,
     }
     if weights.decoder_dim:
+        ours = ("mask_unit", "lowpass_radius", "lowpass")  # transformers ignores them
+        config |= {key: value for key, value in weights.settings.items() if key in ours}
         return config | {
             "model_type": "vit_mae",
             "architectures": ["ViTMAEForPreTraining"],

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,15 @@ from util.formats.keys import (
     tensor_sizes,
 )
 from util.formats.unpickle import load_content
-from util.formats.weights import Weights
+from util.formats.weights import METHOD, Weights
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SETTING = re.compile(
+    r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b"
+)  # in a config of mmengine
+OUR_NAMES = {"mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss", "decoder_num_heads": "decoder_heads"}
 COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of keys.RULES, by source; others: "mae"
 
 
@@ -48,15 +54,20 @@ def _load_with_config(path: Path) -> tuple[Any, dict[str, Any]]:
     file = weights_file(path)
     if file == path:
         return load_content(path), {}
-    config, about = path / "config.json", {}
-    if config.is_file():
-        try:
-            about = json.loads(config.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{config} is not JSON ({str(error)[:100]}): copy or download it again") from error
-    if not about or not isinstance(about, dict):
+    about, processor = (_read_json(path / name) for name in ("config.json", "preprocessor_config.json"))
+    if not about:
         raise ValueError(f"{path} has no config.json that describes the model: download it, or pass {file}")
-    return load_content(file), about
+    looks = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return load_content(file), {"pretrained_cfg": looks} | about  # timm's config.json has its own
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Dictionary in a JSON file; {} if there is none."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:100]}): copy or download it again") from error
+    return content if isinstance(content, dict) else {}
 
 
 # Key of config.json (transformers, then timm) -> key of `tensor_sizes`
@@ -117,14 +128,33 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
         raise ValueError(f"{path / 'config.json'} states {', '.join(wrong)}: use the config.json of these weights")
     args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
     args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
-    args |= {
-        key: x for key, kind in (("norm_pix_loss", bool), ("mask_ratio", float)) if type(x := about.get(key)) is kind
-    }
+    usual = {"norm_pix_loss": False, "mask_ratio": 0.75} if about.get("model_type") == "vit_mae" else {}
+    args |= {key: about.get(key, usual.get(key)) for key in METHOD}
     if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
         args["pool"] = "mean"
     eps = about.get("layer_norm_eps", 1e-6)
     unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as in MAE)"]
     return {name: value for name, value in args.items() if value is not None}, unused
+
+
+def _disc_radius(low_pass: Tensor) -> float:
+    """Radius in bins of the release's filter (C, H, W), 1 around the centre of the shifted spectrum; 0 if it keeps all."""
+    y, x = (torch.arange(n) - (n - 1) / 2 for n in low_pass.shape[-2:])
+    distance = (y[:, None] ** 2 + x**2).sqrt()
+    return 0 if low_pass.all() else math.ceil(distance[low_pass[0] > 0].max())
+
+
+def _stated_args(box: dict, state: State) -> dict[str, Any]:
+    """Settings that a file states beside the weights, under their names there and under ours."""
+    args, meta = box.get("args"), box.get("meta")
+    found = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, dict) else {}
+    config = str(meta.get("cfg")).lower() if isinstance(meta, dict) else ""
+    found |= {key: json.loads(value) for key, value in SETTING.findall(config)}
+    found |= {ours: found[theirs] for theirs, ours in OUR_NAMES.items() if theirs in found}
+    if "target_generator.low_pass_filter" in state:
+        found["lowpass_radius"] = _disc_radius(state["target_generator.low_pass_filter"])
+    keys = {key: f"data_preprocessor.{key}" for key in ("mean", "std")}
+    return found | {key: (state[name].flatten() / 255).tolist() for key, name in keys.items() if name in state}
 
 
 def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
@@ -184,9 +214,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
     for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    args = box.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, dict) else {}
+    args = _stated_args(box, state)
     source, state = _detect_source(box, state)
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
     dropped += [key for key in state if DROPPED.fullmatch(key)]

@@ -1,5 +1,6 @@
 """Tensors of a checkpoint and the settings that its file states."""
 
+import json
 import math
 from argparse import Namespace
 from collections.abc import Iterable
@@ -9,6 +10,10 @@ from typing import Any
 from util.args import resolve_defaults
 from util.formats.keys import State, family, tensor_sizes
 
+METHOD: dict[str, Any] = {  # settings of pre-training -> type of their value
+    "norm_pix_loss": bool, "mask_ratio": float | int, "mask_unit": int, "lowpass_radius": float | int, "lowpass": str,
+    "fuse_layers": list | tuple,
+}  # fmt: skip
 HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
 
 
@@ -42,7 +47,7 @@ class Weights:
     norm_pix_loss: bool | None = None
     mask_ratio: float | None = None
     mask_unit: int | None = None
-    lowpass_radius: Any = None  # frequency bins; "auto" = 40 at 224 px, in proportion to the input
+    lowpass_radius: float | None = None  # frequency bins; 0 = raw pixels
     lowpass: str | None = None
     fuse_layers: Any = None
     pool: str | None = None  # "token" or "mean": --pool of a probe
@@ -60,12 +65,11 @@ class Weights:
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
         facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
-        for key, kinds in (("norm_pix_loss", bool), ("mask_ratio", float | int)):
-            facts[key] = stated.get(key) if isinstance(stated.get(key), kinds) else None
+        facts |= {key: x for key, kind in METHOD.items() if isinstance(x := stated.get(key), kind)}
         if own:
             facts |= {key: stated.get(key) for key in OWN}
         elif "mask_token" in state:
-            facts["lowpass_radius"] = "auto" if any("low_pass_filter" in key for key in dropped) else 0
+            facts.setdefault("lowpass_radius", 0)
         if family(state):
             facts |= {"decoder_dim": None, "decoder_depth": None, "decoder_heads": None} | tensor_sizes(state)
             facts["input_size"] = _input_size(stated.get("input_size"), facts["patch_size"], facts["num_patches"])
@@ -89,15 +93,21 @@ class Weights:
         return "decoder_pred.weight" in self.state
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Stated settings that the tensors do not tell, as plain values under MAE's and our names; `read_weights` reads them."""
+        keys = (*METHOD, "num_heads", "decoder_heads", "mean", "std", "pool", "classes", "input_size")
+        facts = {key: x for key in keys if key in self.args and (x := getattr(self, key)) is not None}
+        size = facts.get("input_size")
+        facts |= {"input_size": size[0]} if size and size[0] == size[1] else {}  # a number, as in args of MAE
+        return json.loads(json.dumps(facts))
+
+    @property
     def averages_normed(self) -> bool:
         """Whether the classifier is a probe on the mean of the patch tokens after the final norm."""
         return self.num_classes > 0 and not self.pooled and self.pool == "mean"
 
 
-OWN = (
-    "model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads",
-    "mask_unit", "lowpass_radius", "lowpass", "fuse_layers",
-)  # fmt: skip
+OWN = ("model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads")
 
 
 def _input_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:

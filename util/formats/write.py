@@ -108,7 +108,8 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif target == "onnx":
         save_onnx(path, weights, state)
     else:
-        wrapped = {"model": state}
+        wrapped, settings = {"model": state}, weights.settings
+        args = {"args": settings} if settings else {}  # as in a file of MAE
         mm = {"state_dict": state, "meta": {}}
-        contents = {"mae": wrapped, "detectron2": wrapped, "mmpretrain": mm, "mmseg": mm}
+        contents = {"mae": wrapped | args, "detectron2": wrapped, "mmpretrain": mm | args, "mmseg": mm}
         torch.save(contents.get(target, state), path)
