@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from timm.optim import Lars
-from torchvision import transforms as T
 
 from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
@@ -19,12 +18,11 @@ from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources
-from util.data.transforms import T_MODES, Normalize, eval_transform
+from util.data.transforms import Normalize, eval_transform, probe_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
 from util.evaluate.probes import Probe
 from util.evaluate.scores import print_result, validate
-from util.rng import SeededTransform
 from util.run import Run, start_run
 
 
@@ -74,8 +72,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
     run = begin(args)
     model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
-    crop = SeededTransform(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
-    loader = train_loader(run, train, crop, flip=True)
+    loader = train_loader(run, train, probe_transform(args.input_size), flip=True)
     loss_fn = probe_loss(Normalize(args, run.world.device))
     return prepare_training(run, model, build_lars(model, run), loss_fn, loader), val
 
