@@ -40,13 +40,17 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build_lars(model: Probe, run: Run) -> Lars:
-    """LARS as in facebookresearch/mae: momentum SGD without adaptation for biases (mmselfsup adapts them as well)."""
-    groups = []
+    """LARS of facebookresearch/mae, with neither weight decay nor trust ratio for biases, or the release's with both."""
+    release, decay, groups = run.args.probe_as == "mmselfsup", run.args.weight_decay, []
     for head, blr in zip(model.heads, run.args.blr, strict=True):
         scale = blr / (max(run.args.blr) or 1.0)
         groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
-        groups.append({"params": [head.bias], "always_adapt": run.args.probe_as == "mmselfsup", "lr_scale": scale})
-    return Lars(groups, run.lr, momentum=0.9, weight_decay=run.args.weight_decay, trust_coeff=0.001)
+        groups.append({"params": [head.bias], "always_adapt": release, "lr_scale": scale})
+    optimizer = Lars(groups, run.lr, momentum=0.9, weight_decay=decay if release else 0, trust_coeff=0.001)
+    if decay and not release:  # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
+        weights = [head.weight for head in model.heads]
+        optimizer.register_step_pre_hook(lambda *_: [w.grad.add_(w.detach(), alpha=decay) for w in weights] and None)
+    return optimizer
 
 
 def probe_loss(normalize: Normalize) -> LossFn:
