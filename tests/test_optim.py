@@ -16,29 +16,34 @@ from util.lr_sched import set_lr
 
 
 class SlowLARS:
-    """util/lars.py of facebookresearch/mae for one weight and bias; `adapt_bias` as in the release of PixMIM."""
+    """util/lars.py of facebookresearch/mae for one weight and bias, or mmselfsup's, which treats both alike."""
 
-    def __init__(self, weight, bias, adapt_bias: bool):
-        self.parameters = [(weight, True), (bias, adapt_bias)]
+    def __init__(self, weight, bias, release: bool, decay: float):
+        self.parameters, self.release, self.decay = [(weight, True), (bias, release)], release, decay
         self.momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
 
     def step(self, gradients, lr: float) -> None:
         for (p, adapt), momentum, gradient in zip(self.parameters, self.momenta, gradients, strict=True):
-            update = gradient
-            if adapt and p.norm() > 0 and update.norm() > 0:
-                update = update * (0.001 * p.norm() / update.norm())
+            update = gradient + self.decay * p if adapt else gradient
+            norm = gradient.norm() + self.decay * p.norm() if self.release else update.norm()
+            if adapt and p.norm() > 0 and norm > 0:
+                update = update * (0.001 * p.norm() / norm)
             momentum.mul_(0.9).add_(update)
             p.sub_(lr * momentum)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.01])
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
-def test_lars_matches_mae_at_every_step_for_every_head(probe_as, tmp_path):
+def test_lars_matches_the_reference_at_every_step_for_every_head(probe_as, decay, tmp_path):
     rates = [0.1, 0.025]
-    run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=0.0)
+    run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=decay)
     run = run._replace(lr=max(rates) * 512 / 256)
     model = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2)
     optimizer = main_linprobe.build_lars(model, run)
-    slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup") for h in model.heads]
+    slow = [
+        SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup", decay)
+        for h in model.heads
+    ]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # no parameter of the encoder
     for step in range(6):
         share = 1 - step / 10  # the learning rate changes while momentum is kept
