@@ -88,7 +88,9 @@ def main() -> None:
         return
     state, val = setup(args)
     run, args, model = state.run, state.run.args, state.model
-    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, val_interpolation(args)))
+    val_loader = eval_loader(
+        args, run.world, val, eval_transform(args.input_size, args.crop_pct, val_interpolation(args))
+    )
     saver = Saver(state)
     progress = saver.resume()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.functional import resized_crop
 
+from util.args import default_crop_pct
 from util.crop import SimpleResizedCrop, resize_to_cover
 from util.rng import SeededTransform
 

@@ -36,6 +36,7 @@ class Weights:
     grid: tuple[int, int] | None = None  # (h, w) patches
     mean: Any = None
     std: Any = None
+    crop_pct: float | None = None  # side of the evaluation crop as a share of the resized image
     decoder_dim: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
@@ -59,7 +60,7 @@ class Weights:
         if own and {"input_size", "in_chans", "mean", "std"} <= raw.keys():
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
-        facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
+        facts |= {key: stated.get(key) for key in ("mean", "std", "crop_pct", "pool", "classes")}
         for key, kinds in (("norm_pix_loss", bool), ("mask_ratio", float | int)):
             facts[key] = stated.get(key) if isinstance(stated.get(key), kinds) else None
         if own:
