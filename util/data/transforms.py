@@ -46,9 +46,9 @@ def probe_transform(size: tuple[int, int]) -> Callable:
     return SeededTransform(partial(clamped_crop, size=size))
 
 
-def eval_transform(size: tuple[int, int], interpolation: str = "bicubic") -> Callable:
-    """Resize to cover 256 / 224 of the input size, then crop the centre."""
-    height, width = (int(side * 256 / 224) for side in size)
+def eval_transform(size: tuple[int, int], crop_pct: float | None = None, interpolation: str = "bicubic") -> Callable:
+    """Resize to cover the input size / crop_pct, then crop the centre; None = `default_crop_pct`."""
+    height, width = (int(side / (crop_pct or default_crop_pct(size))) for side in size)
     resize = partial(resize_to_cover, size=(height, width), interpolation=interpolation)
     return SeededTransform(T.Compose([resize, T.CenterCrop(size)]))
 
