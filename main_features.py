@@ -122,7 +122,7 @@ def main() -> None:
         raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
     source, names = find_images(args.data_path)
-    loader = eval_loader(args, world, source, eval_transform(args.input_size))
+    loader = eval_loader(args, world, source, eval_transform(args.input_size, args.crop_pct))
     batches = encode_batches(args, world, encoder, loader, patch_features if args.maps else features)
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
     metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}

@@ -30,6 +30,7 @@ from util.data.batches import load_batch, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
+from util.evaluate.encoder import knn_layer
 from util.evaluate.health import check_examples, check_loss
 from util.evaluate.knn import knn
 from util.plots.reconstruction import log_pictures, reconstruct
@@ -99,9 +100,10 @@ def main() -> None:
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):
-            result = knn(args, run.world, model.encoder, labelled)
-            run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
-            run.log.info(f"epoch {done}  kNN {json.dumps(result)}")
+            (result,) = knn(args, run.world, model.encoder, labelled, [knn_layer(None)])
+            layer = result.pop("knn_features")
+            run.log.scalars({"epoch": done, "knn_features": layer, **{f"knn_{k}": v for k, v in result.items()}})
+            run.log.info(f"epoch {done}  kNN {layer} {json.dumps(result)}")
     saver.close()
     run.log.info(f"{args.epochs} epochs finished: {run.folder / 'last.pth'}")
     run.close()

@@ -170,7 +170,9 @@ def main() -> None:
     args = resolve_defaults(Namespace(**vars(args) | unset))
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
-    batch = load_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
+    batch = load_batch(
+        Samples(source, eval_transform(args.input_size, args.crop_pct), args), range(len(source)), device
+    )
     if args.filter is not None:
         pixels = draw_filter_radii(args, scale_to_pixels(batch))
     else:

@@ -118,6 +118,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, model: str | 
     group.add_argument("--mean", type=number(float, -(10**9)), nargs="+",
                        help="mean of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
     group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
+    group.add_argument("--crop_pct", type=number(float, 0.01, 1),
+                       help="side of the evaluation crop as a share of the resized image (default: as in --checkpoint, else 0.875 up "
+                            "to 224 px and 1 above, as in MAE)")
     return group
 
 
@@ -240,6 +243,11 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
         if len(values or ()) != in_chans:
             raise ValueError(f"{flag}: {len(values or ())} values given, --in_chans {in_chans} needs {in_chans}")
     return tuple(mean), tuple(std)
+
+
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """Side of the evaluation crop as a share of the resized image, as in facebookresearch/mae: 1 above 224 px."""
+    return 224 / 256 if max(size) <= 224 else 1.0
 
 
 def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:

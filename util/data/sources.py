@@ -27,7 +27,12 @@ def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = 
         raise ValueError(f"--data_path {data_path} is a cache; kNN (--knn_path) and classifiers need images")
     if is_stream(data_path):
         raise ValueError(f"--data_path {data_path} is a stream; kNN (--knn_path) and classifiers need local images")
-    return local_tars(data_path, split, classes) or class_folders(data_path, split, classes)
+    source = local_tars(data_path, split, classes) or class_folders(data_path, split, classes)
+    if len(source.classes) < 2:
+        raise ValueError(
+            f"--data_path {data_path}: {split} has one class, {source.classes[0]}; kNN and classifiers need two"
+        )
+    return source
 
 
 def labelled_sources(data_path: str) -> tuple[Source, Source]:

@@ -43,6 +43,6 @@ def evaluate_classifier(
         )
     world = init_world(args.device, args.amp, args.timeout_minutes)
     model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)
-    loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))
+    loader = eval_loader(args, world, val, eval_transform(args.input_size, args.crop_pct, interpolation))
     print_result(world, evaluate(args, world, model, loader, count)[0])
     world.close()

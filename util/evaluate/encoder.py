@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util.args import channel_statistics
@@ -21,7 +21,7 @@ from util.formats.weights import Weights
 Encoder = Any
 
 
-MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "pool")
+MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "crop_pct", "pool")
 
 
 def read_architecture(
@@ -125,6 +125,30 @@ def pooling(weights: Weights | None, pool: str | None = None) -> dict:
 def features(encoder: Encoder, images: Tensor) -> Tensor:
     """Features (B, D) of images (B, C, H, W): class token or mean of the patch tokens (see `pooling`)."""
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+
+
+def knn_layer(weights: Weights | None, asked: str = "auto") -> str:
+    """--knn_features: by default after the final norm for classifiers, before it for encoders of masked pre-training.
+
+    efficient-probing (arXiv:2506.10178) measures kNN of MAE ViT-B before the norm: 35.6, and 16.1 after it.
+    """
+    return asked if asked != "auto" else "after_norm" if weights and weights.num_classes else "before_norm"
+
+
+def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    """Features (B, D) of images (B, C, H, W) before and after the final norm; equal if the encoder has none."""
+    inputs: list[Tensor] = []
+    norms = [getattr(encoder, name, nn.Identity()) for name in ("norm", "fc_norm")]
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for norm in norms
+        if not isinstance(norm, nn.Identity)
+    ]
+    after = features(encoder, images)
+    for hook in hooks:
+        hook.remove()
+    x = inputs[-1] if inputs else after
+    return {"before_norm": x if x.ndim == 2 else encoder.pool(x), "after_norm": after}
 
 
 def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, encode=features) -> Iterator:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from util.args import channel_statistics
+from util.args import channel_statistics, default_crop_pct
 from util.formats.resize import known_size, square_side
 from util.formats.weights import HEADS, Weights
 
@@ -60,7 +60,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
             "input_size": [weights.in_chans, *size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": weights.crop_pct or default_crop_pct(size),
             "crop_mode": "center",
             "mean": mean,
             "std": std,
@@ -112,14 +112,14 @@ def hf_config(weights: Weights) -> dict[str, Any]:
 
 
 def hf_processor(weights: Weights) -> dict[str, Any]:
-    """preprocessor_config.json: bicubic resize of the short side to 256 / 224 of the input, then a centre crop."""
+    """preprocessor_config.json: bicubic resize of the short side, then a centre crop."""
     side = square_side(weights, "a preprocessor of transformers")
     mean, std = _statistics(weights)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(side * 256 / 224)},
+        "size": {"shortest_edge": int(side / (weights.crop_pct or default_crop_pct((side, side))))},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.args import default_crop_pct
 from util.formats.keys import (
     DROPPED,
     State,
@@ -132,6 +133,8 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
     args |= {key: about.get(key, usual.get(key)) for key in METHOD}
     if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
         args["pool"] = "mean"
+    if size is not None and looks.get("crop_pct") not in (None, default_crop_pct(tuple(claims["input_size"]))):
+        args["crop_pct"] = looks["crop_pct"]
     eps = about.get("layer_norm_eps", 1e-6)
     unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as in MAE)"]
     return {name: value for name, value in args.items() if value is not None}, unused

@@ -41,6 +41,7 @@ class Weights:
     grid: tuple[int, int] | None = None  # (h, w) patches
     mean: Any = None
     std: Any = None
+    crop_pct: float | None = None  # side of the evaluation crop as a share of the resized image
     decoder_dim: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
@@ -64,7 +65,7 @@ class Weights:
         if own and {"input_size", "in_chans", "mean", "std"} <= raw.keys():
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
-        facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
+        facts |= {key: stated.get(key) for key in ("mean", "std", "crop_pct", "pool", "classes")}
         facts |= {key: x for key, kind in METHOD.items() if isinstance(x := stated.get(key), kind)}
         if own:
             facts |= {key: stated.get(key) for key in OWN}
@@ -95,7 +96,7 @@ class Weights:
     @property
     def settings(self) -> dict[str, Any]:
         """Stated settings that the tensors do not tell, as plain values under MAE's and our names; `read_weights` reads them."""
-        keys = (*METHOD, "num_heads", "decoder_heads", "mean", "std", "pool", "classes", "input_size")
+        keys = (*METHOD, "num_heads", "decoder_heads", "mean", "std", "crop_pct", "pool", "classes", "input_size")
         facts = {key: x for key in keys if key in self.args and (x := getattr(self, key)) is not None}
         size = facts.get("input_size")
         facts |= {"input_size": size[0]} if size and size[0] == size[1] else {}  # a number, as in args of MAE
