@@ -31,7 +31,7 @@ from util.data.folders import Source
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
 from util.evaluate.encoder import knn_layer
-from util.evaluate.health import check_examples, check_loss
+from util.evaluate.health import LossCheck, check_examples
 from util.evaluate.knn import knn
 from util.plots.reconstruction import log_pictures, reconstruct
 from util.run import Run, is_due, start_run
@@ -90,13 +90,14 @@ def main() -> None:
     progress = saver.resume()
     for line in check_examples(model, images, args):
         run.log.info(line)
+    loss_check = LossCheck(run, model, images, noise) if run.world.is_main else None
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)
         saver.after_epoch(progress)
         done = epoch + 1
-        if run.world.is_main and (warning := check_loss(done, model, images, noise, args)):
-            run.log.info(warning)
+        if loss_check:
+            loss_check.after_epoch(done, saver.steps)
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):

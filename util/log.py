@@ -152,3 +152,9 @@ def parse_line(text: str) -> dict | None:
     except ValueError:
         return None
     return record if text.endswith("\n") and isinstance(record, dict) and "epoch" in record else None
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a log.jsonl, without truncated or damaged lines; empty without the file."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    return [record for record in map(parse_line, lines) if record]
