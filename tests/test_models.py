@@ -168,7 +168,7 @@ def test_each_option_of_timm_gives_its_features_in_training_or_is_refused(host, 
     theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k.split(".")[0] not in host.pretraining_only})
     images = torch.randn(4, ours.in_chans, *ours.patch_embed.img_size, dtype=ours.cls_token.dtype)
     mask = mask_from_noise(torch.arange(ours.patch_embed.num_patches).float().expand(4, -1), 0.0, ours.grid)
-    for amp, atol in ((False, 1e-5), (True, 0.1)):  # bf16: 0.02 seen in values up to 3
+    for amp, atol in ((False, 1e-5), (True, 1e-2)):  # bf16: up to 2e-4 seen
         features = []
         for attention in (m for m in theirs.modules() if isinstance(m, Attention)):
             attention.fused_attn = not amp  # as ours, so that dropout draws the same numbers

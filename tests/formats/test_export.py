@@ -27,7 +27,7 @@ from util import convert
 from util.data.decode import read_image
 from util.data.transforms import eval_transform
 from util.formats.commands import load_command
-from util.formats.keys import mae_names, to_hf, to_timm
+from util.formats.keys import mae_names, rename, to_hf, to_timm
 from util.formats.read import read_weights
 from util.formats.weights import Weights
 
@@ -594,6 +594,13 @@ def test_statistics_of_the_run_are_read_back_from_its_conversion(target, mae, tm
     statistics = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
     weights = read_weights(write_format(mae, tmp_path, target, args=statistics))
     assert {"mean": weights.mean, "std": weights.std} == statistics
+
+
+def test_statistics_in_a_preprocessor_of_openmmlab_are_read_in_pixels_of_0_to_1(mae, tmp_path):
+    buffers = {f"data_preprocessor.{key}": torch.tensor([51.0, 102.0, 25.5]).view(3, 1, 1) for key in ("mean", "std")}
+    path = save_content(tmp_path, {"state_dict": {rename(k, "mae", "mm"): v for k, v in mae.items()} | buffers})
+    weights = read_weights(path)
+    assert weights.mean == weights.std == pytest.approx([0.2, 0.4, 0.1])
 
 
 def test_a_probe_of_the_mean_is_one_after_conversion(mae, tmp_path):
