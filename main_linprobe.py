@@ -47,9 +47,13 @@ def build_lars(model: Probe, run: Run) -> Lars:
         groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
         groups.append({"params": [head.bias], "always_adapt": release, "lr_scale": scale})
     optimizer = Lars(groups, run.lr, momentum=0.9, weight_decay=decay if release else 0, trust_coeff=0.001)
-    if decay and not release:  # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
-        weights = [head.weight for head in model.heads]
-        optimizer.register_step_pre_hook(lambda *_: [w.grad.add_(w.detach(), alpha=decay) for w in weights] and None)
+    if decay and not release:
+        # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
+        def add_decay(*_) -> None:
+            for head in model.heads:
+                head.weight.grad.add_(head.weight.detach(), alpha=decay)
+
+        optimizer.register_step_pre_hook(add_decay)
     return optimizer
 
 

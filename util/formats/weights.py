@@ -60,8 +60,8 @@ class Weights:
         if own and {"input_size", "in_chans", "mean", "std"} <= raw.keys():
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
-        facts |= {key: stated.get(key) for key in ("mean", "std", "crop_pct", "pool", "classes")}
-        for key, kinds in (("norm_pix_loss", bool), ("mask_ratio", float | int)):
+        facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
+        for key, kinds in (("norm_pix_loss", bool), ("mask_ratio", float | int), ("crop_pct", float | int)):
             facts[key] = stated.get(key) if isinstance(stated.get(key), kinds) else None
         if own:
             facts |= {key: stated.get(key) for key in OWN}
