@@ -49,8 +49,8 @@ def main() -> None:
     sources, chosen = labelled_sources(args.data_path), knn_layer(weights, args.knn_features)
     other = next(layer for layer in LAYERS if layer != chosen)
     results = knn(args, world, encoder, sources, (other, chosen), args.k, args.temperature)
-    for result in results:  # the last line is the result
-        print_result(world, result)
+    print_result(world, results[0])
+    print_result(world, {**results[1], f"acc1_{other}": results[0]["acc1"]})  # the last line is the result
     world.close()
 
 

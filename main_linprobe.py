@@ -19,7 +19,7 @@ from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources
 from util.data.transforms import Normalize, eval_transform, probe_transform
-from util.evaluate.classifier import evaluate_classifier, save_classifier
+from util.evaluate.classifier import evaluate_classifier, save_classifier, val_interpolation
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
 from util.evaluate.probes import Probe
 from util.evaluate.scores import print_result, validate
@@ -33,8 +33,8 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--probe_as",
         choices=["mae", "mmselfsup"],
-        default="mae",
-        help="protocol: facebookresearch/mae's, or mmselfsup's (LARS also adapts the bias; val is resized bilinearly)",
+        help="protocol: facebookresearch/mae's, or mmselfsup's, where LARS also adapts the bias and val is resized bilinearly "
+        "(default: mae; with --eval as the classifier was trained)",
     )
     return parser
 
@@ -47,11 +47,13 @@ def build_lars(model: Probe, run: Run) -> Lars:
         groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
         groups.append({"params": [head.bias], "always_adapt": release, "lr_scale": scale})
     optimizer = Lars(groups, run.lr, momentum=0.9, weight_decay=decay if release else 0, trust_coeff=0.001)
-    if (
-        decay and not release
-    ):  # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
-        weights = [head.weight for head in model.heads]
-        optimizer.register_step_pre_hook(lambda *_: [w.grad.add_(w.detach(), alpha=decay) for w in weights] and None)
+    if decay and not release:
+        # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
+        def add_decay(*_) -> None:
+            for head in model.heads:
+                head.weight.grad.add_(head.weight.detach(), alpha=decay)
+
+        optimizer.register_step_pre_hook(add_decay)
     return optimizer
 
 
@@ -66,14 +68,9 @@ def probe_loss(normalize: Normalize) -> LossFn:
     return loss
 
 
-def val_interpolation(args: Namespace) -> str:
-    """Interpolation of validation images under --probe_as."""
-    return "bilinear" if args.probe_as == "mmselfsup" else "bicubic"
-
-
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, validation images): data, frozen encoder with heads, optimiser, loss."""
-    args, weights = read_architecture(args, ENCODERS)
+    args, weights = read_architecture(Namespace(**vars(args) | {"probe_as": args.probe_as or "mae"}), ENCODERS)
     train, val = labelled_sources(args.data_path)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
     run = begin(args)
@@ -86,12 +83,12 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
 def main() -> None:
     args = get_parser().parse_args()
     if args.eval:
-        evaluate_classifier(*read_architecture(args, ENCODERS), build_encoder, val_interpolation(args))
+        evaluate_classifier(*read_architecture(args, ENCODERS), build_encoder)
         return
     state, val = setup(args)
     run, args, model = state.run, state.run.args, state.model
     val_loader = eval_loader(
-        args, run.world, val, eval_transform(args.input_size, args.crop_pct, val_interpolation(args))
+        args, run.world, val, eval_transform(args.input_size, args.crop_pct, val_interpolation(args.probe_as))
     )
     saver = Saver(state)
     progress = saver.resume()

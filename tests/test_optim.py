@@ -53,9 +53,8 @@ def test_lars_matches_its_origin_at_every_step_for_every_head(probe_as, decay, t
         share = 1 - step / 10  # the learning rate changes while momentum is kept
         set_lr(optimizer, run.lr * share)
         for head, other, blr in zip(model.heads, slow, rates, strict=True):
-            gradients = [
-                torch.randn_like(p) * (step != 3) for p in (head.weight, head.bias)
-            ]  # one step without gradient
+            # step 3 has no gradient
+            gradients = [torch.randn_like(p) * (step != 3) for p in (head.weight, head.bias)]
             head.weight.grad, head.bias.grad = (gradient.clone() for gradient in gradients)
             other.step(gradients, blr * 512 / 256 * share)
         optimizer.step()

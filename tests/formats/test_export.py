@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from util import convert
 from util.data.decode import read_image
 from util.data.transforms import eval_transform
 from util.formats.commands import load_command
+from util.formats.configs import hf_processor, timm_config
 from util.formats.keys import mae_names, rename, to_hf, to_timm
 from util.formats.read import read_weights
 from util.formats.weights import Weights
@@ -404,6 +406,17 @@ def test_the_transformers_preprocessor_equals_the_evaluation_transform(mae, tmp_
     levels = ((theirs * std + mean) * 255 - torch.from_numpy(ours).permute(2, 0, 1)).abs()
     assert levels.mean() < 1  # of 255: torchvision resizes tensors, Pillow images
     assert levels.max() < 8
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "share"), [(224, None, 0.875), (256, None, 1), (384, None, 1), (384, 0.5, 0.5)]
+)
+def test_folders_state_the_crop_of_evaluation(size, crop_pct, share, mae):
+    args = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": crop_pct}
+    weights = Weights.from_state(mae, args, "mae")
+    weights = replace(weights, input_size=(size, size))
+    assert timm_config(weights)["pretrained_cfg"]["crop_pct"] == share
+    assert hf_processor(weights)["size"] == {"shortest_edge": int(size / share)}
 
 
 @torch.no_grad()

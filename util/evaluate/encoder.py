@@ -128,11 +128,13 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
 
 
 def knn_layer(weights: Weights | None, asked: str = "auto") -> str:
-    """--knn_features: by default after the final norm for classifiers, before it for encoders of masked pre-training.
+    """--knn_features: by default after the final norm for fine-tuned encoders, before it for masked pre-training.
 
-    efficient-probing (arXiv:2506.10178) measures kNN of MAE ViT-B before the norm: 35.6, and 16.1 after it.
+    Untrained encoders and own probes, whose encoder is frozen, count as the latter. Class token of MAE ViT-B: 35.6 before
+    the norm, 16.1 after it (logs of efficient-probing, arXiv:2506.10178).
     """
-    return asked if asked != "auto" else "after_norm" if weights and weights.num_classes else "before_norm"
+    tuned = weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args
+    return asked if asked != "auto" else "after_norm" if tuned else "before_norm"
 
 
 def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
@@ -148,7 +150,7 @@ def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
     for hook in hooks:
         hook.remove()
     x = inputs[-1] if inputs else after
-    return {"before_norm": x if x.ndim == 2 else encoder.pool(x), "after_norm": after}
+    return {"before_norm": x if x.ndim == 2 else encoder.forward_head(x, pre_logits=True), "after_norm": after}
 
 
 def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, encode=features) -> Iterator:

@@ -133,8 +133,9 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
     args |= {key: about.get(key, usual.get(key)) for key in METHOD}
     if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
         args["pool"] = "mean"
-    if size is not None and looks.get("crop_pct") not in (None, default_crop_pct(tuple(claims["input_size"]))):
-        args["crop_pct"] = looks["crop_pct"]
+    crop_pct = looks.get("crop_pct")  # of a classifier; features of any encoder follow MAE's rule
+    if "head.weight" in state and size is not None and isinstance(crop_pct, int | float) and 0.01 <= crop_pct <= 1:
+        args["crop_pct"] = None if crop_pct == default_crop_pct(tuple(claims["input_size"])) else crop_pct
     eps = about.get("layer_norm_eps", 1e-6)
     unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as in MAE)"]
     return {name: value for name, value in args.items() if value is not None}, unused

@@ -65,8 +65,9 @@ class Weights:
         if own and {"input_size", "in_chans", "mean", "std"} <= raw.keys():
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
-        facts |= {key: stated.get(key) for key in ("mean", "std", "crop_pct", "pool", "classes")}
-        facts |= {key: x for key, kind in METHOD.items() if isinstance(x := stated.get(key), kind)}
+        facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
+        kinds = METHOD | {"crop_pct": float | int}
+        facts |= {key: x for key, kind in kinds.items() if isinstance(x := stated.get(key), kind)}
         if own:
             facts |= {key: stated.get(key) for key in OWN}
         elif "mask_token" in state:
