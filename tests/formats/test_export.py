@@ -19,18 +19,7 @@ import transformers
 from PIL import Image
 from reference.make import read
 from safetensors.torch import save_file
-from test_convert import (
-    HOSTS,
-    SIZES,
-    Evil,
-    are_equal,
-    build_pixmim,
-    load_line,
-    mae,  # noqa: F401 - a fixture
-    make_classifier,
-    model,  # noqa: F401 - a fixture
-    save_content,
-)
+from test_convert import HOSTS, SIZES, Evil, are_equal, build_pixmim, load_line, make_classifier, save_content
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -47,6 +36,16 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model() -> PixMIM:
+    return build_pixmim(HOSTS["vit"]())
+
+
+@pytest.fixture
+def mae(model) -> dict[str, Tensor]:
+    return mae_names(model.state_dict())
 
 
 def write_format(state: dict[str, Tensor], place: Path, target: str, args: dict | None = None, **options) -> Path:
@@ -257,7 +256,7 @@ def test_an_encoder_as_wide_as_the_feature_pyramid_is_refused_by_detectron2(tmp_
 
 def test_a_patch_size_without_a_pyramid_of_vitdet_is_refused(tmp_path):
     state = MaskedViT(img_size=28, patch_size=14, embed_dim=192, depth=1, num_heads=3).state_dict()
-    with pytest.raises(ValueError, match="--to detectron2: .* 16 or 8, not 14"):
+    with pytest.raises(ValueError, match=r"--to detectron2: .* 16 or 8, not 14"):
         write_format(state, tmp_path, "detectron2")
 
 

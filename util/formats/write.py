@@ -108,7 +108,9 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif target == "onnx":
         save_onnx(path, weights, state)
     else:
-        wrapped = {"model": state}
-        mm = {"state_dict": state, "meta": {}}
+        size = weights.input_size
+        record = {"args": {"input_size": [*size]}} if size and size[0] != size[1] else {}
+        wrapped = {"model": state} | record
+        mm = {"state_dict": state, "meta": {}} | record
         contents = {"mae": wrapped, "detectron2": wrapped, "mmpretrain": mm, "mmseg": mm}
         torch.save(contents.get(target, state), path)
