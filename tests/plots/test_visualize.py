@@ -10,6 +10,7 @@ from PIL import Image
 
 from models import ENCODERS
 from models_pixmim import PixMIM
+from util.convert import convert
 from util.formats.keys import rename, to_timm
 
 BLANK = np.zeros((9, 9, 3), np.uint8)

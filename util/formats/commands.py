@@ -105,7 +105,7 @@ def _pyramid_options(patch: int) -> dict[str, str]:
 
 def _detectron2_line(weights: Weights, out: Path | str) -> str:
     usual = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "in_chans": 3, "mlp_ratio": 4}
-    options = {"pretrain_img_size": square_side(weights, "ViTDet")}
+    options: dict[str, Any] = {"pretrain_img_size": square_side(weights, "ViTDet")}
     options |= {key: getattr(weights, key) for key, value in usual.items() if getattr(weights, key) != value}
     options = {f"backbone.net.{key}": value for key, value in options.items()} | _pyramid_options(weights.patch_size)
     checkpoint = f'train.init_checkpoint="{Path(out).resolve()}?matching_heuristics=True"'  # hydra requires the quotes

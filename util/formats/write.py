@@ -108,8 +108,8 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif target == "onnx":
         save_onnx(path, weights, state)
     else:
-        size = weights.input_size
-        record = {"args": {"input_size": [*size]}} if size and size[0] != size[1] else {}
+        sides = weights.input_size or ()
+        record = {"args": {"input_size": [*sides]}} if len({*sides}) == 2 else {}
         wrapped = {"model": state} | record
         mm = {"state_dict": state, "meta": {}} | record
         contents = {"mae": wrapped, "detectron2": wrapped, "mmpretrain": mm, "mmseg": mm}
