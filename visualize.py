@@ -29,6 +29,7 @@ from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
 from util.formats.keys import pixmim_names
+from util.formats.resize import resize_weights
 from util.formats.weights import Weights
 from util.plots.features import draw_attention, draw_components
 from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
@@ -44,6 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
         help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --pca, --masks "
              "and --filter work; none = an untrained --model")
+    parser.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
     parser.add_argument("--count", type=number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
@@ -88,6 +90,8 @@ def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
             raise ValueError(
                 f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; name them with --fuse_layers"
             )
+    if weights.family and weights.grid not in (None, model.encoder.grid):
+        weights = resize_weights(weights, args.input_size)
     try:
         model.load_state_dict(pixmim_names(weights.state))
     except RuntimeError as error:

@@ -189,7 +189,7 @@ def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, exi
 
 INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
-    "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--model vit_pico: .*patch_embed.proj.weight",
+    "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--in_chans 1: .*last.pth has 3",
     "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
     "main_finetune --model vit_base": "--model vit_base: .*of another shape",
     "main_finetune --aa none-such": "--aa none-such",

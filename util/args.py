@@ -150,6 +150,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True)
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--checkpoint", required=True, metavar="FILE|none",
                        help="weights in any format that util/convert.py reads; none = untrained --model")
+    group.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     if pool:
         group.add_argument("--pool", choices=["token", "mean"],
                            help="image feature: class token or mean of the patch tokens (default: as the checkpoint was "

@@ -233,6 +233,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_keys(pretrained, phot
         knn(pretrained / "last.pth", photos, "--model", "vit_small")
 
 
+def test_eval_of_a_foreign_classifier_says_that_the_order_of_its_classes_is_assumed(photos, tmp_path, capsys):
+    classes = len([*(photos / "val").iterdir()])
+    state = MaskedViT(**TIMM | PICO | {"num_classes": classes}, num_heads=3).state_dict()
+    torch.save(state, tmp_path / "foreign.pth")
+    lines = call("main_finetune", "--eval", "--checkpoint", tmp_path / "foreign.pth", "--data_path", photos, *DEVICE)
+    assert [f"foreign.pth: the order of its {classes} classes is assumed" in line for line in lines].count(True) == 1
+
+
 def test_eval_refuses_a_checkpoint_without_classifier(pretrained, photos, tmp_path):
     for main in ("main_linprobe", "main_finetune"):
         with pytest.raises(ValueError, match=r"--eval: .*last\.pth"):

@@ -232,6 +232,14 @@ def test_pictures_need_no_decoder(flags, columns, pretrained, photos, tmp_path):
     assert untrained.shape[1] == picture.shape[1]
 
 
+def test_another_input_size_equals_the_picture_of_the_converted_checkpoint(pretrained, photos, tmp_path):
+    convert(pretrained / "last.pth", tmp_path / "hf", "hf", input_size=(32, 32))
+    flags = ["--count", 2, "--lowpass_radius", 5, "--input_size", 32, "--seed", 1]
+    ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "a.png", *flags)
+    theirs = draw(tmp_path / "hf", photos / "val", tmp_path / "b.png", *flags, "--model", "vit_pico")
+    assert np.array_equal(ours, theirs)
+
+
 def test_the_spectrum_is_that_of_the_reconstruction(pretrained, photos, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(

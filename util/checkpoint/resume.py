@@ -60,6 +60,9 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
             if "progress" not in content:
                 raise ValueError(f"{path} holds weights, not a run")
         except ValueError as error:
+            if run.resume != "auto" and "holds weights" in str(error):
+                mains = "" if "checkpoint" in run.args else " of main_finetune.py or main_linprobe.py"
+                raise ValueError(f"--resume {error}; to start from them use --checkpoint{mains}") from error
             damaged.append(path)
             run.log.info(f"warning: {error}; trying the checkpoint before it")
             continue

@@ -45,6 +45,10 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
             f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
         )
     world = init_world(args.device, args.amp, args.timeout_minutes)
+    if weights.source != "pixmim" and world.is_main:
+        print(
+            f"--checkpoint {args.checkpoint}: the order of its {count} classes is assumed to be that of the sorted folder names"
+        )
     model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)
     interpolation = val_interpolation(vars(args).get("probe_as") or weights.args.get("probe_as"))
     loader = eval_loader(args, world, val, eval_transform(args.input_size, args.crop_pct, interpolation))

@@ -12,7 +12,7 @@ from util.args import channel_statistics
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
-from util.formats.keys import to_timm
+from util.formats.keys import join_names, to_timm
 from util.formats.read import read_weights, weights_file
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
@@ -37,7 +37,7 @@ def read_architecture(
         found: dict[str, Any] = {"input_size": (224, 224), "in_chans": 3}
         weights, file = None, args.checkpoint
     else:
-        weights, file = read_weights(args.checkpoint), str(weights_file(args.checkpoint))
+        weights, file = read_file(args), str(weights_file(args.checkpoint))
         found = {name: getattr(weights, name) for name in flags}
         if weights.model:
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
@@ -47,6 +47,16 @@ def read_architecture(
     args = Namespace(**vars(args) | filled | {"checkpoint": file})
     args.mean, args.std = channel_statistics(args.in_chans, args.mean, args.std)
     return args, weights
+
+
+def read_file(args: Namespace) -> Weights:
+    """Weights of --checkpoint; ValueError if --patch_size or --in_chans contradicts them."""
+    weights = read_weights(args.checkpoint, args.input_size, getattr(args, "use_ema", False))
+    for flag in ("patch_size", "in_chans"):
+        asked, has = getattr(args, flag), getattr(weights, flag)
+        if weights.family and asked not in (None, has):
+            raise ValueError(f"--{flag} {asked}: --checkpoint {args.checkpoint} has {has}; leave --{flag} out")
+    return weights
 
 
 def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
@@ -70,11 +80,6 @@ def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
     if heads and expected and heads != expected:
         raise ValueError(f"{where} has {heads} attention heads, --model {args.model or model} {expected}")
     return model
-
-
-def _join(names: set[str]) -> str:
-    """The first three names and the number of the remaining ones."""
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | None, **options) -> Encoder:
@@ -103,7 +108,7 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
     }
     if any(problems.values()):
         kind = weights.family or "custom encoder"
-        what = "; ".join(f"{problem}: {_join(names)}" for problem, names in problems.items() if names)
+        what = "; ".join(f"{problem}: {join_names(sorted(names))}" for problem, names in problems.items() if names)
         raise ValueError(f"--checkpoint {args.checkpoint}, a {kind}, does not fit --model {args.model}: {what}")
     kept = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(own | kept)

@@ -54,7 +54,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
         "num_classes": weights.num_classes,
         "num_features": weights.embed_dim,
         "global_pool": options.get("global_pool", "token"),
-        "model_args": options,
+        "model_args": {key: x for key, x in options.items() if key != "num_classes"},  # transformers passes its own
         "pretrained_cfg": {
             "num_classes": weights.num_classes,
             "input_size": [weights.in_chans, *size],

@@ -21,6 +21,7 @@ from util.formats.keys import (
     find_misshaped,
     from_hf,
     from_mmseg,
+    join_names,
     rename,
     tensor_sizes,
 )
@@ -34,6 +35,9 @@ SETTING = re.compile(
     r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b"
 )  # in a config of mmengine
 OUR_NAMES = {"mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss", "decoder_num_heads": "decoder_heads"}
+WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")  # DistributedDataParallel, torch.compile, Lightning
+PATCHES = re.compile(r"((?:(?:module|_orig_mod|model|backbone|encoder|vit)\.)+)patch_embed1?\.proj\.weight")
+EMA = {"model": "model_ema", "state_dict": "state_dict_ema"}  # facebookresearch/mae's forks, timm
 COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of keys.RULES, by source; others: "mae"
 
 
@@ -200,39 +204,100 @@ def _detect_source(box: dict, state: State) -> tuple[str, State]:
     return "mae" if "model" in box or "mask_token" in state else "timm", state
 
 
-def read_weights(path: str | os.PathLike) -> Weights:
+def _report(path: Path, text: str) -> None:
+    """Print one line about a file, on the first rank only."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"{path}: {text}", flush=True)
+
+
+def _select_state(path: Path, box: dict, use_ema: bool) -> dict:
+    """Tensors of a file: with use_ema those of its moving average; ValueError where there is none."""
+    found = {key: box[key] for pair in EMA.items() for key in pair if isinstance(box.get(key), dict)}
+    averages = [key for key in found if key in EMA.values()]
+    if use_ema and not averages:
+        raise ValueError(f"--use_ema: {path} has neither {' nor '.join(EMA.values())}; leave the flag out")
+    key = averages[0] if use_ema else next(iter(found), None)
+    if averages and (use_ema or len(found) > 1):
+        others = ", ".join(name for name in found if name != key)
+        _report(path, f"reads {key}" + (f", not {others}; --use_ema chooses the moving average" if not use_ema else ""))
+    return box if key is None else found[key]
+
+
+def _strip_prefixes(path: Path, state: State) -> tuple[State, list[str]]:
+    """(State without the prefixes of wrappers and training frameworks, description of the keys outside them)."""
+    prefix = ""
+    while (match := WRAPPER.match(next(iter(state)))) and all(key.startswith(match[0]) for key in state):
+        prefix += match[0]
+        state = {key.removeprefix(match[0]): value for key, value in state.items()}
+    marks = [match[1] for key in state if (match := PATCHES.fullmatch(key))]
+    mark = min(marks, key=len, default="") if "patch_embed.proj.weight" not in state else ""
+    others = [key for key in state if not key.startswith(mark)]
+    state = {key.removeprefix(mark): value for key, value in state.items() if key.startswith(mark)}
+    ignored = [f"{len(others)} keys outside {prefix}{mark} ({join_names(others)})"] if others else []
+    if re.sub(r"module\.|_orig_mod\.", "", prefix + mark):
+        _report(path, f"reads the keys below {prefix}{mark}" + "".join(f"; ignores {text}" for text in ignored))
+    return state, ignored
+
+
+def _with_size(path: Path, weights: Weights, asked: tuple[int, int] | None) -> Weights:
+    """Weights with the input size `asked` for if the file records none and has as many patches.
+
+    ValueError if another number of patches is asked for and the file may be a square or of the aspect of `asked`.
+    """
+    patch, count, square = weights.patch_size, weights.num_patches, weights.input_size
+    if not weights.family or asked is None or weights.size_recorded:
+        return weights
+    height, width = (side // patch for side in asked)
+    if height * width == count:
+        if square and square != asked:
+            _report(
+                path,
+                f"records no input size: read as {asked[0]} x {asked[1]} px, as asked, not {square[0]} x {square[1]}",
+            )
+        return weights.with_state(weights.state, input_size=[*asked])
+    scale = math.sqrt(count / max(1, height * width))
+    other = (round(height * scale) * patch, round(width * scale) * patch)
+    if height != width and square and square[0] == square[1] and other[0] * other[1] == count * patch**2:
+        how = "--to mae" if weights.family == "convvit" else "--folder, which records it"
+        raise ValueError(
+            f"--input_size {asked[0]} {asked[1]}: {path} records no input size, and its {count} patches may be "
+            f"{square[0]} x {square[1]} or {other[0]} x {other[1]} px; run util.convert with that --input_size and {how}"
+        )
+    return weights
+
+
+def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = None, use_ema: bool = False) -> Weights:
     """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, OpenMMLab, transformers or timm.
 
     `path` is a file, or a folder with config.json of transformers or timm. FileNotFoundError, or ValueError that names
-    the file, all unknown, missing and mis-shaped keys, and the remedy.
+    the file, unknown, missing and mis-shaped keys, and the remedy. A file that does not record the size of its input is
+    read with `input_size` if that has as many patches. use_ema: the moving average of the weights.
     """
     path = Path(path)
     content, about = _load_with_config(path)
     box = content if isinstance(content, dict) else {}
-    state = next((box[key] for key in ("model", "state_dict") if isinstance(box.get(key), dict)), box)
+    state = _select_state(path, box, use_ema)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
         raise ValueError(
             f'{path} holds {found[:200]}: expected a dict of named tensors, bare or under "model" or "state_dict"'
         )
-    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state, ignored = _strip_prefixes(path, state)
     args = _stated_args(box, state)
     source, state = _detect_source(box, state)
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
-    dropped += [key for key in state if DROPPED.fullmatch(key)]
+    dropped += ignored + [key for key in state if DROPPED.fullmatch(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
     if source != "pixmim" or family(state):  # own runs of custom encoders are checked by load_encoder
         state = _map_names(path, state, source)
     if about:
         args, unused = _config_args(path, about, state)
         dropped += unused
-    return Weights.from_state(state, args, source, dropped)
+    return _with_size(path, Weights.from_state(state, args, source, dropped), input_size)
 
 
 def _map_names(path: Path, state: State, source: str) -> State:
-    """State in facebookresearch/mae's names; ValueError lists each key and shape that does not match RULES."""
+    """State in facebookresearch/mae's names; ValueError names keys and shapes that do not match RULES."""
     column = COLUMNS.get(source, "mae")
     native: dict[str, str] = {}
     unknown = []
@@ -244,7 +309,7 @@ def _map_names(path: Path, state: State, source: str) -> State:
             native[name] = key
     if not native:
         raise ValueError(
-            f"{path}: none of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
+            f"{path}: none of its {len(state)} keys ({join_names([*state])}) is known: "
             "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain, mmsegmentation's backbone, transformers' or timm's ViT"
         )
     mapped = {name: state[key] for name, key in native.items()}
@@ -255,6 +320,6 @@ def _map_names(path: Path, state: State, source: str) -> State:
         "mis-shaped": [f"{native[name]} {error}" for name, error in find_misshaped(mapped, expected)],
     }
     if any(problems.values()):
-        lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+        lists = "; ".join(f"{what}: {join_names(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{path} (read as {source}) does not match util/formats/keys.py: {lists}")
     return mapped

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from util.args import resolve_defaults
 from util.formats.keys import State, family, tensor_sizes
 
@@ -38,6 +40,7 @@ class Weights:
     num_patches: int = 0
     class_token: bool = False
     input_size: tuple[int, int] | None = None  # (H, W) pixels
+    size_recorded: bool = False  # by the file; else input_size is read from the position embedding
     grid: tuple[int, int] | None = None  # (h, w) patches
     mean: Any = None
     std: Any = None
@@ -74,7 +77,13 @@ class Weights:
             facts.setdefault("lowpass_radius", 0)
         if family(state):
             facts |= {"decoder_dim": None, "decoder_depth": None, "decoder_heads": None} | tensor_sizes(state)
-            facts["input_size"] = _input_size(stated.get("input_size"), facts["patch_size"], facts["num_patches"])
+            patch, count = facts["patch_size"], facts["num_patches"]
+            size = _stated_size(stated.get("input_size"), patch, count)
+            grid = None if size else _guess_grid(state["pos_embed"][0, -count:])
+            facts |= {
+                "size_recorded": size is not None,
+                "input_size": (grid[0] * patch, grid[1] * patch) if grid else size,
+            }
             widths = facts["embed_dim"]
             width = widths[-1] if isinstance(widths, tuple) else widths
             facts["num_heads"] = stated.get("num_heads") or HEADS.get(width, max(1, width // 64))
@@ -112,11 +121,25 @@ class Weights:
 OWN = ("model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads")
 
 
-def _input_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:
-    """(H, W) as stated if it fits the position embedding, else a square that fits, else None."""
+def _stated_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:
+    """(H, W) as stated if it fits the position embedding, else None."""
     height, width = (stated * 2)[:2] if isinstance(stated, list | tuple) and stated else (stated, stated)
-    fits = isinstance(height, int) and isinstance(width, int)
-    if fits and (height // patch) * (width // patch) == num_patches:
-        return height, width
-    side = math.isqrt(num_patches)
-    return (side * patch, side * patch) if side**2 == num_patches else None
+    fits = isinstance(height, int) and isinstance(width, int) and (height // patch) * (width // patch) == num_patches
+    return (height, width) if fits else None
+
+
+def _guess_grid(embed: Tensor) -> tuple[int, int] | None:
+    """Grid of a square number of patches (L, D): that of a sin-cos position embedding, else a square; else None.
+
+    One half of a sin-cos embedding depends on the row alone, the other on the column alone, on its own grid only.
+    """
+    count, side = len(embed), math.isqrt(len(embed))
+    if side**2 != count:
+        return None
+    found = []
+    for height in (n for n in range(1, count + 1) if count % n == 0):
+        halves = embed.float().unflatten(0, (height, -1)).chunk(2, dim=2)
+        spread = [[(x.amax(dim) - x.amin(dim)).max() < 0.01 for dim in (0, 1)] for x in halves]
+        if (spread[0][0] and spread[1][1]) or (spread[0][1] and spread[1][0]):
+            found.append((height, count // height))
+    return found[0] if len(found) == 1 else (side, side)

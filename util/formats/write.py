@@ -108,8 +108,12 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif target == "onnx":
         save_onnx(path, weights, state)
     else:
-        wrapped, settings = {"model": state}, weights.settings
-        args = {"args": settings} if settings else {}  # as in a file of MAE
-        mm = {"state_dict": state, "meta": {}}
-        contents = {"mae": wrapped | args, "detectron2": wrapped, "mmpretrain": mm | args, "mmseg": mm}
+        sides = weights.input_size or ()
+        size = (
+            {"input_size": [*sides]} if len({*sides}) == 2 else {}
+        )  # every format but timm's states that it is no square
+        settings = weights.settings | size
+        args, size = ({"args": stated} if stated else {} for stated in (settings, size))  # as in a file of MAE
+        wrapped, mm = {"model": state}, {"state_dict": state, "meta": {}}
+        contents = {"mae": wrapped | args, "detectron2": wrapped | size, "mmpretrain": mm | args, "mmseg": mm | size}
         torch.save(contents.get(target, state), path)
