@@ -99,7 +99,7 @@ def main() -> None:
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):
-            result = knn(args, run.world, model.encoder, labelled)
+            result = knn(args, run.world, model.encoder, labelled, run=run)
             run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.info(f"epoch {done}  kNN {json.dumps(result)}")
     saver.close()
