@@ -66,6 +66,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def knn_sources(args: Namespace) -> tuple[Source, Source]:
+    """(train, val) of the kNN evaluation; ValueError that names --knn_every if they do not exist."""
+    folder = args.knn_path or args.data_path
+    try:
+        return labelled_sources(folder)
+    except (ValueError, OSError) as error:
+        needed = f"--knn_every {args.knn_every} needs {folder}/train/<class>/ and {folder}/val/<class>/"
+        raise ValueError(f"{needed} ({error}); use --knn_every 0, or --knn_path") from error
+
+
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, image source): data, model, optimiser, loss."""
     source = pretrain_source(args)
@@ -81,7 +91,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
 
 def main() -> None:
     args = resolve_defaults(get_parser().parse_args())
-    labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
+    labelled = knn_sources(args) if args.knn_every else None
     state, source = setup(args)
     run, model = state.run, state.model
     examples = load_batch(state.loader.dataset, [i * len(source) // 4 for i in range(4)], run.world.device)
@@ -101,7 +111,7 @@ def main() -> None:
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):
-            (result,) = knn(args, run.world, model.encoder, labelled, [knn_layer(None)])
+            (result,) = knn(args, run.world, model.encoder, labelled, [knn_layer(None)], run=run)
             layer = result.pop("knn_features")
             run.log.scalars({"epoch": done, "knn_features": layer, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.info(f"epoch {done}  kNN {layer} {json.dumps(result)}")

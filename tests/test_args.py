@@ -1,10 +1,11 @@
 """Command line: recipes, value ranges, help and one-line errors."""
 
 import importlib
+import re
 import shutil
 
 import pytest
-from conftest import DEVICE, PRETRAIN, call, ended, files, spawn
+from conftest import DEVICE, PRETRAIN, ROOT, call, ended, files, spawn
 
 import main_pretrain
 from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, run_main
@@ -185,6 +186,33 @@ def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, exi
         call("main_pretrain", *PRETRAIN, *sizes, *overwrite, "--output_dir", existing_run, *words.split())
     assert "\n" not in str(error.value)
     assert files(existing_run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--knn_every", "15"], r"--knn_every 15 .*{0}/train/.*--knn_every 0"),
+        (["--knn_every", "15", "--knn_path", "{0}/none"], r"--knn_every 15 .*{0}/none/train.*--knn_every 0"),
+    ],
+)
+def test_a_flat_folder_is_refused_by_the_flag_that_needs_classes(words, message, photos, tmp_path):
+    shutil.copytree(photos / "train" / "ant", tmp_path / "flat")
+    folder = str(tmp_path / "flat")
+    flags = [word.format(folder) for word in words]
+    with pytest.raises(ValueError, match=message.format(folder)) as error:
+        call("main_pretrain", *PRETRAIN, "--data_path", folder, "--output_dir", tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_the_recipe_for_own_photographs_trains_on_a_flat_folder(photos, tmp_path):
+    shutil.copytree(photos / "train" / "ant", tmp_path / "flat")
+    tiny = [*PRETRAIN, "--batch_size", 4, "--epochs", 1, "--lowpass_radius", 4, "--output_dir", tmp_path / "out"]
+    command = re.search(
+        r"main_pretrain\.py (@\S+) --data_path my_photos$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert command
+    lines = call("main_pretrain", command[1], "--data_path", tmp_path / "flat", *tiny)
+    assert lines[-1] == f"1 epochs finished: {tmp_path}/out/last.pth"
 
 
 INVALID_EVALUATIONS = {

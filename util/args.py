@@ -164,6 +164,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
     group.add_argument("--data_path", required=True, help=layout)
     group.add_argument("--num_workers", type=number(int, 0, 256),
                        help="data-loader workers per rank (default: the rank's share of the CPU cores, at most 16)")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
+                       help="unreadable image: stop = end the run; skip = training uses the next image, evaluation leaves "
+                            "it out; listed in OUTPUT_DIR/bad_images.txt, or printed if there is no OUTPUT_DIR")
     return group
 
 
@@ -187,9 +190,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group.add_argument("--output_dir", default=output_dir, help="folder for checkpoints and logs")
     group.add_argument("--resume", default="auto", metavar="auto|none|FILE",
                        help="auto = resume from OUTPUT_DIR/last.pth if it exists; none = start a new run; FILE = resume from this checkpoint")
-    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
-                       help="unreadable training image: stop = end the run; skip = use the next image and list it in "
-                            "OUTPUT_DIR/bad_images.txt. Evaluation always stops")
     group.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in OUTPUT_DIR")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile; the first step takes minutes")
     group.add_argument("--max_skipped", type=number(int, 0), default=10,

@@ -28,6 +28,7 @@ from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.dist import World
 
 RGB = Namespace(in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, timeout_minutes=1)
+SKIP = Namespace(**vars(RGB), on_bad_image="skip")
 
 
 def names(paths, folder: Path) -> list[str]:
@@ -230,7 +231,7 @@ def test_the_next_readable_image_and_its_label_replace_a_bad_one(tmp_path):
     class_folders(tmp_path / "train", {"a": 2, "b": 1}, seed=0)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
     source = labelled_source(str(tmp_path), "train")
-    samples = Samples(source, eval_transform((8, 8)), RGB, skip_bad=True)
+    samples = Samples(source, eval_transform((8, 8)), SKIP, replace_bad=True)
     batch = samples.__getitems__([(0, 0), (0, 1), (0, 2)])
     assert batch["index"].tolist() == [0, 2, 2]
     assert batch["label"].tolist() == [0, 1, 1]
@@ -239,7 +240,7 @@ def test_the_next_readable_image_and_its_label_replace_a_bad_one(tmp_path):
 
 def test_skipping_raises_if_no_image_is_readable(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
-    samples = Samples(image_folder(str(tmp_path)), eval_transform((8, 8)), RGB, skip_bad=True)
+    samples = Samples(image_folder(str(tmp_path)), eval_transform((8, 8)), SKIP, replace_bad=True)
     with pytest.raises(ValueError, match=r"0\.png "):
         next(iter(DevicePrefetcher([samples.__getitems__([(0, 0)])], CPU)))
 

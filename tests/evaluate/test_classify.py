@@ -421,7 +421,7 @@ def test_a_fine_tuned_classifier_scores_the_same_in_timm(tuned, photos):
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     source, args = labelled_sources(str(photos))[1], one_rank(folder).args
     score = Score(3, CPU)
-    for batch in DevicePrefetcher(eval_loader(args, ALONE, source, eval_transform((16, 16))), CPU):
+    for batch in eval_loader(args, ALONE, source, eval_transform((16, 16))):
         score.add(model(Normalize(args, CPU)(batch)).detach(), batch["label"])
     assert score.result(ALONE) == pytest.approx(last, abs=1e-4)
 

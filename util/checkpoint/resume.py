@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from, whether it belongs to this run, and loading it."""
 
-import fcntl
 import os
 import shutil
 from argparse import Namespace
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from util.args import resolve_defaults
 from util.checkpoint.state import FORMAT_1, read_checkpoint
-from util.files import link_atomic
+from util.files import link_atomic, lock_file
 from util.formats.keys import mae_names
 from util.run import Run, args_to_dict
 
@@ -132,12 +131,7 @@ def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optim
 def lock_folder(folder: Path) -> None:
     """Lock OUTPUT_DIR until this process ends; ValueError if another process holds the lock."""
     opened = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # stays open as long as the process lives
-    try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"--output_dir {folder}: another run is writing there; wait for it or stop it") from error
-    except OSError:  # a file system without locks
-        pass
+    lock_file(opened, f"--output_dir {folder}: another run is writing there; wait for it or stop it")
 
 
 def claim_folder(run: Run, path: Path | None) -> None:

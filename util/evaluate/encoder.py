@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from util.args import channel_statistics
 from util.data.batches import DevicePrefetcher
@@ -158,10 +157,12 @@ def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
     return {"before_norm": x if x.ndim == 2 else encoder.forward_head(x, pre_logits=True), "after_norm": after}
 
 
-def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, encode=features) -> Iterator:
+def encode_batches(
+    args: Namespace, world: World, encoder: Encoder, loader: DevicePrefetcher, encode=features
+) -> Iterator:
     """(float32 output of `encode(encoder, images)`, batch) for each batch of this rank."""
     normalize = Normalize(args, world.device)
-    for batch in DevicePrefetcher(loader, world.device):
+    for batch in loader:
         with torch.inference_mode(), autocast(args.amp, world.device):
             x = encode(encoder, normalize(batch))
         yield x.float(), batch

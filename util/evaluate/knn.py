@@ -6,19 +6,20 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from util.data.batches import eval_loader
+from util.data.batches import DevicePrefetcher, eval_loader
 from util.data.folders import Source
 from util.data.transforms import eval_transform
 from util.dist import World
 from util.evaluate.encoder import Encoder, encode_batches, features_around_norm
 from util.evaluate.scores import Score
+from util.meters import log_bad_images
+from util.run import Run
 
 
 @torch.inference_mode()
 def extract_features(
-    args: Namespace, world: World, encoder: Encoder, loader: DataLoader, layers: Sequence[str]
+    args: Namespace, world: World, encoder: Encoder, loader: DevicePrefetcher, layers: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """(Features (N, layers, D) of unit length in float32, labels (N,)) of this rank's samples, on the device."""
 
@@ -47,11 +48,12 @@ def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, num_classes: int, 
 
 def knn(
     args: Namespace, world: World, encoder: Encoder, sources: tuple[Source, Source], layers: Sequence[str],
-    k: int = 20, temperature: float = 0.07,
+    k: int = 20, temperature: float = 0.07, run: Run | None = None,
 ) -> list[dict]:  # fmt: skip
     """For each layer, "before_norm" or "after_norm", the accuracy on val of a vote of the nearest neighbours in train.
 
-    Keys: knn_features (the layer), acc1, acc5, mean_class_acc in percent, n.
+    Keys: knn_features (the layer), acc1, acc5, mean_class_acc in percent, n. Images left out (--on_bad_image skip) are counted as
+    `unreadable` and listed by `log_bad_images`.
     """
     training = encoder.training
     encoder.eval()
@@ -59,8 +61,11 @@ def knn(
     loaders = [eval_loader(args, world, source, transform) for source in sources]
     (train, labels), (queries, truth) = (extract_features(args, world, encoder, loader, layers) for loader in loaders)
     encoder.train(training)
+    bad = log_bad_images(world, loaders, run)
     shares = world.gather((train.cpu(), labels.cpu()))
     train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
+    if not len(train) or not any(world.gather(len(queries))):
+        raise ValueError(f"--data_path {getattr(args, 'knn_path', None) or args.data_path}: no image can be read")
     num_classes = len(sources[0].classes)
     results = []
     for n, layer in enumerate(layers):
@@ -70,5 +75,5 @@ def knn(
             score.add(knn_votes(train[:, n], labels, chunk, num_classes, k, temperature), targets)
         result = score.result(world)
         result.pop("loss")  # votes are not logits
-        results.append({"knn_features": layer, **result})
+        results.append({"knn_features": layer, **result, **bad})
     return results

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,11 +110,8 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
         save_onnx(path, weights, state)
     else:
         sides = weights.input_size or ()
-        size = (
-            {"input_size": [*sides]} if len({*sides}) == 2 else {}
-        )  # every format but timm's states that it is no square
-        settings = weights.settings | size
-        args, size = ({"args": stated} if stated else {} for stated in (settings, size))  # as in a file of MAE
-        wrapped, mm = {"model": state}, {"state_dict": state, "meta": {}}
-        contents = {"mae": wrapped | args, "detectron2": wrapped | size, "mmpretrain": mm | args, "mmseg": mm | size}
-        torch.save(contents.get(target, state), path)
+        shape: dict[str, Any] = {"input_size": [*sides]} if len({*sides}) == 2 else {}  # else a square is assumed
+        extra = {target: shape, "mae": weights.settings | shape, "mmpretrain": weights.settings | shape}[target]
+        box = {"model": state} if target in ("mae", "detectron2") else {"state_dict": state, "meta": {}}
+        args = {"args": extra} if extra else {}  # as in files of MAE
+        torch.save(state if target == "timm" else box | args, path)
