@@ -1,8 +1,11 @@
 """Command line: recipes, value ranges, help and one-line errors."""
 
+import errno
 import importlib
 import re
 import shutil
+import sys
+from argparse import Namespace
 
 import pytest
 from conftest import DEVICE, PRETRAIN, ROOT, call, ended, files, spawn
@@ -362,3 +365,79 @@ def test_pixmim_debug_prints_the_traceback_of_a_main(tmp_path):
     status, _, err = ended(debug)
     assert status == 1
     assert err.startswith("Traceback")
+
+
+def test_recipes_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--model" in expand(["@recipes/demo.args"])
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo.args").write_text("--epochs 3")  # one of the current folder has priority
+    assert expand(["@recipes/demo.args"]) == ["--epochs", "3"]
+
+
+def test_a_byte_order_mark_of_a_recipe_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.args").write_text("--epochs 3", encoding="utf-8-sig")
+    assert expand(["@a.args"]) == ["--epochs", "3"]
+    (tmp_path / "b.args").write_text("--epochs 3", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"b\.args is not a valid recipe"):
+        expand(["@b.args"])
+
+
+def test_a_recipe_that_includes_itself_through_another_path_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.args").write_text("@sub/../a.args")
+    with pytest.raises(ValueError, match="includes itself"):
+        expand(["@a.args"])
+
+
+SCRIPT = "import sys, {first}; import main_pretrain; from util.args import run_main; run_main(main_pretrain.main)"
+
+
+def run_after(first: str, *words) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr of main_pretrain after these statements."""
+    return ended(spawn("-c", SCRIPT.format(first=first), *PRETRAIN, "--batch_size", 8, "--epochs", 1, *words))
+
+
+@pytest.mark.parametrize(("number", "name"), [(1, "stdout"), (2, "stderr")])
+def test_a_closed_output_does_not_end_a_run_and_nothing_else_gets_its_number(number, name, photos, tmp_path):
+    first = f"os; os.close({number}); sys.{name} = None"
+    status, out, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--warmup_epochs", 0)
+    assert status == 0, err
+    assert (tmp_path / "last.pth").exists()
+    assert ("1 epochs finished" in out) == (name == "stderr")
+
+
+def test_too_few_open_files_are_refused_before_loader_workers_hang(photos, tmp_path):
+    first = "resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))"
+    status, _, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--num_workers", 2)
+    assert status == 1
+    assert "at most 24 open files" in err.splitlines()[-1]
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error."),
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: unable to allocate"
+        ),
+    ],
+)
+def test_errors_of_a_small_shared_memory_name_it(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("util.args.exit_after_save", lambda: sys.exit(1))
+    for free, named in ((2**20, True), (2**33, False)):
+        monkeypatch.setattr(
+            "util.args.shutil.disk_usage", lambda path, free=free: Namespace(total=free, used=0, free=free)
+        )
+        with pytest.raises(SystemExit) as ending:
+            run_main(fail)
+        message = f"{ending.value.code} {capsys.readouterr().err}"
+        assert ("/dev/shm has 1.0 of 1.0 MiB free" in message) == named
+        assert "Caught" not in message

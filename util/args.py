@@ -1,9 +1,12 @@
 """The command line: recipes, the flags that the scripts share, and errors as one line."""
 
 import argparse
+import errno
 import os
 import re
+import resource
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -17,10 +20,13 @@ METHOD = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+ROOT = Path(__file__).parents[1]
+
+
 def expand(words: list[str], folder: Path = Path(), parents: tuple[Path, ...] = ()) -> list[str]:
     """Words with every @FILE replaced by the words in that recipe.
 
-    In a recipe `#` starts a comment, and @FILE is relative to the recipe. ValueError for a missing, unreadable or
+    A recipe that the current folder lacks is looked up in this repository. In it `#` starts a comment, and @FILE is relative to it. ValueError for a missing, unreadable or
     recursive recipe.
     """
     expanded = []
@@ -29,17 +35,19 @@ def expand(words: list[str], folder: Path = Path(), parents: tuple[Path, ...] = 
             expanded.append(word)
             continue
         recipe = folder / word[1:]
+        if not recipe.is_file() and not parents:
+            recipe = ROOT / word[1:]  # a recipe of this repository, from any folder
         if not recipe.is_file():
             raise ValueError(f"{word}: recipe {recipe} not found; `ls recipes` lists the recipes of this repository")
-        if recipe in parents:
+        if recipe.resolve() in parents:
             raise ValueError(f"{recipe} includes itself; remove one @{recipe.name}")
         try:
-            inside = shlex.split(recipe.read_text(), comments=True)
+            inside = shlex.split(recipe.read_text(encoding="utf-8-sig"), comments=True)
         except ValueError as error:  # unbalanced quotes, or not UTF-8
             raise ValueError(
                 f"{recipe} is not a valid recipe: {error}; expected flags as on the command line"
             ) from error
-        expanded += expand(inside, recipe.parent, (*parents, recipe))
+        expanded += expand(inside, recipe.parent, (*parents, recipe.resolve()))
     return expanded
 
 
@@ -268,6 +276,7 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
+MIN_OPEN_FILES = 256
 LOADER_ERROR = re.compile(r"DataLoader (worker|timed out)")
 MEMORY_ERROR = re.compile("out of memory|can't allocate memory")
 RANK_ERROR = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
@@ -281,10 +290,12 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
         remedy = "reduce --batch_size or --input_size, or pre-train with --grad_checkpointing"
         return f"{reason or 'out of memory'}; {remedy}"
     if LOADER_ERROR.search(reason):
-        return (
-            f"a data-loader worker died or timed out: {reason}; run the same command again to resume, with fewer "
-            "--num_workers if memory was short"
+        if reason.startswith("Caught "):  # the traceback of the worker, whose last line is the cause
+            reason = str(error).splitlines()[-1][:160]
+        remedy = shared_memory_hint(error) or (
+            "; run the same command again to resume, with fewer --num_workers if memory was short"
         )
+        return f"a data-loader worker died or timed out: {reason}{remedy}"
     if ("RANK" in os.environ or "SLURM_PROCID" in os.environ) and RANK_ERROR.search(str(error)):
         return f"another rank died or did not answer within --timeout_minutes; see its output ({reason})"
     return None
@@ -300,17 +311,54 @@ def exit_after_save() -> None:
     os._exit(1)
 
 
+def shared_memory_hint(error: Exception) -> str:
+    """The remedy if loader workers fail because /dev/shm, by which they pass images, is small; else empty."""
+    without_file = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
+    if not (without_file or LOADER_ERROR.search(str(error))) or not os.path.isdir("/dev/shm"):
+        return ""
+    usage = shutil.disk_usage("/dev/shm")
+    if usage.free > 2**26:
+        return ""
+    return (
+        f": /dev/shm has {usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB free; use --num_workers 0, or enlarge it "
+        "(docker run --shm-size=8g or --ipc=host)"
+    )
+
+
+def prepare_process() -> None:
+    """Open closed standard streams on /dev/null, and refuse a limit of open files with which loader workers hang."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would get this number, and the output
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r+", closefd=False))  # noqa: SIM115  open until the process ends
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < MIN_OPEN_FILES <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_OPEN_FILES, hard))
+    elif soft < MIN_OPEN_FILES:
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: error: at most {hard} open files are allowed; raise it to {MIN_OPEN_FILES}: ulimit -n"
+        )
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main. Errors that the user can fix become one line and exit status 1.
 
     PIXMIM_DEBUG=1 shows the traceback instead.
     """
+    prepare_process()
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        message = explain_error(error) if isinstance(error, RuntimeError | MemoryError) else str(error)
+        message = (
+            explain_error(error)
+            if isinstance(error, RuntimeError | MemoryError)
+            else str(error) + shared_memory_hint(error)
+        )
         if os.environ.get("PIXMIM_DEBUG") or message is None:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""

@@ -62,8 +62,9 @@ class Log:
 
     def scalars(self, record: dict) -> None:
         """Write one object to log.jsonl, and its numbers to TensorBoard at step 1000 x epoch."""
-        if self.active:
-            self.pending += "" if record in self.evaluations else format_line(record)
+        repeated = any(old["epoch"] == record["epoch"] and old.keys() == record.keys() for old in self.evaluations)
+        if self.active and not repeated:
+            self.pending += format_line(record)
             self.write_pending()
             self.add_to_board(record)
 
