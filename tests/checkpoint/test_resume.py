@@ -179,11 +179,11 @@ def after_step(self, progress):
         while not os.path.exists(self.run.folder / "last.pth"):  # the first save may outlast the steps
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-def knn(*args, real=main_pretrain.knn):
+def knn(*args, real=main_pretrain.knn, **options):
     calls.append("knn")
     if where == "knn" and calls.count("knn") == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
+    return real(*args, **options)
 Saver.after_step, main_pretrain.knn = after_step, knn
 main_pretrain.main()
 """
