@@ -11,7 +11,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -85,16 +85,24 @@ def list_members(tars: Tars) -> list[str]:
     return names
 
 
-def hash_names(names: list[str]) -> str:
-    """SHA-256 of the names, by which a continued call checks its images."""
-    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+def hash_names(names: list[str]) -> Any:
+    """SHA-256 of names, by which a continued call checks its images; `update` it with `join_names` of more names."""
+    return hashlib.sha256(join_names(names))
+
+
+def join_names(names: list[str]) -> bytes:
+    return "".join(f"{name}\0" for name in names).encode(errors="surrogateescape")
 
 
 def read_partial(side: Path, size: int, names: list[str], key: dict) -> dict:
     """What an interrupted call has done, from PATH.partial.json; {"done": 0, ...} if there is none that fits."""
     if side.exists():
         state = json.loads(side.read_text())
-        if state["key"] == key and state["names"] == hash_names(names[: state["done"]]) and state["size"] <= size:
+        if (
+            state["key"] == key
+            and state["names"] == hash_names(names[: state["done"]]).hexdigest()
+            and state["size"] <= size
+        ):
             print(f"continues after {state['done']} of {len(names)} images", file=sys.stderr)
             return state
         print(f"{side} is of other flags or images: starting from the first image", file=sys.stderr)
@@ -117,6 +125,7 @@ def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], 
         lock_file(file.fileno(), f"--output {path}: another process is writing it")
         state = read_partial(side, partial.stat().st_size, names, key)
         file.truncate(state["size"])
+        digest = hash_names(names[: state["done"]])
         seconds = 0.5 if sys.stderr.isatty() else 30
         with tqdm(total=len(names), initial=state["done"], unit="image", mininterval=seconds, file=sys.stderr) as bar:
             for rows, used, done in encode(state["done"]):
@@ -128,7 +137,8 @@ def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], 
                 file.flush()
                 os.fsync(file.fileno())
                 state["unreadable"] += sorted({*range(state["done"], done)} - {*used})
-                state |= {"done": done, "names": hash_names(names[:done]), "size": file.tell()}
+                digest.update(join_names(names[state["done"] : done]))
+                state |= {"done": done, "names": digest.hexdigest(), "size": file.tell()}
                 write_atomic(side, json.dumps(state).encode())
                 bar.update(done - bar.n)
             if state["row"] is None:

@@ -25,6 +25,7 @@ from util.args import (
     resolve_defaults,
     run_main,
 )
+from util.checkpoint.resume import Progress
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
 from util.data.folders import Source
@@ -100,7 +101,7 @@ def main() -> None:
     progress = saver.resume()
     for line in check_examples(model, images, args):
         run.log.info(line)
-    loss_check = LossCheck(run, model, images, noise) if run.world.is_main else None
+    loss_check = LossCheck(run, model, images, noise, progress == Progress(0, 0)) if run.world.is_main else None
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)

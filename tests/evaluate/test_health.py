@@ -165,3 +165,25 @@ def test_a_resumed_run_does_not_repeat_its_warning(photos, tmp_path, monkeypatch
     assert sum("lower --blr 30" in line for line in said) == 1
     shares = [record["share_of_constant"] for record in records(tmp_path, "share_of_constant")]
     assert len(shares) == 5  # before training and after each epoch
+
+
+def test_a_run_of_an_earlier_version_resumes_without_the_early_losses(photos, tmp_path, monkeypatch):
+    words = [
+        *PRETRAIN,
+        "--data_path",
+        photos,
+        "--batch_size",
+        8,
+        "--image_every",
+        0,
+        "--warmup_epochs",
+        0,
+        "--epochs",
+        3,
+    ]
+    ending = partial(call, "main_pretrain", *words, "--output_dir", tmp_path)
+    assert interrupted(monkeypatch, 2, ending) == 75  # in the second epoch
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(x for x in log.read_text().splitlines(keepends=True) if "share_of_constant" not in x))
+    ending()
+    assert [record["epoch"] for record in records(tmp_path, "share_of_constant")] == [2, 3]

@@ -100,30 +100,32 @@ def explain_loss(shares: Sequence[float], lr: float, steps: int, warmup_epochs: 
 
 
 class LossCheck:
-    """Logs the loss of the example images after each epoch, and warns once if the model is no better than a constant."""
+    """Logs the loss of the example images after each epoch, and warns once for each cause why nothing is learned."""
 
-    def __init__(self, run: Run, model: Any, images: Tensor, noise: Tensor):
+    def __init__(self, run: Run, model: Any, images: Tensor, noise: Tensor, starts: bool):
+        """`starts`: the run begins, so that the model is untrained."""
         self.run, self.model, self.examples = run, model, (images, noise)
-        self.shares = [record[SHARE] for record in read_records(run.log.path) if SHARE in record]
-        if not self.shares:
+        self.shares = {record["epoch"]: record[SHARE] for record in read_records(run.log.path) if SHARE in record}
+        if starts and 0 not in self.shares:
             self.add(0)
 
     def add(self, epoch: int) -> None:
         """Log the loss of the example images after this many epochs."""
         loss, constant = compare_with_constant(self.model, *self.examples)
-        self.shares.append(loss / max(constant, 1e-12))
-        self.run.log.scalars({"epoch": epoch, "example_loss": loss, SHARE: self.shares[-1]})
+        self.shares[epoch] = loss / max(constant, 1e-12)
+        self.run.log.scalars({"epoch": epoch, "example_loss": loss, SHARE: self.shares[epoch]})
 
     def after_epoch(self, epoch: int, steps: int) -> None:
-        """Log the loss after this epoch of `steps` updates; warn if nothing is learned, once for each cause."""
-        if len(self.shares) <= epoch:
+        """Log the loss after this epoch of `steps` updates, and warn if nothing is learned for a new cause."""
+        if epoch not in self.shares:
             self.add(epoch)
-        args, log = self.run.args, self.run.log
+        args, now = self.run.args, self.shares[epoch]
+        known = [self.shares.get(n, now) for n in range(epoch + 1)]  # a run of an earlier version has no early values
         schedule = self.run.lr, steps, args.warmup_epochs, args.epochs
-        causes = [explain_loss(self.shares[:n], *schedule) for n in range(1, epoch + 2)]
-        if (cause := causes.pop()) and cause not in causes:
+        *earlier, cause = (explain_loss(known[:n], *schedule) for n in range(1, epoch + 2))
+        if cause and cause not in earlier:
             remedy = REMEDIES[cause].format(rate=f"--blr {args.blr:g} (peak learning rate {self.run.lr:.3g})")
-            log.info(
-                f"warning: the loss of the example images is {self.shares[epoch]:.3f} of that of a constant prediction after "
-                f"{epoch * steps} updates, {remedy}. See docs/healthy_run.md"
+            self.run.log.info(
+                f"warning: the loss of the example images is {now:.3f} of that of a constant prediction after {epoch * steps} "
+                f"updates; {remedy}. See docs/healthy_run.md"
             )
