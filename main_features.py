@@ -4,14 +4,17 @@ One vector per image, the class token or the mean of the patch tokens, or with -
 """
 
 import argparse
+import hashlib
 import json
 import os
+import sys
 import tarfile
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from models import ENCODERS, build_encoder
 from util.args import (
@@ -32,6 +35,12 @@ from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import encode_batches, features, load_encoder, patch_features, pooling, read_architecture
 from util.evaluate.scores import print_result
+from util.files import lock_file, write_atomic
+from util.meters import log_bad_images
+from util.run import args_to_dict, hash_file
+
+# Flags that a continued call may change: they do not affect the features.
+FREE = {"output", "data_path", "checkpoint", "num_workers", "batch_size", "device", "timeout_minutes", "on_bad_image"}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -42,7 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
     add_device_arguments(parser)
     add = parser.add_argument_group("features").add_argument
     add("--output", required=True, metavar="FILE.npy|FILE.safetensors",
-        help="file to write: float32 (N, D), with --maps (N, D, h, w); names of the images in FILE.json or the metadata")  # fmt: skip
+        help="file to write: float32 (N, D), with --maps (N, D, h, w); names of the images in FILE.json or the metadata. "
+             "An unreadable image (--on_bad_image skip) has neither row nor name. After an interruption the same command continues")  # fmt: skip
     add("--maps", action="store_true", help="write the features of each patch instead of one vector per image")
     add("--batch_size", type=number(int, 1), default=256, help="images per forward pass")
     parser.set_defaults(amp="off")
@@ -75,39 +85,92 @@ def list_members(tars: Tars) -> list[str]:
     return names
 
 
-def write_features(path: Path, rows: Iterator[np.ndarray], names: list[str], metadata: dict) -> tuple[int, ...]:
-    """Write the features and their names; returns the shape. An error leaves no file.
+def hash_names(names: list[str]) -> Any:
+    """SHA-256 of names, by which a continued call checks its images; `update` it with `join_names` of more names."""
+    return hashlib.sha256(join_names(names))
 
-    A .npy is written batch by batch, a .safetensors is collected in memory.
+
+def join_names(names: list[str]) -> bytes:
+    return "".join(f"{name}\0" for name in names).encode(errors="surrogateescape")
+
+
+def read_partial(side: Path, size: int, names: list[str], key: dict) -> dict:
+    """What an interrupted call has done, from PATH.partial.json; {"done": 0, ...} if there is none that fits."""
+    if side.exists():
+        state = json.loads(side.read_text())
+        if (
+            state["key"] == key
+            and state["names"] == hash_names(names[: state["done"]]).hexdigest()
+            and state["size"] <= size
+        ):
+            print(f"continues after {state['done']} of {len(names)} images", file=sys.stderr)
+            return state
+        print(f"{side} is of other flags or images: starting from the first image", file=sys.stderr)
+    return {"key": key, "done": 0, "unreadable": [], "size": 0, "row": None}
+
+
+def write_header(file: BinaryIO, shape: list[int]) -> None:
+    """Write the header of a float32 .npy. NumPy pads it: the number of rows does not change its length."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
+
+
+def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], key: dict) -> list[int]:
+    """Write all rows to PATH.partial, a .npy, after those of an interrupted call; returns the unreadable images.
+
+    `encode(first)` yields (rows, their images, number of images done). PATH.partial.json describes what is written.
+    """
+    partial, side = (path.with_name(f"{path.name}.partial{suffix}") for suffix in ("", ".json"))
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        lock_file(file.fileno(), f"--output {path}: another process is writing it")
+        state = read_partial(side, partial.stat().st_size, names, key)
+        file.truncate(state["size"])
+        digest = hash_names(names[: state["done"]])
+        seconds = 0.5 if sys.stderr.isatty() else 30
+        with tqdm(total=len(names), initial=state["done"], unit="image", mininterval=seconds, file=sys.stderr) as bar:
+            for rows, used, done in encode(state["done"]):
+                if state["row"] is None:
+                    state["row"] = rows.shape[1:]
+                    write_header(file, [0, *state["row"]])
+                file.seek(0, os.SEEK_END)
+                file.write(rows.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                state["unreadable"] += sorted({*range(state["done"], done)} - {*used})
+                digest.update(join_names(names[state["done"] : done]))
+                state |= {"done": done, "names": digest.hexdigest(), "size": file.tell()}
+                write_atomic(side, json.dumps(state).encode())
+                bar.update(done - bar.n)
+            if state["row"] is None:
+                raise ValueError("--data_path: no image can be read")
+            bar.update(len(names) - bar.n)
+        unreadable = [*state["unreadable"], *range(state["done"], len(names))]
+        write_header(file, [len(names) - len(unreadable), *state["row"]])
+    return unreadable
+
+
+def write_features(path: Path, encode: Callable[[int], Iterator], names: list[str], key: dict, metadata: dict) -> dict:
+    """Write the features and their names, from where an interrupted call of the same flags ended.
+
+    Returns the shape, and the number of unreadable images if there are any; these have neither a row nor a name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".npy":
-            shape = write_rows(temporary, rows, len(names))
-            path.with_suffix(".json").write_text(json.dumps(metadata | {"files": names}, indent=1) + "\n")
-        else:
-            from safetensors.numpy import save_file  # a dependency of timm; only this format needs it
+    partial, side = (path.with_name(f"{path.name}.partial{suffix}") for suffix in ("", ".json"))
+    unreadable = set(write_rows(path, encode, names, key))
+    left_out = {"unreadable": [names[i] for i in sorted(unreadable)]} if unreadable else {}
+    lists = {"files": [name for i, name in enumerate(names) if i not in unreadable]} | left_out
+    whole = np.load(partial, mmap_mode="r")
+    if path.suffix == ".npy":
+        write_atomic(path.with_suffix(".json"), (json.dumps(metadata | lists, indent=1) + "\n").encode())
+        os.replace(partial, path)
+    else:
+        from safetensors.numpy import save  # a dependency of timm; only this format needs it
 
-            whole = np.concatenate([*rows])
-            shape = whole.shape
-            save_file({"features": whole}, temporary, metadata=metadata | {"files": json.dumps(names)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return shape
-
-
-def write_rows(path: Path, rows: Iterator[np.ndarray], count: int) -> tuple[int, ...]:
-    """Write batches of rows to a .npy with `count` rows; returns its shape."""
-    first = next(rows)
-    array = np.lib.format.open_memmap(path, "w+", np.float32, (count, *first.shape[1:]))
-    done = 0
-    for batch in chain([first], rows):
-        array[done : done + len(batch)] = batch
-        done += len(batch)
-    array.flush()
-    return array.shape
+        texts = {name: json.dumps(listed) for name, listed in lists.items()}
+        write_atomic(path, save({"features": np.asarray(whole)}, metadata=metadata | texts))
+        partial.unlink()
+    side.unlink()
+    return {"shape": whole.shape} | ({"unreadable": len(unreadable)} if unreadable else {})
 
 
 def main() -> None:
@@ -122,12 +185,20 @@ def main() -> None:
         raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
     source, names = find_images(args.data_path)
-    loader = eval_loader(args, world, source, eval_transform(args.input_size))
-    batches = encode_batches(args, world, encoder, loader, patch_features if args.maps else features)
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
     metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
-    shape = write_features(output, (x.cpu().numpy() for x, _ in batches), names, metadata)
-    print_result(world, {"output": str(output), "shape": shape})
+
+    def encode(first: int) -> Iterator[tuple[np.ndarray, list[int], int]]:
+        loader = eval_loader(args, world, source, eval_transform(args.input_size, args.crop_pct), first)
+        rows = 0
+        for x, batch in encode_batches(args, world, encoder, loader, patch_features if args.maps else features):
+            rows += len(x)
+            yield x.cpu().numpy(), batch["index"].tolist(), first + rows + len(loader.bad)
+        log_bad_images(world, [loader])
+
+    key = {name: value for name, value in args_to_dict(args).items() if name not in FREE}
+    found = write_features(output, encode, names, key | {"weights": hash_file(args.checkpoint)}, metadata)
+    print_result(world, {"output": str(output)} | found)
     world.close()
 
 

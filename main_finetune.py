@@ -125,7 +125,7 @@ def main() -> None:
         return
     state, val = setup(args)
     run, args, model = state.run, state.run.args, state.model
-    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size))
+    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, args.crop_pct))
     saver = Saver(state)
     progress = saver.resume()
 

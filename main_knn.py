@@ -16,9 +16,11 @@ from util.args import (
 from util.data.sources import labelled_sources
 from util.data.subset import select_training_images
 from util.dist import init_world
-from util.evaluate.encoder import load_encoder, pooling, read_architecture
+from util.evaluate.encoder import knn_layer, load_encoder, pooling, read_architecture
 from util.evaluate.knn import knn
 from util.evaluate.scores import print_result
+
+LAYERS = ("before_norm", "after_norm")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -30,6 +32,9 @@ def get_parser() -> argparse.ArgumentParser:
     add_device_arguments(parser)
     add = parser.add_argument_group("kNN").add_argument
     add("--batch_size", type=number(int, 1), default=256, help="images per rank and forward pass")
+    add("--knn_features", choices=["auto", *LAYERS], default="auto",
+        help="features before or after the encoder's final norm; auto = after_norm for classifiers, else before_norm. Both are printed, "
+             "the chosen one last")  # fmt: skip
     add("--k", type=number(int, 1), default=20, help="number of neighbours that vote")
     add(
         "--temperature",
@@ -45,8 +50,11 @@ def main() -> None:
     world = init_world(args.device, args.amp, args.timeout_minutes)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device)
     train, val = labelled_sources(args.data_path)
-    train = select_training_images(train, args)
-    print_result(world, knn(args, world, encoder, (train, val), args.k, args.temperature))
+    sources, chosen = (select_training_images(train, args), val), knn_layer(weights, args.knn_features)
+    other = next(layer for layer in LAYERS if layer != chosen)
+    results = knn(args, world, encoder, sources, (other, chosen), args.k, args.temperature)
+    print_result(world, results[0])
+    print_result(world, {**results[1], f"acc1_{other}": results[0]["acc1"]})  # the last line is the result
     world.close()
 
 

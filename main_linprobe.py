@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from timm.optim import Lars
-from torchvision import transforms as T
 
 from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
@@ -20,12 +19,11 @@ from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources
 from util.data.subset import select_training_images, write_list
-from util.data.transforms import T_MODES, Normalize, eval_transform
-from util.evaluate.classifier import evaluate_classifier, save_classifier
+from util.data.transforms import Normalize, eval_transform, probe_transform
+from util.evaluate.classifier import evaluate_classifier, save_classifier, val_interpolation
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
 from util.evaluate.probes import Probe
 from util.evaluate.scores import print_result, validate
-from util.rng import SeededTransform
 from util.run import Run, start_run
 
 
@@ -36,20 +34,28 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--probe_as",
         choices=["mae", "mmselfsup"],
-        default="mae",
-        help="protocol: facebookresearch/mae's, or mmselfsup's (LARS also adapts the bias; val is resized bilinearly)",
+        help="protocol: facebookresearch/mae's, or mmselfsup's, where LARS also adapts the bias and val is resized bilinearly "
+        "(default: mae; with --eval as the classifier was trained)",
     )
     return parser
 
 
 def build_lars(model: Probe, run: Run) -> Lars:
-    """LARS as in facebookresearch/mae: momentum SGD without adaptation for biases (mmselfsup adapts them as well)."""
-    groups = []
+    """LARS of facebookresearch/mae, with neither weight decay nor trust ratio for biases, or the release's with both."""
+    release, decay, groups = run.args.probe_as == "mmselfsup", run.args.weight_decay, []
     for head, blr in zip(model.heads, run.args.blr, strict=True):
         scale = blr / (max(run.args.blr) or 1.0)
         groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
-        groups.append({"params": [head.bias], "always_adapt": run.args.probe_as == "mmselfsup", "lr_scale": scale})
-    return Lars(groups, run.lr, momentum=0.9, weight_decay=run.args.weight_decay, trust_coeff=0.001)
+        groups.append({"params": [head.bias], "always_adapt": release, "lr_scale": scale})
+    optimizer = Lars(groups, run.lr, momentum=0.9, weight_decay=decay if release else 0, trust_coeff=0.001)
+    if decay and not release:
+        # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
+        def add_decay(*_) -> None:
+            for head in model.heads:
+                head.weight.grad.add_(head.weight.detach(), alpha=decay)
+
+        optimizer.register_step_pre_hook(add_decay)
+    return optimizer
 
 
 def probe_loss(normalize: Normalize) -> LossFn:
@@ -63,14 +69,9 @@ def probe_loss(normalize: Normalize) -> LossFn:
     return loss
 
 
-def val_interpolation(args: Namespace) -> str:
-    """Interpolation of validation images under --probe_as."""
-    return "bilinear" if args.probe_as == "mmselfsup" else "bicubic"
-
-
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, validation images): data, frozen encoder with heads, optimiser, loss."""
-    args, weights = read_architecture(args, ENCODERS)
+    args, weights = read_architecture(Namespace(**vars(args) | {"probe_as": args.probe_as or "mae"}), ENCODERS)
     train, val = labelled_sources(args.data_path)
     train = select_training_images(train, args)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
@@ -78,8 +79,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     if run.world.is_main:
         write_list(run.folder, train, args.data_path)
     model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
-    crop = SeededTransform(T.RandomResizedCrop(args.input_size, interpolation=T_MODES["bicubic"]))
-    loader = train_loader(run, train, crop, flip=True)
+    loader = train_loader(run, train, probe_transform(args.input_size), flip=True)
     loss_fn = probe_loss(Normalize(args, run.world.device))
     return prepare_training(run, model, build_lars(model, run), loss_fn, loader), val
 
@@ -87,11 +87,13 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
 def main() -> None:
     args = get_parser().parse_args()
     if args.eval:
-        evaluate_classifier(*read_architecture(args, ENCODERS), build_encoder, val_interpolation(args))
+        evaluate_classifier(*read_architecture(args, ENCODERS), build_encoder)
         return
     state, val = setup(args)
     run, args, model = state.run, state.run.args, state.model
-    val_loader = eval_loader(args, run.world, val, eval_transform(args.input_size, val_interpolation(args)))
+    val_loader = eval_loader(
+        args, run.world, val, eval_transform(args.input_size, args.crop_pct, val_interpolation(args.probe_as))
+    )
     saver = Saver(state)
     progress = saver.resume()
 

@@ -34,8 +34,8 @@ from util.data.batches import load_batch, train_loader
 from util.data.folders import Source
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
-from util.evaluate.encoder import MODEL_FLAGS, read_architecture
-from util.evaluate.health import check_examples, check_loss, compare_with_constant
+from util.evaluate.encoder import MODEL_FLAGS, knn_layer, read_architecture
+from util.evaluate.health import LossCheck, check_examples, compare_with_constant
 from util.evaluate.knn import knn
 from util.formats.initial import initial_state
 from util.formats.keys import mae_names
@@ -85,6 +85,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def knn_sources(args: Namespace) -> tuple[Source, Source]:
+    """(train, val) of the kNN evaluation; ValueError that names --knn_every if they do not exist."""
+    folder = args.knn_path or args.data_path
+    try:
+        return labelled_sources(folder)
+    except (ValueError, OSError) as error:
+        needed = f"--knn_every {args.knn_every} needs {folder}/train/<class>/ and {folder}/val/<class>/"
+        raise ValueError(f"{needed} ({error}); use --knn_every 0, or --knn_path") from error
+
+
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, image source): data, model, optimiser, loss."""
     args, weights = (
@@ -129,7 +139,7 @@ def compare_with_untrained(state: TrainState, images: Tensor, noise: Tensor) -> 
 
 def main() -> None:
     args = get_parser().parse_args()
-    labelled = labelled_sources(args.knn_path or args.data_path) if args.knn_every else None
+    labelled = knn_sources(args) if args.knn_every else None
     state, source = setup(args)
     run, args, model = state.run, state.run.args, state.model
     examples = load_batch(state.loader.dataset, [i * len(source) // 4 for i in range(4)], run.world.device)
@@ -140,19 +150,21 @@ def main() -> None:
         run.log.info(compare_with_untrained(state, images, noise))
     for line in check_examples(model, images, args):
         run.log.info(line)
+    loss_check = LossCheck(run, model, images, noise, progress == Progress(0, 0)) if run.world.is_main else None
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)
         saver.after_epoch(progress)
         done = epoch + 1
-        if run.world.is_main and (warning := check_loss(done, model, images, noise, args)):
-            run.log.info(warning)
+        if loss_check:
+            loss_check.after_epoch(done, saver.steps)
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):
-            result = knn(args, run.world, model.encoder, labelled)
-            run.log.scalars({"epoch": done, **{f"knn_{k}": v for k, v in result.items()}})
-            run.log.info(f"epoch {done}  kNN {json.dumps(result)}")
+            (result,) = knn(args, run.world, model.encoder, labelled, [knn_layer(None)], run=run)
+            layer = result.pop("knn_features")
+            run.log.scalars({"epoch": done, "knn_features": layer, **{f"knn_{k}": v for k, v in result.items()}})
+            run.log.info(f"epoch {done}  kNN {layer} {json.dumps(result)}")
     saver.close()
     run.log.info(f"{args.epochs} epochs finished: {run.folder / 'last.pth'}")
     run.close()

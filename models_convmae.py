@@ -97,8 +97,8 @@ class ConvViT(nn.Module):
     """ConvMAE's encoder with the parameter names of Alpha-VL/ConvMAE. It has no class token.
 
     `embed_dim` and `depth` are those of the two convolution stages and the ViT. Pooling follows that repository: mean of
-    the patches, then `fc_norm`, learned if `global_pool` is "avg" (a classifier), else without parameters. `norm` is
-    used for the fused output of pre-training only.
+    the patches, then `fc_norm`, learned if `global_pool` is "avg" (a classifier), else without parameters; the option
+    `fc_norm` decides otherwise. `norm` is used for the fused output of pre-training only.
     """
 
     num_prefix_tokens = 0
@@ -124,8 +124,8 @@ class ConvViT(nn.Module):
             raise ValueError(
                 f"an input size of {img_size[0]} x {img_size[1]} is not a multiple of the patch size {patch_size}"
             )
-        if global_pool == "token":
-            raise ValueError("--pool token: ConvMAE has no class token; use --pool mean")
+        if global_pool not in ("", "avg"):
+            raise ValueError(f"--pool {global_pool}: ConvMAE has only the mean of the patches; use --pool mean")
         dim1, dim2, dim = embed_dim
         self.embed_dim, self.in_chans, self.patch = dim, in_chans, patch_size
         self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
@@ -142,7 +142,7 @@ class ConvViT(nn.Module):
         self.blocks3 = nn.Sequential(*(transformer_block(dim, num_heads, rate) for rate in drop3))
         self.stage1_output_decode = Merge(dim1, dim, 4)
         self.stage2_output_decode = Merge(dim2, dim, 2)
-        learned = global_pool == "avg" and fc_norm is not False
+        learned = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = nn.Identity() if learned else norm_layer(dim)
         self.fc_norm = norm_layer(dim, elementwise_affine=learned)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()

@@ -161,7 +161,8 @@ def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> No
     for name, m in module.named_modules():
         if isinstance(m, nn.Linear) or name == projection:
             nn.init.xavier_uniform_(m.weight.data.flatten(1))
-            nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     for name, p in module.named_parameters():
         if name in ("cls_token", "mask_token"):
             nn.init.normal_(p, std=0.02)
@@ -174,13 +175,28 @@ def transformer_block(dim: int, heads: int, drop_path: float = 0.0) -> Block:
 
 
 class MaskedViT(VisionTransformer):
-    """timm's VisionTransformer with the same state dict, MAE's initialisation and the method `encode`."""
+    """timm's VisionTransformer with the same state dict, MAE's initialisation and the method `encode`.
+
+    ValueError for the options of timm that `encode` would ignore, such as register tokens.
+    """
 
     pretraining_only: tuple[str, ...] = ()
+    supported = (  # options of timm; a subclass whose `encode` uses others adds them
+        "img_size", "patch_size", "in_chans", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
+        "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "final_norm", "fc_norm",
+        "pool_include_prefix", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "norm_layer",
+        "act_layer", "block_fn", "mlp_layer",
+    )  # fmt: skip
 
-    def __init__(self, num_classes: int = 0, **kwargs):
-        super().__init__(num_classes=num_classes, weight_init="skip", attn_layer=ShortAttention, **kwargs)
+    def __init__(self, num_classes: int = 0, **options):
+        if ignored := [f"{name}={value}" for name, value in options.items() if name not in self.supported]:
+            raise ValueError(
+                f"{type(self).__name__} does not support {', '.join(ignored)}: `encode` would ignore it; omit it"
+            )
+        super().__init__(num_classes=num_classes, weight_init="skip", attn_layer=ShortAttention, **options)
         size = self.patch_embed.img_size
+        if len({*self.patch_embed.patch_size}) > 1:
+            raise ValueError(f"patch_size {self.patch_embed.patch_size}: patches must be square")
         if any(side % self.patch for side in size):
             raise ValueError(f"an input size of {size[0]} x {size[1]} is not a multiple of the patch size {self.patch}")
         init_like_mae(self)
@@ -197,6 +213,10 @@ class MaskedViT(VisionTransformer):
 
     def embed_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches, before the first block."""
+        if images.shape[-2:] != self.patch_embed.img_size:
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])} px do not fit an encoder for {self.patch_embed.img_size} px"
+            )
         proj = self.patch_embed.proj
         x = take(patchify(images, self.patch), mask.keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
@@ -316,11 +336,11 @@ class ShortAttention(Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         explicit = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[1] <= 256
-        if not explicit or attn_mask is not None or is_causal:
+        if not explicit or self.gate is not None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask, is_causal)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = self.attn_drop((self.q_norm(q) * self.scale @ self.k_norm(k).mT).softmax(dim=-1))
-        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(self.norm((weights @ v).transpose(1, 2).flatten(2))))
 
 
 # -------------------------------------------------------------------------------------------------------------- models

@@ -29,6 +29,7 @@ from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
 from util.formats.keys import pixmim_names
+from util.formats.resize import resize_weights
 from util.formats.weights import Weights
 from util.plots.features import draw_attention, draw_components
 from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
@@ -44,6 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
         help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --pca, --masks "
              "and --filter work; none = an untrained --model")
+    parser.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
     parser.add_argument("--count", type=number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
@@ -59,7 +61,8 @@ def get_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, ENCODERS)
     group = add_method_arguments(parser, **dict.fromkeys(METHOD))
     group.description = (
-        "None = as in --checkpoint. A checkpoint without these settings is read as MAE, with decoder heads 32 wide."
+        "None = as in --checkpoint. A checkpoint without these settings is read as MAE with --norm_pix_loss, with decoder "
+        "heads 32 wide."
     )
     add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False)
@@ -87,6 +90,8 @@ def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
             raise ValueError(
                 f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; name them with --fuse_layers"
             )
+    if weights.family and weights.grid not in (None, model.encoder.grid):
+        weights = resize_weights(weights, args.input_size)
     try:
         model.load_state_dict(pixmim_names(weights.state))
     except RuntimeError as error:
@@ -95,6 +100,18 @@ def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
             f"--checkpoint {args.checkpoint} does not fit --model {args.model} with --input_size {args.input_size} and "
             f"these --decoder_* flags: {differs[:200]}"
         ) from error
+
+
+def print_assumptions(args: Namespace) -> None:
+    """Print one line if neither --checkpoint nor a flag states the loss or the mask ratio that the picture shows."""
+    assumed = {"mask_ratio": f"--mask_ratio {METHOD['mask_ratio']}"}
+    if not args.masks:
+        assumed["norm_pix_loss"] = (
+            "--norm_pix_loss as mae_pretrain_*_full; raw pixels, as mae_visualize_*, need --no-norm_pix_loss"
+        )
+    if missing := [name for name in assumed if getattr(args, name) is None]:
+        values = ", ".join(assumed[name] for name in missing)
+        print(f"{args.checkpoint} does not state {' and '.join(missing)}; assumed: {values}")
 
 
 def scale_to_pixels(batch: dict) -> Tensor:
@@ -151,11 +168,15 @@ def main() -> None:
             f"--checkpoint {args.checkpoint} has no decoder: the reconstruction and --spectrum need a pre-training checkpoint "
             "with one; --attention, --pca, --masks and --filter do not"
         )
+    if weights and not of_encoder and args.filter is None:
+        print_assumptions(args)
     unset = {name: value for name, value in METHOD.items() if getattr(args, name) is None}
     args = resolve_defaults(Namespace(**vars(args) | unset))
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
-    batch = load_batch(Samples(source, eval_transform(args.input_size), args), range(len(source)), device)
+    batch = load_batch(
+        Samples(source, eval_transform(args.input_size, args.crop_pct), args), range(len(source)), device
+    )
     if args.filter is not None:
         pixels = draw_filter_radii(args, scale_to_pixels(batch))
     else:

@@ -264,6 +264,10 @@ def tensorboard_values(folder: Path) -> dict:
             Path(ordered, f"{i:04d}.tfevents").symlink_to(path.absolute())
         shown = EventAccumulator(ordered, size_guidance={"images": 0, "scalars": 0}).Reload()
     tags = shown.Tags()
+    for read, names in ((shown.Scalars, tags["scalars"]), (shown.Images, tags["images"])):
+        for name in names:
+            steps = [event.step for event in read(name)]
+            assert len(steps) == len({*steps}), f"TensorBoard shows a point of {name} twice"
     scalars = {(t, e.step): e.value for t in tags["scalars"] if t not in TIMING_FIELDS for e in shown.Scalars(t)}
     return scalars | {(t, e.step): e.encoded_image_string for t in tags["images"] for e in shown.Images(t)}
 

@@ -1,10 +1,14 @@
 """Command line: recipes, value ranges, help and one-line errors."""
 
+import errno
 import importlib
+import re
 import shutil
+import sys
+from argparse import Namespace
 
 import pytest
-from conftest import DEVICE, PRETRAIN, call, ended, files, spawn
+from conftest import DEVICE, PRETRAIN, ROOT, call, ended, files, spawn
 
 import main_pretrain
 from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, resolve_defaults, run_main
@@ -187,9 +191,36 @@ def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, exi
     assert files(existing_run) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--knn_every", "15"], r"--knn_every 15 .*{0}/train/.*--knn_every 0"),
+        (["--knn_every", "15", "--knn_path", "{0}/none"], r"--knn_every 15 .*{0}/none/train.*--knn_every 0"),
+    ],
+)
+def test_a_flat_folder_is_refused_by_the_flag_that_needs_classes(words, message, photos, tmp_path):
+    shutil.copytree(photos / "train" / "ant", tmp_path / "flat")
+    folder = str(tmp_path / "flat")
+    flags = [word.format(folder) for word in words]
+    with pytest.raises(ValueError, match=message.format(folder)) as error:
+        call("main_pretrain", *PRETRAIN, "--data_path", folder, "--output_dir", tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_the_recipe_for_own_photographs_trains_on_a_flat_folder(photos, tmp_path):
+    shutil.copytree(photos / "train" / "ant", tmp_path / "flat")
+    tiny = [*PRETRAIN, "--batch_size", 4, "--epochs", 1, "--lowpass_radius", 4, "--output_dir", tmp_path / "out"]
+    command = re.search(
+        r"main_pretrain\.py (@\S+) --data_path my_photos$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert command
+    lines = call("main_pretrain", command[1], "--data_path", tmp_path / "flat", *tiny)
+    assert lines[-1] == f"1 epochs finished: {tmp_path}/out/last.pth"
+
+
 INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
-    "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--model vit_pico: .*patch_embed.proj.weight",
+    "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--in_chans 1: .*last.pth has 3",
     "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
     "main_finetune --model vit_base": "--model vit_base: .*of another shape",
     "main_finetune --aa none-such": "--aa none-such",
@@ -334,3 +365,79 @@ def test_pixmim_debug_prints_the_traceback_of_a_main(tmp_path):
     status, _, err = ended(debug)
     assert status == 1
     assert err.startswith("Traceback")
+
+
+def test_recipes_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--model" in expand(["@recipes/demo.args"])
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo.args").write_text("--epochs 3")  # one of the current folder has priority
+    assert expand(["@recipes/demo.args"]) == ["--epochs", "3"]
+
+
+def test_a_byte_order_mark_of_a_recipe_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.args").write_text("--epochs 3", encoding="utf-8-sig")
+    assert expand(["@a.args"]) == ["--epochs", "3"]
+    (tmp_path / "b.args").write_text("--epochs 3", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"b\.args is not a valid recipe"):
+        expand(["@b.args"])
+
+
+def test_a_recipe_that_includes_itself_through_another_path_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.args").write_text("@sub/../a.args")
+    with pytest.raises(ValueError, match="includes itself"):
+        expand(["@a.args"])
+
+
+SCRIPT = "import sys, {first}; import main_pretrain; from util.args import run_main; run_main(main_pretrain.main)"
+
+
+def run_after(first: str, *words) -> tuple[int | None, str, str]:
+    """Exit status, stdout and stderr of main_pretrain after these statements."""
+    return ended(spawn("-c", SCRIPT.format(first=first), *PRETRAIN, "--batch_size", 8, "--epochs", 1, *words))
+
+
+@pytest.mark.parametrize(("number", "name"), [(1, "stdout"), (2, "stderr")])
+def test_a_closed_output_does_not_end_a_run_and_nothing_else_gets_its_number(number, name, photos, tmp_path):
+    first = f"os; os.close({number}); sys.{name} = None"
+    status, out, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--warmup_epochs", 0)
+    assert status == 0, err
+    assert (tmp_path / "last.pth").exists()
+    assert ("1 epochs finished" in out) == (name == "stderr")
+
+
+def test_too_few_open_files_are_refused_before_loader_workers_hang(photos, tmp_path):
+    first = "resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))"
+    status, _, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--num_workers", 2)
+    assert status == 1
+    assert "at most 24 open files" in err.splitlines()[-1]
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error."),
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: unable to allocate"
+        ),
+    ],
+)
+def test_errors_of_a_small_shared_memory_name_it(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("util.args.exit_after_save", lambda: sys.exit(1))
+    for free, named in ((2**20, True), (2**33, False)):
+        monkeypatch.setattr(
+            "util.args.shutil.disk_usage", lambda path, free=free: Namespace(total=free, used=0, free=free)
+        )
+        with pytest.raises(SystemExit) as ending:
+            run_main(fail)
+        message = f"{ending.value.code} {capsys.readouterr().err}"
+        assert ("/dev/shm has 1.0 of 1.0 MiB free" in message) == named
+        assert "Caught" not in message

@@ -212,10 +212,17 @@ def test_loss_is_the_mean_over_removed_patches():
     [
         ({"patch_size": 6, "img_size": (24, 24)}, "--patch_size 6"),
         ({"img_size": (24, 30), "patch_size": 8}, "24 x 30 .*patch size 8"),
-        ({"img_size": (32, 32), "global_pool": "token"}, "--pool mean"),
+        ({"img_size": (32, 32), "global_pool": "token"}, "--pool token: .*--pool mean"),
+        ({"img_size": (32, 32), "global_pool": "max"}, "--pool max: .*--pool mean"),
     ],
-    ids=["patch_size", "img_size", "global_pool"],
+    ids=["patch_size", "img_size", "class token", "another pooling"],
 )
 def test_invalid_sizes_and_pooling_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ConvViT(**options)
+
+
+@pytest.mark.parametrize(("global_pool", "fc_norm"), [("", True), ("", False), ("avg", True), ("avg", False)])
+def test_fc_norm_selects_a_learned_norm_with_and_without_pooling(global_pool, fc_norm):
+    encoder = small_encoder(global_pool=global_pool, fc_norm=fc_norm)
+    assert ("fc_norm.weight" in encoder.state_dict(), "norm.weight" in encoder.state_dict()) == (fc_norm, not fc_norm)

@@ -1,15 +1,19 @@
-"""SimpleResizedCrop compared with torchvision's transforms."""
+"""SimpleResizedCrop compared with torchvision's transforms, the crop of the probe with written-out draws."""
 
+import math
 from argparse import Namespace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from conftest import smooth
+from conftest import DEVICE, MODEL, one_rank, smooth
 from torchvision import transforms as T
 
+import main_linprobe
 from util.crop import SimpleResizedCrop, crop_window, resize_to_cover
+from util.data.transforms import clamped_window
+from util.rng import CROP, generator
 
 SIZES = ((70, 50), (50, 70), (45, 45), (32, 32), (20, 13))  # width, height
 
@@ -80,3 +84,34 @@ def test_all_bands_get_the_same_crop():
 def test_refuses_a_crop_too_small_to_reflect():
     with pytest.raises(ValueError, match="crop of 4 x 9 "):
         SimpleResizedCrop((4, 9))
+
+
+@pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
+def test_the_probe_crops_by_one_clamped_draw(probe_as, photos, tmp_path):
+    words = ["--checkpoint", "none", "--data_path", photos, "--probe_as", probe_as, "--batch_size", 8, *MODEL, *DEVICE]
+    args = main_linprobe.get_parser().parse_args([*map(str, words)])
+    state, _ = main_linprobe.setup(args, lambda args: one_rank(tmp_path, **vars(args)))
+    for index, (width, height) in enumerate([(50, 37), (80, 30), (30, 80), (2, 2)] * 5):
+        image = smooth(np.random.default_rng(index), width, height)
+        torch.manual_seed(int(generator(0, CROP, 1, index).bit_generator.random_raw()))
+        area, aspect, top, left = torch.rand(4, dtype=torch.float64).tolist()
+        area = (0.08 + (1 - 0.08) * area) * width * height
+        aspect = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * aspect)
+        w, h = min(round(math.sqrt(area * aspect)), width), min(round(math.sqrt(area / aspect)), height)
+        w, h = max(w, 1), max(h, 1)  # of 2 x 2 pixels
+        top, left = math.floor(top * (height - h + 1)), math.floor(left * (width - w + 1))
+        expected = image.crop((left, top, left + w, top + h)).resize((16, 16), resample=3)  # bicubic
+        cropped = state.loader.dataset.transform([image], generator(0, CROP, 1, index))
+        assert np.array_equal(cropped, np.asarray(expected))
+
+
+@pytest.mark.parametrize(("width", "height", "area", "full"), [(500, 375, 0.518, 0.256), (800, 300, 0.414, None)])
+def test_probe_crops_are_as_large_as_those_of_mae(width, height, area, full):
+    windows = np.array([clamped_window(width, height, u) for u in np.random.default_rng(0).random((20000, 4))])
+    tops, lefts, heights, widths = windows.T
+    assert (heights * widths).mean() / (width * height) == pytest.approx(area, abs=0.006)  # three standard errors
+    assert min(tops.min(), lefts.min()) == 0
+    assert (tops + heights).max() == height
+    assert (lefts + widths).max() == width
+    if full:
+        assert (heights == height).mean() == pytest.approx(full, abs=0.01)

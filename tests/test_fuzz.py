@@ -177,7 +177,7 @@ RANGES = {
     (float, 0, 0.99): "drop_path",
     (float, 0, 1): "mask_ratio reprob smoothing",
     (float, 0, MAXIMUM): "blr cutmix lowpass_radius min_lr mixup save_minutes warmup_epochs weight_decay",
-    (float, 0.01, 1): "layer_decay",
+    (float, 0.01, 1): "crop_pct layer_decay",
     (float, 1e-3, 10**5): "timeout_minutes",
     (float, 1e-3, MAXIMUM): "temperature",
     (float, 1e-6, MAXIMUM): "std",

@@ -231,16 +231,17 @@ def reference(host: str, state: dict, size: tuple[int, int], grid: tuple[int, in
     return model.eval()
 
 
-def pool_features(model: Encoder, images: Tensor, pool: str | None) -> Tensor:
-    """Features of images, by definition."""
+def pool_features(model: Encoder, images: Tensor, pool: str | None) -> list[Tensor]:
+    """Features of images after and before the final norm, by definition."""
     if isinstance(model, ConvViT):
-        return F.layer_norm(model.stages(images, None)[2].mean(1), (48,), eps=1e-6)
-    tokens = model.forward_features(images)
-    return tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
+        mean = model.stages(images, None)[2].mean(1)
+        return [F.layer_norm(mean, (48,), eps=1e-6), mean]
+    before = model.blocks(model._pos_embed(model.patch_embed(images)))
+    return [x[:, 1:].mean(1) if pool == "mean" else x[:, 0] for x in (model.norm(before), before)]
 
 
-def knn_features(monkeypatch, checkpoint, photos, *words) -> Tensor:
-    """Features of train/ and val/, of unit length, that main_knn compares."""
+def knn_features(monkeypatch, checkpoint, photos, *words) -> list[Tensor]:
+    """Features of train/ and val/, of unit length, that main_knn compares: after and before the final norm."""
     seen, real = [], knn_votes
 
     def votes(train, labels, queries, *rest):
@@ -249,8 +250,7 @@ def knn_features(monkeypatch, checkpoint, photos, *words) -> Tensor:
 
     monkeypatch.setattr("util.evaluate.knn.knn_votes", votes)
     knn(checkpoint, photos, *words)
-    (features,) = seen
-    return features
+    return seen
 
 
 def normalised_photos(photos, size: tuple[int, int]) -> Tensor:
@@ -274,16 +274,20 @@ def test_knn_features_equal_the_reference_at_any_input_size(host, pool, size, tr
     found = knn_features(monkeypatch, trained(host) / "last.pth", photos, *words)
     height, width = args.input_size
     model = reference(host, state, size or args.input_size, (height // 8, width // 8))
-    expected = F.normalize(pool_features(model, normalised_photos(photos, size or args.input_size), pool), dim=1)
-    assert_close(found, expected.detach(), rtol=0, atol=1e-5)
-    assert torch.pdist(found).min() > 1e-3  # 100 times the tolerance: images differ
+    expected = pool_features(model, normalised_photos(photos, size or args.input_size), pool)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, F.normalize(theirs, dim=1).detach(), rtol=0, atol=1e-5)
+        assert torch.pdist(ours).min() > 1e-3  # 100 times the tolerance: images differ
+    assert (found[0] - found[1]).abs().max() > 1e-3
 
 
 @every_host
 def test_knn_accuracy_in_the_run_equals_that_of_its_checkpoint(host, trained, photos):
     (during,) = records(trained(host), "knn_acc1")
     after = knn(trained(host) / "last.pth", photos)
-    assert during == {"epoch": 2} | {f"knn_{name}": value for name, value in after.items()}
+    assert after.pop("knn_features") == "before_norm"
+    after.pop("acc1_after_norm")
+    assert during == {"epoch": 2, "knn_features": "before_norm"} | {f"knn_{name}": x for name, x in after.items()}
 
 
 def probe(folder, photos, checkpoint, *words) -> dict:
@@ -319,7 +323,7 @@ def test_a_probe_of_a_probe_keeps_its_pooling(trained, photos, tmp_path):
     [
         ("convvit", "--model vit_pico", "convvit.*--model vit_pico: missing: .* and .* more; unknown: "),
         ("lsmae", "--model convvit_pico", "vit.*--model convvit_pico: missing: "),
-        ("lsmae", "--patch_size 16 --input_size 32", "of another shape: patch_embed.proj.weight"),
+        ("lsmae", "--patch_size 16 --input_size 32", "--patch_size 16: .* has 8"),
         ("convvit", "--model vit_pico --input_size 48 48", "convvit.*--model vit_pico"),
     ],
 )
@@ -552,8 +556,8 @@ def test_a_custom_encoder_requires_no_conversion_rule(photos, tmp_path, monkeypa
     checkpoint = whole / "last.pth"
     found = knn_features(monkeypatch, checkpoint, photos, "--input_size", 24, 16)
     model = reference("scaled_vit", state, (24, 16), (2, 2))
-    expected = F.normalize(pool_features(model, normalised_photos(photos, (24, 16)), None), dim=1)
-    assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+    for ours, theirs in zip(found, pool_features(model, normalised_photos(photos, (24, 16)), None), strict=True):
+        assert_close(ours, F.normalize(theirs, dim=1).detach(), rtol=0, atol=1e-5)
 
     last = tune(tmp_path / "tuned", photos, checkpoint, "--epochs", 1)
     classifier = tmp_path / "tuned" / "classifier.pth"

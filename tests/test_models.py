@@ -1,14 +1,17 @@
 """Properties of models_pixmim.py. test_reference.py compares it with the reference implementation."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.layers import GluMlp, PatchEmbed, RmsNorm
+from timm.models.vision_transformer import Attention, ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from models_mff import MFFViT
 from models_pixmim import (
     ENCODERS,
     LowPass,
@@ -78,6 +81,15 @@ def test_attention_with_a_mask_equals_timms():
         assert not torch.equal(attention(x, mask), attention(x))
 
 
+@pytest.mark.parametrize("option", ["qk_norm", "scale_norm", "gated"])
+def test_attention_with_an_option_of_timm_equals_timms(option):
+    attention = perturb(ShortAttention(24, 3, norm_layer=nn.LayerNorm, **{option: True}))
+    attention.fused_attn = False
+    x = torch.randn(2, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(x), Attention.forward(attention, x))
+
+
 def scribble(images: Tensor, mask, patch: int = 8, grid=(4, 6)) -> Tensor:
     """Copy of the images with other pixels in every removed patch."""
     patches = patchify(images, patch)
@@ -106,12 +118,65 @@ def test_removed_pixels_do_not_reach_the_prediction():
     assert torch.equal(prediction, model(scribble(images, mask), noise)[1])
 
 
+def test_encode_refuses_images_of_another_size_as_timm_does():
+    encoder = small_encoder()
+    mask = mask_from_noise(torch.rand(1, 24), 0.75, encoder.grid)
+    with pytest.raises(ValueError, match=r"\(48, 32\).*\(32, 48\)"):
+        encoder.encode(torch.zeros(1, 3, 48, 32), mask)
+
+
 @pytest.mark.parametrize(("in_chans", "img_size"), [(3, (32, 48)), (1, (32, 32)), (5, (48, 16))])
 def test_mask_ratio_0_gives_the_features_of_timm(in_chans, img_size):
     encoder, images = small_encoder(img_size, in_chans=in_chans), torch.randn(2, in_chans, *img_size)
     in_order = torch.arange(encoder.patch_embed.num_patches).float().expand(2, -1)
     mask = mask_from_noise(in_order, 0.0, encoder.grid)
     assert_close(encoder.encode(images, mask), encoder.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+OPTIONS = {  # every parameter of timm's VisionTransformer -> values that are not its default
+    "img_size": [(32, 32)], "patch_size": [4, (8, 4)], "in_chans": [5], "num_classes": [7], "global_pool": ["avg", "map"],
+    "embed_dim": [12], "depth": [3], "num_heads": [2], "mlp_ratio": [2.0], "qkv_bias": [False], "qk_norm": [True],
+    "scale_attn_norm": [True], "scale_mlp_norm": [True], "proj_bias": [False], "init_values": [0.1],
+    "class_token": [False], "pos_embed": ["none"], "no_embed_class": [True], "reg_tokens": [3], "pre_norm": [True],
+    "final_norm": [False], "fc_norm": [True], "pool_include_prefix": [True], "dynamic_img_size": [True],
+    "dynamic_img_pad": [True], "drop_rate": [0.5], "pos_drop_rate": [0.5], "patch_drop_rate": [0.5],
+    "proj_drop_rate": [0.5], "attn_drop_rate": [0.5], "drop_path_rate": [0.5], "weight_init": ["jax"],
+    "fix_init": [True], "embed_layer": [partial(PatchEmbed, bias=False)], "embed_norm_layer": [nn.LayerNorm],
+    "norm_layer": [RmsNorm], "act_layer": [nn.ReLU], "block_fn": [ParallelScalingBlock],
+    "mlp_layer": [partial(GluMlp, gate_last=False)], "attn_layer": [partial(Attention, gated=True)],
+    "device": ["cpu"], "dtype": [torch.float64],
+}  # fmt: skip
+
+
+def test_the_options_tested_below_are_all_of_timm():
+    assert OPTIONS.keys() == signature(VisionTransformer).parameters.keys()
+
+
+@pytest.mark.parametrize("host", [MaskedViT, MFFViT])
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OPTIONS.items() for value in values])
+def test_each_option_of_timm_gives_its_features_in_training_or_is_refused(host, name, value):
+    """`encode` of all patches equals timm's forward_features, dropout included, in float32 and in bf16."""
+    options = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | {name: value}
+    try:
+        ours = perturb(host(**options))
+    except ValueError as error:
+        assert name in str(error)  # noqa: PT017 - most options are accepted
+        return
+    if host is MFFViT:
+        ours.proj_weights.data = torch.full_like(ours.proj_weights, -1e4).index_fill(0, torch.tensor(-1), 1.0)
+    theirs = VisionTransformer(**{"num_classes": 0} | options)
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k.split(".")[0] not in host.pretraining_only})
+    images = torch.randn(4, ours.in_chans, *ours.patch_embed.img_size, dtype=ours.cls_token.dtype)
+    mask = mask_from_noise(torch.arange(ours.patch_embed.num_patches).float().expand(4, -1), 0.0, ours.grid)
+    for amp, atol in ((False, 1e-5), (True, 1e-2)):  # bf16: up to 2e-4 seen
+        features = []
+        for attention in (m for m in theirs.modules() if isinstance(m, Attention)):
+            attention.fused_attn = not amp  # as ours, so that dropout draws the same numbers
+        for forward in (lambda: ours.encode(images, mask), lambda: theirs.forward_features(images)):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                features.append(forward())
+        assert_close(*features, rtol=0, atol=atol, check_dtype=False)
 
 
 def test_encoder_loads_strictly_into_timm_and_gives_its_features():

@@ -16,40 +16,50 @@ from util.lr_sched import set_lr
 
 
 class SlowLARS:
-    """util/lars.py of facebookresearch/mae for one weight and bias; `adapt_bias` as in the release of PixMIM."""
+    """LARS for one weight and bias: of facebookresearch/mae (util/lars.py), or of the release of PixMIM (mmselfsup 1.0.0).
 
-    def __init__(self, weight, bias, adapt_bias: bool):
-        self.parameters = [(weight, True), (bias, adapt_bias)]
+    MAE leaves 1-d parameters alone; its trust ratio has the norm of gradient and decay together. The release adapts and
+    decays the bias too, and adds the two norms.
+    """
+
+    def __init__(self, weight, bias, release: bool, decay: float):
+        self.parameters, self.release, self.decay = [weight, bias], release, decay
         self.momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
 
     def step(self, gradients, lr: float) -> None:
-        for (p, adapt), momentum, gradient in zip(self.parameters, self.momenta, gradients, strict=True):
+        for p, momentum, gradient in zip(self.parameters, self.momenta, gradients, strict=True):
             update = gradient
-            if adapt and p.norm() > 0 and update.norm() > 0:
-                update = update * (0.001 * p.norm() / update.norm())
+            if p.ndim > 1 or self.release:
+                update = gradient + self.decay * p
+                norm = gradient.norm() + self.decay * p.norm() if self.release else update.norm()
+                both = gradient.norm() > 0 if self.release else norm > 0
+                if p.norm() > 0 and both:
+                    update = update * (0.001 * p.norm() / norm)
             momentum.mul_(0.9).add_(update)
             p.sub_(lr * momentum)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
-def test_lars_matches_mae_at_every_step_for_every_head(probe_as, tmp_path):
+def test_lars_matches_its_origin_at_every_step_for_every_head(probe_as, decay, tmp_path):
     rates = [0.1, 0.025]
-    run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=0.0)
+    run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=decay)
     run = run._replace(lr=max(rates) * 512 / 256)
-    model = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2)
+    model, release = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2), probe_as == "mmselfsup"
     optimizer = main_linprobe.build_lars(model, run)
-    slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), probe_as == "mmselfsup") for h in model.heads]
+    slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), release, decay) for h in model.heads]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # no parameter of the encoder
     for step in range(6):
         share = 1 - step / 10  # the learning rate changes while momentum is kept
         set_lr(optimizer, run.lr * share, 0)
         for head, other, blr in zip(model.heads, slow, rates, strict=True):
-            gradients = [torch.randn_like(head.weight), torch.randn_like(head.bias)]
-            head.weight.grad, head.bias.grad = gradients
+            # step 3 has no gradient
+            gradients = [torch.randn_like(p) * (step != 3) for p in (head.weight, head.bias)]
+            head.weight.grad, head.bias.grad = (gradient.clone() for gradient in gradients)
             other.step(gradients, blr * 512 / 256 * share)
         optimizer.step()
     for head, other in zip(model.heads, slow, strict=True):
-        for mine, (theirs, _) in zip((head.weight, head.bias), other.parameters, strict=True):
+        for mine, theirs in zip((head.weight, head.bias), other.parameters, strict=True):
             assert_close(mine.detach(), theirs, rtol=1e-5, atol=1e-7)
 
 

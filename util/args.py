@@ -1,9 +1,12 @@
 """The command line: recipes, the flags that the scripts share, and errors as one line."""
 
 import argparse
+import errno
 import os
 import re
+import resource
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -19,10 +22,13 @@ PRETRAIN = {"model": "vit_base", "input_size": (224, 224), "in_chans": 3}  # wit
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+ROOT = Path(__file__).parents[1]
+
+
 def expand(words: list[str], folder: Path = Path(), parents: tuple[Path, ...] = ()) -> list[str]:
     """Words with every @FILE replaced by the words in that recipe.
 
-    In a recipe `#` starts a comment, and @FILE is relative to the recipe. ValueError for a missing, unreadable or
+    A recipe that the current folder lacks is looked up in this repository. In it `#` starts a comment, and @FILE is relative to it. ValueError for a missing, unreadable or
     recursive recipe.
     """
     expanded = []
@@ -31,17 +37,19 @@ def expand(words: list[str], folder: Path = Path(), parents: tuple[Path, ...] = 
             expanded.append(word)
             continue
         recipe = folder / word[1:]
+        if not recipe.is_file() and not parents:
+            recipe = ROOT / word[1:]  # a recipe of this repository, from any folder
         if not recipe.is_file():
             raise ValueError(f"{word}: recipe {recipe} not found; `ls recipes` lists the recipes of this repository")
-        if recipe in parents:
+        if recipe.resolve() in parents:
             raise ValueError(f"{recipe} includes itself; remove one @{recipe.name}")
         try:
-            inside = shlex.split(recipe.read_text(), comments=True)
+            inside = shlex.split(recipe.read_text(encoding="utf-8-sig"), comments=True)
         except ValueError as error:  # unbalanced quotes, or not UTF-8
             raise ValueError(
                 f"{recipe} is not a valid recipe: {error}; expected flags as on the command line"
             ) from error
-        expanded += expand(inside, recipe.parent, (*parents, recipe))
+        expanded += expand(inside, recipe.parent, (*parents, recipe.resolve()))
     return expanded
 
 
@@ -119,6 +127,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: s
     group.add_argument("--mean", type=number(float, -(10**9)), nargs="+",
                        help="mean of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
     group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
+    group.add_argument("--crop_pct", type=number(float, 0.01, 1),
+                       help="side of the evaluation crop as a share of the resized image (default: as in --checkpoint, else 0.875 up "
+                            "to 224 px and 1 above, as in MAE)")
     return group
 
 
@@ -148,6 +159,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True)
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--checkpoint", required=True, metavar="FILE|none",
                        help="weights in any format that util/convert.py reads; none = untrained --model")
+    group.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     if pool:
         group.add_argument("--pool", choices=["token", "mean"],
                            help="image feature: class token or mean of the patch tokens (default: as the checkpoint was "
@@ -161,6 +173,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
     group.add_argument("--data_path", required=True, help=layout)
     group.add_argument("--num_workers", type=number(int, 0, 256),
                        help="data-loader workers per rank (default: the rank's share of the CPU cores, at most 16)")
+    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
+                       help="unreadable image: stop = end the run; skip = training uses the next image, evaluation leaves "
+                            "it out; listed in OUTPUT_DIR/bad_images.txt, or printed if there is no OUTPUT_DIR")
     return group
 
 
@@ -192,9 +207,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group.add_argument("--output_dir", default=output_dir, help="folder for checkpoints and logs")
     group.add_argument("--resume", default="auto", metavar="auto|none|FILE",
                        help="auto = resume from OUTPUT_DIR/last.pth if it exists; none = start a new run; FILE = resume from this checkpoint")
-    group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
-                       help="unreadable training image: stop = end the run; skip = use the next image and list it in "
-                            "OUTPUT_DIR/bad_images.txt. Evaluation always stops")
     group.add_argument("--overwrite", action="store_true", help="with --resume none: delete the run in OUTPUT_DIR")
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile; the first step takes minutes")
     group.add_argument("--max_skipped", type=number(int, 0), default=10,
@@ -252,6 +264,11 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
     return tuple(mean), tuple(std)
 
 
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """Side of the evaluation crop as a share of the resized image, as in facebookresearch/mae: 1 above 224 px."""
+    return 224 / 256 if max(size) <= 224 else 1.0
+
+
 def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """Copy of the arguments with "auto" and unset values replaced: architecture, radius, crop interpolation, mean, std.
 
@@ -270,6 +287,7 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
+MIN_OPEN_FILES = 256
 LOADER_ERROR = re.compile(r"DataLoader (worker|timed out)")
 MEMORY_ERROR = re.compile("out of memory|can't allocate memory")
 RANK_ERROR = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
@@ -283,10 +301,12 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
         remedy = "reduce --batch_size or --input_size, or pre-train with --grad_checkpointing"
         return f"{reason or 'out of memory'}; {remedy}"
     if LOADER_ERROR.search(reason):
-        return (
-            f"a data-loader worker died or timed out: {reason}; run the same command again to resume, with fewer "
-            "--num_workers if memory was short"
+        if reason.startswith("Caught "):  # the traceback of the worker, whose last line is the cause
+            reason = str(error).splitlines()[-1][:160]
+        remedy = shared_memory_hint(error) or (
+            "; run the same command again to resume, with fewer --num_workers if memory was short"
         )
+        return f"a data-loader worker died or timed out: {reason}{remedy}"
     if ("RANK" in os.environ or "SLURM_PROCID" in os.environ) and RANK_ERROR.search(str(error)):
         return f"another rank died or did not answer within --timeout_minutes; see its output ({reason})"
     return None
@@ -302,17 +322,54 @@ def exit_after_save() -> None:
     os._exit(1)
 
 
+def shared_memory_hint(error: Exception) -> str:
+    """The remedy if loader workers fail because /dev/shm, by which they pass images, is small; else empty."""
+    without_file = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
+    if not (without_file or LOADER_ERROR.search(str(error))) or not os.path.isdir("/dev/shm"):
+        return ""
+    usage = shutil.disk_usage("/dev/shm")
+    if usage.free > 2**26:
+        return ""
+    return (
+        f": /dev/shm has {usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB free; use --num_workers 0, or enlarge it "
+        "(docker run --shm-size=8g or --ipc=host)"
+    )
+
+
+def prepare_process() -> None:
+    """Open closed standard streams on /dev/null, and refuse a limit of open files with which loader workers hang."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would get this number, and the output
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r+", closefd=False))  # noqa: SIM115  open until the process ends
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < MIN_OPEN_FILES <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_OPEN_FILES, hard))
+    elif soft < MIN_OPEN_FILES:
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: error: at most {hard} open files are allowed; raise it to {MIN_OPEN_FILES}: ulimit -n"
+        )
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main. Errors that the user can fix become one line and exit status 1.
 
     PIXMIM_DEBUG=1 shows the traceback instead.
     """
+    prepare_process()
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        message = explain_error(error) if isinstance(error, RuntimeError | MemoryError) else str(error)
+        message = (
+            explain_error(error)
+            if isinstance(error, RuntimeError | MemoryError)
+            else str(error) + shared_memory_hint(error)
+        )
         if os.environ.get("PIXMIM_DEBUG") or message is None:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""

@@ -27,6 +27,7 @@ def convert(
     encoder_only: bool = False,
     input_size: tuple[int, int] | None = None,
     backbone: str = "MAE",
+    use_ema: bool = False,
 ) -> str:
     """Write `out`, a file or folder with the tensors of `source` in the format `target`; returns the report.
 
@@ -40,7 +41,7 @@ def convert(
     if occupied or not out.parent.is_dir():
         what = "new or empty folder" if folder else "file"
         raise ValueError(f"cannot write {out}: OUT must be a {what} in an existing folder")
-    weights = read_weights(source)
+    weights = read_weights(source, input_size, use_ema)
     select_tensors(
         weights, target, encoder_only
     )  # before resampling: an encoder that the format cannot hold is refused
@@ -61,10 +62,14 @@ def convert(
     decoder = sum(1 for key in removed if DECODER.fullmatch(key))
     dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
     dropped += [key for key in removed if not DECODER.fullmatch(key)]
+    raw = target == "hf" and "mask_token" in chosen and weights.norm_pix_loss is None
+    assumed = (
+        "assumed  norm_pix_loss true, which IN does not state; for raw pixels (mae_visualize_*) edit config.json\n"
+    )
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
-        f"wrote    {out}: {target}, {len(state)} keys\n"
+        f"wrote    {out}: {target}, {len(state)} keys\n{assumed if raw else ''}"
         f"load it  {line}"
     )
 
@@ -92,6 +97,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: backbone class that loads the file")
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
         help="resample the position embeddings to this input size in pixels: one side, or H W")
+    add("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     add("--push_to_hub", metavar="NAME", help="upload the folder to this repository of the Hugging Face Hub; a new one is private")
     # fmt: on
     return parser
@@ -99,7 +105,12 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = get_parser().parse_args()
-    options = {"folder": args.folder, "encoder_only": args.encoder_only, "backbone": args.backbone}
+    options = {
+        "folder": args.folder,
+        "encoder_only": args.encoder_only,
+        "backbone": args.backbone,
+        "use_ema": args.use_ema,
+    }
     try:
         if args.push_to_hub and not (args.folder or args.to == "hf"):
             raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")

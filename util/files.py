@@ -1,5 +1,6 @@
 """Atomic file writes, and checksums that detect damaged files."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +20,16 @@ def sync_folder(folder: Path) -> None:
     with suppress(OSError):  # not supported by some network file systems
         os.fsync(opened)
     os.close(opened)
+
+
+def lock_file(opened: int, message: str) -> None:
+    """Lock an open file until it is closed or this process ends; ValueError if another process holds the lock."""
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(message) from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:

@@ -62,8 +62,9 @@ class Log:
 
     def scalars(self, record: dict) -> None:
         """Write one object to log.jsonl, and its numbers to TensorBoard at step 1000 x epoch."""
-        if self.active:
-            self.pending += "" if record in self.evaluations else format_line(record)
+        repeated = any(old["epoch"] == record["epoch"] and old.keys() == record.keys() for old in self.evaluations)
+        if self.active and not repeated:
+            self.pending += format_line(record)
             self.write_pending()
             self.add_to_board(record)
 
@@ -152,3 +153,9 @@ def parse_line(text: str) -> dict | None:
     except ValueError:
         return None
     return record if text.endswith("\n") and isinstance(record, dict) and "epoch" in record else None
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a log.jsonl, without truncated or damaged lines; empty without the file."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    return [record for record in map(parse_line, lines) if record]

@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from util.checkpoint.resume import Progress
-from util.dist import autocast
+from util.data.batches import DevicePrefetcher
+from util.dist import World, autocast
 from util.files import write_atomic
 from util.run import Run
 
@@ -59,16 +60,26 @@ def image_flops(model: nn.Module, loss_fn: Callable[[dict], Tensor], batch: dict
     return counter.get_total_flops() * (3 if trained else 1) / len(two["images"])
 
 
-def log_bad_images(run: Run, bad: list[tuple[str, str]]) -> None:
-    """Add the (name, reason) of images that any rank could not read to OUTPUT_DIR/bad_images.txt, each once."""
-    found = {name: reason for rank in run.world.gather(bad) for name, reason in rank}
-    if found and run.world.is_main:
+def log_bad_images(world: World, prefetchers: Collection[DevicePrefetcher], run: Run | None = None) -> dict[str, int]:
+    """{"unreadable": number of images that any rank could not read}, or {} without any; forgets them.
+
+    Each is added once, with the reason, to OUTPUT_DIR/bad_images.txt, or printed to stderr without a run.
+    """
+    bad = [image for prefetcher in prefetchers for image in prefetcher.bad]
+    for prefetcher in prefetchers:
+        prefetcher.bad = []
+    found = {name: reason for rank in world.gather(bad) for name, reason in rank}
+    if found and world.is_main and run is None:
+        for name, reason in found.items():
+            print(f"left out: {name}: {reason}".encode(errors="replace").decode(), file=sys.stderr)
+    elif found and world.is_main and run:
         path = run.folder / "bad_images.txt"
         known = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
         lines = sorted({*known, *(f"{name}\t{reason}" for name, reason in found.items())})
         with suppress(OSError):  # a full disk does not end the run
             write_atomic(path, ("\n".join(lines) + "\n").encode(errors="surrogateescape"))  # names need not be UTF-8
-        run.log.info(f"warning: {len(found)} unreadable images were replaced; {path} lists {len(lines)} so far")
+        run.log.info(f"warning: {len(found)} unreadable images; {path} lists {len(lines)} so far")
+    return {"unreadable": len(found)} if found else {}
 
 
 class Meter:
@@ -115,8 +126,7 @@ class Meter:
 
     def position(self, step: int) -> Progress:
         """Position after this many steps of the epoch; losses are read from the device, bad images are listed."""
-        bad, self.prefetcher.bad = self.prefetcher.bad, []
-        log_bad_images(self.run, bad)
+        log_bad_images(self.run.world, [self.prefetcher], self.run)
         return self.read_losses(step)
 
     def read_losses(self, step: int) -> Progress:

@@ -8,7 +8,7 @@ OUTPUT_DIR holds
     last.pth                newest checkpoint
     previous.pth            the one before it
     epoch-NNNN.pth          kept every --save_every epochs and at the end
-    bad_images.txt          unreadable images that were replaced (--on_bad_image skip)
+    bad_images.txt          unreadable images, replaced in training, left out of evaluations (--on_bad_image skip)
     classifier.pth          the trained classifier (probe and fine-tuning)
     last.pth.damaged        a checkpoint whose checksum was wrong, set aside on resume
     debug-STEP.pth          batch and weights of one step (debug_step.py)

@@ -4,6 +4,8 @@ import os
 import re
 import resource
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from util.checkpoint.state import read_checkpoint, store_checkpoint, write_check
 
 SAVE_AND_KILL = """
 import io, os, signal, sys
+from argparse import Namespace
 from pathlib import Path
 import torch
 from util.checkpoint.state import store_checkpoint
@@ -168,6 +171,17 @@ def test_resume_from_foreign_truncated_or_missing_files_is_rejected_by_name(run,
             pretrain(photos, run, "--resume", tmp_path / f"{name}.pth")
     with pytest.raises(FileNotFoundError, match=r"--resume .*nowhere\.pth"):
         pretrain(photos, run, "--resume", tmp_path / "nowhere.pth")
+
+
+def test_resume_of_foreign_weights_names_checkpoint_and_no_unsafe_switch(run, photos, tmp_path):
+    torch.save({"model": {}, "args": Namespace(blr=1)}, tmp_path / "tensors.pth")
+    torch.save({"model": {}, "hub": Path("x")}, tmp_path / "objects.pth")
+    (tmp_path / "file.safetensors").write_bytes(b"x" * 64)
+    for name in ("tensors.pth", "objects.pth", "file.safetensors"):
+        with pytest.raises(ValueError, match=rf"--resume .*{name} holds weights, not a run; .*--checkpoint") as error:
+            pretrain(photos, run, "--resume", tmp_path / name)
+        for word in ("weights_only", "\x1b", "\n", "damaged"):
+            assert word not in str(error.value)
 
 
 def test_resume_loads_the_given_file(run, photos, pretrained):

@@ -1,7 +1,9 @@
 """Faults during a run: unreadable images, disks that do not answer, killed workers and signals."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -9,7 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PRETRAIN, ROOT, assert_same_run, ended, pretrain, smooth, spawn, weights
+from conftest import (
+    DEVICE,
+    PRETRAIN,
+    ROOT,
+    assert_same_run,
+    call,
+    ended,
+    pretrain,
+    ranks,
+    records,
+    result,
+    smooth,
+    spawn,
+    weights,
+)
 from PIL import Image
 
 from tests.forkserver import ForkServer
@@ -75,6 +91,92 @@ def test_unreadable_images_stop_the_run_or_are_replaced(kind, images, tmp_path):
         return
     pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
     assert "x.jpg" in (tmp_path / "run" / "bad_images.txt").read_text()
+
+
+# --------------------------------------------------------------------------------------------------- bad evaluation images
+
+SKIP = ["--on_bad_image", "skip"]
+
+
+@pytest.fixture(scope="module")
+def with_junk(photos, tmp_path_factory) -> tuple[Path, Path]:
+    """(Class folders with four unreadable images in train/ and val/, the same folders without these)."""
+    good, bad = (tmp_path_factory.mktemp("junk") / name for name in ("good", "bad"))
+    shutil.copytree(photos, good)
+    shutil.copytree(photos, bad)
+    for name in ("train/ant/00.png", "val/ant/00.png", "val/bee/zz.png", "val/cat/zz.JPG"):
+        (bad / name).write_bytes(b"no image")
+    return bad, good
+
+
+def test_evaluations_during_pretraining_leave_out_and_list_unreadable_images(with_junk, tmp_path):
+    words = [*ONE_EPOCH, "--knn_every", 1, *SKIP]
+    lines = call("main_pretrain", *PRETRAIN, *words, "--data_path", with_junk[0], "--output_dir", tmp_path / "bad")
+    pretrain(with_junk[1], tmp_path / "good", *ONE_EPOCH)
+    (bad,) = records(tmp_path / "bad", "knn_n")
+    flags = ["--checkpoint", tmp_path / "bad" / "last.pth", *DEVICE]
+    good = result("main_knn", *flags, "--data_path", with_junk[1])
+    layer = good.pop("knn_features")
+    del good["acc1_after_norm"]
+    expected = {f"knn_{name}": value for name, value in good.items()}
+    assert bad == {"epoch": 1, "knn_features": layer, **expected, "knn_unreadable": 4}
+    assert any(line.startswith(f"epoch 1  kNN {layer} {{") and '"unreadable": 4}' in line for line in lines)
+    listed = (tmp_path / "bad" / "bad_images.txt").read_text()
+    assert all(
+        f"{with_junk[0]}/{name}\t" in listed for name in ("train/ant/00.png", "val/bee/zz.png", "val/cat/zz.JPG")
+    )
+
+
+@pytest.mark.parametrize("name", ["main_linprobe", "main_finetune"])
+def test_validation_and_eval_leave_out_unreadable_images(name, with_junk, pretrained, tmp_path):
+    flags = ["--epochs", 1, "--batch_size", 4, "--warmup_epochs", 0, *DEVICE, "--checkpoint", pretrained / "last.pth"]
+    last = result(name, *flags, *SKIP, "--data_path", with_junk[0], "--output_dir", tmp_path)
+    (record,) = records(tmp_path, "val_n")
+    assert (last["n"], last["unreadable"], record["val_n"], record["val_unreadable"]) == (9, 3, 9, 3)
+    assert "val/cat/zz.JPG\t" in (tmp_path / "bad_images.txt").read_text()
+    flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", *DEVICE]
+    with pytest.raises(ValueError, match=r"val/\w+/\w+\.\w+ cannot be read: .*--on_bad_image skip"):
+        result(name, *flags, "--data_path", with_junk[0])
+    good = result(name, *flags, "--data_path", with_junk[1])
+    assert result(name, *flags, *SKIP, "--data_path", with_junk[0]) == good | {"unreadable": 3}
+
+
+def test_knn_stops_at_an_unreadable_image_or_leaves_it_out_and_prints_it(with_junk, pretrained, capfd):
+    flags = ["--checkpoint", pretrained / "last.pth", *DEVICE]
+    with pytest.raises(ValueError, match=r"cannot be read: .*--on_bad_image skip"):
+        result("main_knn", *flags, "--data_path", with_junk[0])
+    found = result("main_knn", *flags, "--data_path", with_junk[0], *SKIP)
+    assert found == result("main_knn", *flags, "--data_path", with_junk[1]) | {"unreadable": 4}
+    assert sorted(line.split(": ")[1] for line in capfd.readouterr().err.splitlines()) == sorted(
+        f"{with_junk[0]}/{name}" for name in ("train/ant/00.png", "val/ant/00.png", "val/bee/zz.png", "val/cat/zz.JPG")
+    )
+
+
+def test_counts_over_ranks_are_exact_if_one_rank_has_unreadable_images_only(photos, pretrained, tmp_path):
+    shutil.copytree(photos, tmp_path / "in")
+    for path in sorted((tmp_path / "in" / "val").rglob("*.*"))[1::2]:  # all images of rank 1
+        path.write_bytes(b"no image")
+    checkpoint = ["--checkpoint", pretrained / "last.pth", "--data_path", tmp_path / "in", *DEVICE, *SKIP]
+    alone = result("main_knn", *checkpoint)
+    assert (alone["n"], alone["unreadable"]) == (5, 4)
+    (zero, out, err), (one, _, _) = ranks(2, "main_knn.py", *checkpoint)
+    assert (zero, one) == (0, 0), err
+    assert json.loads(out.splitlines()[-1]) == alone
+    training = ["--epochs", 1, "--batch_size", 4, "--warmup_epochs", 0, "--output_dir", tmp_path / "probe"]
+    (zero, out, err), (one, _, _) = ranks(2, "main_linprobe.py", *checkpoint, *training)
+    assert (zero, one) == (0, 0), err
+    assert [json.loads(out.splitlines()[-1])[name] for name in ("n", "unreadable")] == [5, 4]
+
+
+@pytest.mark.parametrize("name", ["main_knn", "main_linprobe"])
+def test_an_evaluation_without_a_readable_image_is_refused(name, photos, pretrained, tmp_path):
+    shutil.copytree(photos, tmp_path / "in")
+    for path in (tmp_path / "in" / "val").rglob("*.*"):
+        path.write_bytes(b"no image")
+    training = ["--epochs", 1, "--batch_size", 4, "--warmup_epochs", 0, "--output_dir", tmp_path / "probe"]
+    flags = ["--checkpoint", pretrained / "last.pth", "--data_path", tmp_path / "in", *DEVICE, *SKIP]
+    with pytest.raises(ValueError, match=f"--data_path {tmp_path}/in: no image can be read"):
+        result(name, *flags, *(training if name == "main_linprobe" else []))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -11,6 +11,7 @@ import threading
 import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -26,6 +27,7 @@ from conftest import (
     records,
     spawn,
     start_ranks,
+    tensorboard_values,
     weights,
 )
 from torch.testing import assert_close
@@ -177,11 +179,11 @@ def after_step(self, progress):
         while not os.path.exists(self.run.folder / "last.pth"):  # the first save may outlast the steps
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-def knn(*args, real=main_pretrain.knn):
+def knn(*args, real=main_pretrain.knn, **options):
     calls.append("knn")
     if where == "knn" and calls.count("knn") == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
+    return real(*args, **options)
 Saver.after_step, main_pretrain.knn = after_step, knn
 main_pretrain.main()
 """
@@ -340,6 +342,21 @@ def test_unwritten_log_lines_are_restored_once_from_the_checkpoint(tmp_path, mon
     again.rewind(1.0, waiting)  # existing lines are not repeated
     again.close()
     assert records(tmp_path) == [{"epoch": 0.5, "loss": 1.0}, {"epoch": 1.0, "loss": 2.0}]
+
+
+def test_tensorboard_shows_a_repeated_evaluation_once(tmp_path):
+    """Killed after the evaluation of epoch 1, resumed at its end: the evaluation is repeated."""
+    records_of_run = [{"step": 2, "epoch": 1.0, "loss": 2.0}, {"epoch": 1.0, "knn_acc1": 30.0}]
+    for start in (None, 1.0, 1.0):
+        log = Log(tmp_path, True)
+        log.open_board() if start is None else log.rewind(start)
+        for record in records_of_run[0 if start is None else 1 :]:
+            log.scalars(record)
+        log.image("reconstruction", np.zeros((4, 4, 3), np.uint8), 1.0)
+        log.close()
+    assert records(tmp_path, "epoch") == records_of_run
+    shown = tensorboard_values(tmp_path)  # fails for a point that is shown twice
+    assert {name for name, _ in shown} == {"loss", "knn_acc1", "reconstruction"}
 
 
 def test_full_disk_ends_the_run_with_on_full_disk_stop(photos, tmp_path, fail_writes):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tarfile
 import time
 from argparse import Namespace
 from itertools import product
@@ -27,6 +28,7 @@ from util.data.transforms import Normalize, eval_transform, pretrain_transform
 from util.dist import World
 
 RGB = Namespace(in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, timeout_minutes=1)
+SKIP = Namespace(**vars(RGB), on_bad_image="skip")
 
 
 def names(paths, folder: Path) -> list[str]:
@@ -229,7 +231,7 @@ def test_the_next_readable_image_and_its_label_replace_a_bad_one(tmp_path):
     class_folders(tmp_path / "train", {"a": 2, "b": 1}, seed=0)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
     source = labelled_source(str(tmp_path), "train")
-    samples = Samples(source, eval_transform((8, 8)), RGB, skip_bad=True)
+    samples = Samples(source, eval_transform((8, 8)), SKIP, replace_bad=True)
     batch = samples.__getitems__([(0, 0), (0, 1), (0, 2)])
     assert batch["index"].tolist() == [0, 2, 2]
     assert batch["label"].tolist() == [0, 1, 1]
@@ -238,7 +240,7 @@ def test_the_next_readable_image_and_its_label_replace_a_bad_one(tmp_path):
 
 def test_skipping_raises_if_no_image_is_readable(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no image")
-    samples = Samples(image_folder(str(tmp_path)), eval_transform((8, 8)), RGB, skip_bad=True)
+    samples = Samples(image_folder(str(tmp_path)), eval_transform((8, 8)), SKIP, replace_bad=True)
     with pytest.raises(ValueError, match=r"0\.png "):
         next(iter(DevicePrefetcher([samples.__getitems__([(0, 0)])], CPU)))
 
@@ -350,12 +352,37 @@ def test_mean_and_std_are_per_channel():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_eval_transform_equals_torchvision_s_resize_and_centre_crop(interpolation):
-    pipeline = T.Compose([T.Resize(256, T.InterpolationMode(interpolation)), T.CenterCrop(224)])
+@pytest.mark.parametrize(
+    ("side", "crop_pct", "resized"),
+    [(224, None, 256), (64, None, 73), (256, None, 256), (384, None, 384), (384, 0.875, 438), (224, 0.9, 248)],
+)
+def test_eval_transform_equals_torchvision_s_resize_and_centre_crop(side, crop_pct, resized, interpolation):
+    pipeline = T.Compose([T.Resize(resized, T.InterpolationMode(interpolation)), T.CenterCrop(side)])
     for width_height in ((300, 280), (240, 400), (20, 30)):
         image = smooth(np.random.default_rng(0), *width_height)
-        ours = eval_transform((224, 224), interpolation)([image], np.random.default_rng())
+        ours = eval_transform((side, side), crop_pct, interpolation)([image], np.random.default_rng())
         assert np.array_equal(ours, np.asarray(pipeline(image)))
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"), [((112, 224), (128, 256)), ((224, 448), (224, 448)), ((448, 96), (448, 96))]
+)
+def test_the_longer_side_decides_how_evaluation_crops(size, resized):
+    width, height = 2 * resized[1], 2 * resized[0]  # of the aspect ratio of the input: the resize is exact
+    image = smooth(np.random.default_rng(0), width, height)
+    pipeline = T.Compose([T.Resize(resized, T.InterpolationMode.BICUBIC), T.CenterCrop(size)])
+    assert np.array_equal(eval_transform(size)([image], np.random.default_rng()), np.asarray(pipeline(image)))
+
+
+def test_shards_with_one_class_number_are_one_class(tmp_path):
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        save(tmp_path, "x.png")
+        (tmp_path / "x.cls").write_text("1")  # class 0 has no image
+        for name in ("x.png", "x.cls"):
+            tar.add(tmp_path / name, name)
+    with pytest.raises(ValueError, match=f"--data_path: {tmp_path}/train "):
+        labelled_source(str(tmp_path), "train")
 
 
 def test_eval_transform_pads_nothing_at_a_size_that_is_not_square():

@@ -97,24 +97,37 @@ def knn(checkpoint, photos, *words) -> dict:
     return result("main_knn", "--checkpoint", checkpoint, "--data_path", photos, *DEVICE, *words)
 
 
+@pytest.mark.parametrize("asked", ["auto", "before_norm", "after_norm"])
 @pytest.mark.parametrize("pool", ["token", "mean"])
-def test_knn_accuracy_equals_a_loop_over_single_features(pool, pretrained, photos):
+def test_knn_accuracy_equals_a_loop_over_single_features(pool, asked, pretrained, photos):
     encoder = MaskedViT(**TIMM | PICO | {"num_classes": 0}, num_heads=3).eval()
     encoder.load_state_dict(to_timm(weights(pretrained)["model"]))
     args = Namespace(in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, seed=0, timeout_minutes=1)
-    sets = []
+    sets: dict[str, list] = {"before_norm": [], "after_norm": []}
     for source in labelled_sources(str(photos)):
         samples = Samples(source, eval_transform((16, 16)), args)
         batch = next(iter(DevicePrefetcher([samples.__getitems__([(0, i) for i in range(len(samples))])], CPU)))
-        tokens = encoder.forward_features(Normalize(args, CPU)(batch)).detach().numpy()
-        sets.append((tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1), source.labels.tolist()))
-    (train, labels), (queries, truth) = sets
-    votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
-    expected = count_scores(votes, truth)
-    expected.pop("loss")  # votes are not logits
-    found = knn(pretrained / "last.pth", photos, "--pool", pool, "--k", 3, "--temperature", 0.5)
-    assert found == pytest.approx(expected, abs=1e-3)
-    assert list(found) == list(expected)
+        before = encoder.blocks(encoder._pos_embed(encoder.patch_embed(Normalize(args, CPU)(batch))))
+        for layer, x in (
+            ("before_norm", before),
+            ("after_norm", F.layer_norm(before, (48,), *encoder.norm.parameters(), 1e-6)),
+        ):
+            tokens = x.detach().numpy()
+            sets[layer].append((tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1), source.labels.tolist()))
+    expected = {}
+    for layer, ((train, labels), (queries, truth)) in sets.items():
+        votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
+        expected[layer] = {"knn_features": layer} | count_scores(votes, truth)
+        expected[layer].pop("loss")  # votes are not logits
+    flags = ["--pool", pool, "--k", 3, "--temperature", 0.5, "--knn_features", asked]
+    words = ["main_knn", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE, *flags]
+    first, last = map(json.loads, call(*words)[-2:])
+    other, chosen = ("before_norm", "after_norm") if asked == "after_norm" else ("after_norm", "before_norm")
+    assert first == expected[other] | {x: pytest.approx(y, abs=1e-3) for x, y in expected[other].items() if x[0] != "k"}
+    assert last.pop(f"acc1_{other}") == first["acc1"]
+    assert last == expected[chosen] | {
+        x: pytest.approx(y, abs=1e-3) for x, y in expected[chosen].items() if x[0] != "k"
+    }
 
 
 def test_a_rank_without_images_has_empty_features_of_the_right_width(photos):
@@ -122,8 +135,8 @@ def test_a_rank_without_images_has_empty_features_of_the_right_width(photos):
     encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8)
     source = labelled_sources(str(photos))[1]
     loader = eval_loader(args, World(9, 10, CPU), source, eval_transform((16, 16)))
-    features, labels = extract_features(args, ALONE, encoder, loader)
-    assert (features.shape, labels.shape) == ((0, 192), (0,))
+    features, labels = extract_features(args, ALONE, encoder, loader, ["before_norm"])
+    assert (features.shape, labels.shape) == ((0, 1, 192), (0,))
 
 
 def test_an_untrained_encoder_requires_model(photos):
@@ -218,6 +231,14 @@ def test_a_rectangular_foreign_checkpoint_requires_input_size(photos, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_with_the_keys(pretrained, photos):
     with pytest.raises(ValueError, match=r"last\.pth.*--model vit_small: .*blocks\.0"):
         knn(pretrained / "last.pth", photos, "--model", "vit_small")
+
+
+def test_eval_of_a_foreign_classifier_says_that_the_order_of_its_classes_is_assumed(photos, tmp_path, capsys):
+    classes = len([*(photos / "val").iterdir()])
+    state = MaskedViT(**TIMM | PICO | {"num_classes": classes}, num_heads=3).state_dict()
+    torch.save(state, tmp_path / "foreign.pth")
+    lines = call("main_finetune", "--eval", "--checkpoint", tmp_path / "foreign.pth", "--data_path", photos, *DEVICE)
+    assert [f"foreign.pth: the order of its {classes} classes is assumed" in line for line in lines].count(True) == 1
 
 
 def test_eval_refuses_a_checkpoint_without_classifier(pretrained, photos, tmp_path):
@@ -315,9 +336,14 @@ def test_the_folded_classifier_in_timm_equals_the_probe(pool, pretrained, photos
 def test_the_mmselfsup_probe_evaluates_with_bilinear_resizing(pretrained, photos, tmp_path):
     best = probe(tmp_path, photos, pretrained / "last.pth", "--probe_as", "mmselfsup")
     flags = ["--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE, "--eval"]
-    again = result("main_linprobe", *flags, "--probe_as", "mmselfsup")
-    assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
-    assert result("main_linprobe", *flags)["loss"] != again["loss"]
+    for main in ("main_linprobe", "main_finetune"):
+        again = result(main, *flags)
+        assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
+    state = torch.load(tmp_path / "classifier.pth", weights_only=True)
+    del state["args"]["probe_as"]
+    torch.save({"model": state["model"], "args": state["args"], "format": state["format"]}, tmp_path / "classifier.pth")
+    assert result("main_linprobe", *flags)["loss"] != again["loss"]  # of facebookresearch/mae
+    assert result("main_linprobe", *flags, "--probe_as", "mmselfsup") == again
 
 
 def test_pooling_gives_the_class_token_or_the_mean_of_the_patches():
@@ -395,7 +421,7 @@ def test_a_fine_tuned_classifier_scores_the_same_in_timm(tuned, photos):
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     source, args = labelled_sources(str(photos))[1], one_rank(folder).args
     score = Score(3, CPU)
-    for batch in DevicePrefetcher(eval_loader(args, ALONE, source, eval_transform((16, 16))), CPU):
+    for batch in eval_loader(args, ALONE, source, eval_transform((16, 16))):
         score.add(model(Normalize(args, CPU)(batch)).detach(), batch["label"])
     assert score.result(ALONE) == pytest.approx(last, abs=1e-4)
 
@@ -421,6 +447,48 @@ def test_resumed_fine_tuning_equals_an_uninterrupted_run(tuned, pretrained, phot
 )
 def test_fine_tuning_runs_from_scratch_and_without_augmentations(words, photos, tmp_path):
     assert tune(tmp_path, photos, "none", *MODEL, *words.split(), "--epochs", 1)["n"] == 9
+
+
+def test_eval_crops_as_the_classifier_was_evaluated(pretrained, photos, tmp_path):
+    last = tune(tmp_path, photos, pretrained / "last.pth", "--epochs", 1, "--crop_pct", 0.5)
+    flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", "--data_path", photos, *DEVICE]
+    assert result("main_finetune", *flags) == last
+    assert result("main_finetune", *flags, "--crop_pct", 1)["loss"] != last["loss"]
+    convert.convert(tmp_path / "classifier.pth", tmp_path / "timm", "timm", folder=True)
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 0.5
+    flags[2] = tmp_path / "timm"
+    again = result("main_finetune", *flags, "--model", "vit_pico")
+    assert again == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize("main", ["main_pretrain", "main_knn", "main_linprobe", "main_finetune", "--eval"])
+def test_one_class_is_refused(main, tuned, pretrained, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "in")
+    for name in ("bee", "cat"):
+        for part in ("train", "val"):
+            shutil.rmtree(tmp_path / "in" / part / name)
+    words = ["--data_path", tmp_path / "in", *DEVICE, "--checkpoint", pretrained / "last.pth"]
+    if main == "main_pretrain":
+        words = [*words[:-2], *MODEL, "--knn_every", 1, "--output_dir", tmp_path / "out"]
+    if main == "--eval":  # a foreign classifier, whose classes are the folders
+        state = torch.load(tuned[0] / "classifier.pth", weights_only=True)["model"]
+        torch.save({k: x[:1] if k.startswith("head.") else x for k, x in state.items()}, tmp_path / "x.pth")
+        main, words = "main_finetune", [*words[:-1], tmp_path / "x.pth", "--eval"]
+    with pytest.raises(ValueError, match=rf"--data_path: {tmp_path}/in/(train|val) ") as caught:
+        call(main, *words)
+    assert "\n" not in str(caught.value)
+
+
+def test_knn_of_a_fine_tuned_encoder_uses_the_features_of_its_head(tuned, photos):
+    found = knn(tuned[0] / "classifier.pth", photos)
+    assert found == knn(tuned[0] / "classifier.pth", photos, "--knn_features", "after_norm")
+    assert (found["knn_features"], "acc1_before_norm" in found) == ("after_norm", True)
+
+
+def test_knn_of_a_probe_uses_the_features_of_its_encoder(probed, pretrained, photos):
+    found = knn(probed[0] / "classifier.pth", photos)
+    assert found == knn(pretrained / "last.pth", photos, "--pool", "mean")
+    assert found["knn_features"] == "before_norm"
 
 
 def test_mixup_of_an_odd_batch_is_refused(photos, tmp_path):

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, MODEL, call, result
+from conftest import DEVICE, MODEL, call, ended, files, result, spawn
 from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
 
+import main_features
 from models_convmae import ConvViT
 from models_pixmim import MaskedViT
 from util.data.decode import read_image
@@ -148,12 +149,86 @@ def test_invalid_flags_are_refused_in_one_line(words, message, photos, pretraine
     assert "\n" not in str(error.value)
 
 
-def test_a_broken_image_is_named_and_no_file_is_written(photos, pretrained, tmp_path):
+KILL_FEATURES = """
+import os, signal, sys
+import main_features
+where, real = int(sys.argv.pop(1)), main_features.encode_batches
+def encode_batches(*given):
+    for n, batch in enumerate(real(*given)):
+        if n == where:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+main_features.encode_batches = encode_batches
+main_features.main()
+"""
+
+
+def parse_header(content: bytes) -> tuple:
+    """(Header, rest) of a .safetensors file, whose metadata have no order; any other content as it is."""
+    size = int.from_bytes(content[:8], "little")
+    return (json.loads(content[8 : 8 + size]), content[8 + size :]) if size < len(content) else (content,)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_killed_extraction_continues_and_its_files_equal_those_of_an_unbroken_one(
+    suffix, photos, pretrained, tmp_path, monkeypatch, capfd
+):
+    shutil.copytree(photos, tmp_path / "in")
+    for name in ("train/ant/1.png", "train/ant/3.JPG", "val/cat/1.png"):
+        (tmp_path / "in" / name).write_bytes(b"no image")
+    flags = ["--data_path", tmp_path / "in", "--checkpoint", pretrained / "last.pth", "--batch_size", 2, *ON_CPU]
+    flags += ["--on_bad_image", "skip", "--output"]
+    unbroken, killed = (tmp_path / name / f"x{suffix}" for name in ("unbroken", "killed"))
+    result("main_features", *flags, unbroken)
+    status, _, err = ended(spawn("-c", KILL_FEATURES, 4, *flags, killed))
+    assert status == -9, err
+    assert not killed.exists()
+    encoded, real = [], main_features.encode_batches
+    monkeypatch.setattr(
+        main_features, "encode_batches", lambda *given: (encoded.append(len(x)) or (x, b) for x, b in real(*given))
+    )
+    printed = result("main_features", *flags, killed)
+    assert sum(encoded) == 16  # 25 images, less the 8 of the four batches that were kept, and one unreadable later
+    assert (printed["shape"], printed["unreadable"]) == ([22, 48], 3)
+    one, other = (files(output.parent) for output in (unbroken, killed))
+    assert {path.name: parse_header(x) for path, x in one.items()} == {
+        path.name: parse_header(x) for path, x in other.items()
+    }
+    assert "25/25" in capfd.readouterr().err
+
+
+def test_unreadable_images_have_neither_a_row_nor_a_name(photos, pretrained, tmp_path):
+    shutil.copytree(photos / "val", tmp_path / "in")
+    whole = extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "whole.npy")
+    names = names_of(tmp_path / "whole.npy")
+    for n in (0, 1, 7):
+        (tmp_path / "in" / names[n]).write_bytes(b"no image")
+    flags = ["--data_path", tmp_path / "in", "--checkpoint", pretrained / "last.pth", *ON_CPU, "--on_bad_image", "skip"]
+    result("main_features", *flags, "--batch_size", 2, "--output", tmp_path / "x.npy")
+    kept = [n for n in range(9) if n not in (0, 1, 7)]
+    assert names_of(tmp_path / "x.npy") == [names[n] for n in kept]
+    assert json.loads((tmp_path / "x.json").read_text())["unreadable"] == [names[n] for n in (0, 1, 7)]
+    assert_close(torch.from_numpy(np.load(tmp_path / "x.npy")), torch.from_numpy(whole[kept]), rtol=1e-5, atol=1e-6)
+
+
+def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_starts_again_with_other_flags(
+    photos, pretrained, tmp_path, capfd
+):
     shutil.copytree(photos / "val", tmp_path / "in")
     (tmp_path / "in" / "cat" / "0.JPG").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cat/0\.JPG"):
+    with pytest.raises(ValueError, match=r"cat/0\.JPG .*--on_bad_image skip"):
         extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "x.npy", "--batch_size", 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "x.npy").exists()
+    (tmp_path / "in" / "cat" / "0.JPG").unlink()
+    extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "y.npy", "--batch_size", 2)
+    for suffix in ("", ".json"):
+        shutil.copy(tmp_path / f"x.npy.partial{suffix}", tmp_path / f"z.npy.partial{suffix}")
+    extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "x.npy", "--batch_size", 2)
+    assert "continues after 6 of 8 images" in capfd.readouterr().err
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+    extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "z.npy", "--batch_size", 2, "--pool", "mean")
+    assert "other flags or images" in capfd.readouterr().err
+    assert not np.array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "z.npy"))
 
 
 def test_several_ranks_are_refused(photos, pretrained, tmp_path, monkeypatch):

@@ -1,21 +1,23 @@
 """Warnings about pre-training runs that learn nothing."""
 
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import CPU, MODEL, PRETRAIN, call
+from conftest import CPU, MODEL, PRETRAIN, call, interrupted, records
 from torch import nn
 
 import main_pretrain
 from models import build_model
-from models_pixmim import patch_statistics, patchify, take
+from models_pixmim import patch_statistics, patchify
 from util.args import resolve_defaults
 from util.data.batches import load_batch
 from util.data.samples import Samples
 from util.data.sources import pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
-from util.evaluate.health import check_examples, check_loss, compare_with_constant
+from util.evaluate.health import check_examples, compare_with_constant, explain_loss
 
 
 @pytest.fixture
@@ -104,31 +106,43 @@ def test_the_constant_of_the_comparison_is_the_best_one(prepared):
         assert min(scores.values()) == scores[target.mean().item()] == pytest.approx(constant, rel=1e-5)
 
 
-def test_warns_after_the_warm_up_if_a_constant_is_as_good(prepared):
-    model, images, noise, args = prepared("--warmup_epochs 3 --blr 0.5")
-    model.decoder = Constant(0, 12, 192)
-    assert check_loss(2, model, images, noise, args) is None
-    line = check_loss(3, model, images, noise, args)
-    assert line.startswith("warning: epoch 3: ")
-    assert "--blr 0.5" in line
-    assert model.training
+# Shares of measured runs on photographs (docs/healthy_run.md): peak learning rate, updates an epoch, warm-up, {epoch: share}
+MEASURED = {
+    "good": (1.5e-3, 46, 2, {0: 1.639, 1: 0.969, 2: 0.897, 3: 0.856, 4: 0.852, 5: 0.830, 6: 0.817}),
+    "too low": (3.75e-6, 46, 2, {0: 1.639, 1: 1.585, 2: 1.454, 3: 1.359, 4: 1.311, 5: 1.291, 6: 1.288}),
+    "far too low": (1.4e-7, 4, 4, {0: 1.677, 5: 1.674, 20: 1.665, 40: 1.660}),
+    "too high": (0.25, 46, 2, {0: 1.639, 1: 1.010, 2: 1.006, 3: 1.061, 4: 1.012, 5: 1.009, 6: 1.000}),
+    "few updates": (8.2e-4, 4, 1, {0: 1.677, 1: 1.442, 2: 1.246, 3: 1.112, 4: 1.037, 5: 1.013}),
+    "wrong statistics": (8.2e-4, 4, 4, {0: 1.608, 5: 0.159, 10: 0.014, 15: 0.003, 40: 0.001}),
+}
+# The loss of "good" from epoch 3 on as if training had collapsed, and a run that stays at the constant
+INVENTED = {
+    "collapsed": (1.5e-3, 46, 2, {0: 1.639, 2: 0.897, 3: 0.7, 4: 1.0, 6: 1.0}),
+    "no signal": (1.5e-3, 46, 2, {0: 1.639, 1: 1.0, 6: 1.0}),
+}
+CAUSES = {
+    "good": None, "too low": "falling", "far too low": "slow", "too high": "high", "few updates": "falling",
+    "wrong statistics": "trivial", "collapsed": "diverged", "no signal": "constant",
+}  # fmt: skip
 
 
-def test_does_not_warn_if_the_model_beats_a_constant(prepared):
-    model, images, noise, args = prepared("--warmup_epochs 0")
-    mask = model(images, noise)[2]
-    target = take(patchify(model.target(images), 8), mask.drop)
-    mean, std = patch_statistics(target)
-    model.decoder = Constant(0, 12, 192)
-    model.decoder.prediction = 0.1 * (target - mean) / std  # leaves 0.9^2 of the loss
-    assert check_loss(1, model, images, noise, args) is None
+@pytest.mark.parametrize("name", CAUSES)
+def test_tells_why_nothing_is_learned(name):
+    lr, steps, warmup, known = (MEASURED | INVENTED)[name]
+    epochs = max(known)
+    shares = np.interp(range(epochs + 1), list(known), list(known.values())).tolist()
+    found = [explain_loss(shares[: n + 1], lr, steps, warmup, epochs) for n in range(epochs + 1)]
+    assert not any(found[:warmup])
+    assert {*found} - {None} == {CAUSES[name]} - {None}
+    if CAUSES[name]:
+        assert found[-1] == CAUSES[name]
 
 
 @pytest.mark.parametrize(
     ("flags", "causes"),
     [
         ("--epochs 20 --blr 0.06 --warmup_epochs 15", []),
-        ("--epochs 2 --blr 30 --warmup_epochs 0", ["epoch 1", "epoch 2"]),
+        ("--epochs 4 --blr 30 --warmup_epochs 0", ["lower --blr 30 (peak learning rate 0.938)"]),
         ("--epochs 1 --mean 124 116 104 --std 58 57 57", ["--warmup_epochs 40 ", "--mean 124 116 104"]),
         ("--epochs 1 --lowpass centered --lowpass_radius 0.5", ["--warmup_epochs 40 ", "--lowpass_radius 0.5"]),
     ],
@@ -139,3 +153,37 @@ def test_a_run_prints_the_warnings_it_deserves(flags, causes, photos, tmp_path):
     warnings = [line for line in said if line.startswith("warning: ") and "waiting for data" not in line]
     assert len(warnings) == len(causes), warnings
     assert all(cause in line for cause, line in zip(causes, warnings, strict=True))
+
+
+def test_a_resumed_run_does_not_repeat_its_warning(photos, tmp_path, monkeypatch):
+    words = [*PRETRAIN, "--data_path", photos, "--batch_size", 8, "--image_every", 0, "--blr", 30, "--warmup_epochs", 0]
+    said = []
+    for stop in (3, None):  # in the third epoch, after the warning
+        ending = partial(call, "main_pretrain", *words, "--epochs", 4, "--output_dir", tmp_path)
+        monkeypatch.setattr("util.log.tqdm.write", lambda text, file: said.append(text))
+        assert interrupted(monkeypatch, stop, ending) == 75 if stop else ending() == []
+    assert sum("lower --blr 30" in line for line in said) == 1
+    shares = [record["share_of_constant"] for record in records(tmp_path, "share_of_constant")]
+    assert len(shares) == 5  # before training and after each epoch
+
+
+def test_a_run_of_an_earlier_version_resumes_without_the_early_losses(photos, tmp_path, monkeypatch):
+    words = [
+        *PRETRAIN,
+        "--data_path",
+        photos,
+        "--batch_size",
+        8,
+        "--image_every",
+        0,
+        "--warmup_epochs",
+        0,
+        "--epochs",
+        3,
+    ]
+    ending = partial(call, "main_pretrain", *words, "--output_dir", tmp_path)
+    assert interrupted(monkeypatch, 2, ending) == 75  # in the second epoch
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(x for x in log.read_text().splitlines(keepends=True) if "share_of_constant" not in x))
+    ending()
+    assert [record["epoch"] for record in records(tmp_path, "share_of_constant")] == [2, 3]

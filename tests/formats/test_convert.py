@@ -23,6 +23,8 @@ from models_mff import MFFViT
 from models_pixmim import MaskedEncoder, MaskedViT, PixMIM
 from util import convert
 from util.args import IMAGENET_MEAN, IMAGENET_STD
+from util.evaluate.encoder import features as encoder_features
+from util.evaluate.encoder import load_encoder, read_architecture
 from util.formats.commands import load_command
 from util.formats.keys import (
     FORMATS,
@@ -35,6 +37,7 @@ from util.formats.keys import (
     to_timm,
 )
 from util.formats.read import _map_names, read_weights
+from util.formats.resize import resample_pos_embed
 from util.formats.unpickle import Placeholder, load_content
 from util.formats.weights import Weights
 
@@ -547,6 +550,123 @@ def test_error_describes_the_content_of_an_unknown_file(content, found, tmp_path
         read_weights(save_content(tmp_path, content))
     assert "in.pth" in str(error.value)
     assert "expected" in str(error.value)
+
+
+# ---------------------------------------------------------------------------- grids of equal length, averages, prefixes
+
+STRIP = (128, 32)  # 16 x 4 patches of 8 px: as many as a square of 64 px
+STRIPS = {
+    "vit": lambda size: MaskedViT(**SIZES | {"img_size": size}),
+    "convvit": lambda size: ConvViT(size, 8, embed_dim=(8, 16, 192), depth=(1, 2, 2), num_heads=3),
+    "mff_vit": lambda size: MFFViT(**SIZES | {"depth": 3, "img_size": size}),
+}
+
+
+def build_here(args, **options):
+    return STRIPS[args.model](args.input_size)
+
+
+def our_features(path: Path, images: Tensor, host: str = "vit", **flags) -> Tensor:
+    """Features of images as main_features.py computes them, at the size of the images unless told otherwise."""
+    names = {"model": host, "input_size": tuple(images.shape[-2:]), "patch_size": None, "in_chans": None, "mean": None}
+    given = names | {"std": None, "pool": None, "seed": 0, "checkpoint": str(path)} | flags
+    args, weights = read_architecture(argparse.Namespace(**given), STRIPS)
+    return encoder_features(load_encoder(args, build_here, weights).eval(), images)
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned positions", "sin-cos positions"])
+@pytest.mark.parametrize(
+    ("host", "target"),
+    [
+        (host, target)
+        for host in STRIPS
+        for target in (*FORMATS[host], "folder")
+        if target not in ("onnx", "detectron2") and (host, target) != ("convvit", "folder")
+    ],
+)
+@torch.no_grad()
+def test_a_strip_of_a_square_number_of_patches_keeps_its_features_in_every_format(host, target, learned, tmp_path):
+    encoder, images = STRIPS[host](STRIP), torch.randn(2, 3, *STRIP)
+    state = mae_names(build_pixmim(encoder).state_dict())
+    if not learned:
+        state["pos_embed"] = STRIPS[host](STRIP).pos_embed
+        encoder.load_state_dict({key: state[key] for key in encoder.state_dict()})
+    ours = encoder_features(encoder, images)
+    options = {"folder": True} if target == "folder" else {"encoder_only": True} if target == "hf" else {}
+    kind = "timm" if target == "folder" else target
+    path = tmp_path / "out"
+    foreign = save_content(tmp_path, {"model": state})
+    convert.convert(foreign, path, kind, input_size=STRIP, **options)
+    for file in (foreign, path):
+        assert_close(our_features(file, images, host), ours, rtol=1e-4, atol=1e-4)
+    if kind != "timm" or target == "folder" or not learned:  # the file records its size or shows it
+        assert read_weights(path).input_size == STRIP
+    square = read_weights(foreign, (64, 64)).with_state(state, input_size=[64, 64])
+    assert square.grid == (8, 8)  # control: as a square the features are others
+    wrong = STRIPS[host](STRIP).eval()
+    moved = resample_pos_embed(state["pos_embed"], (8, 8), (16, 4), wrong.num_prefix_tokens)
+    wrong.load_state_dict({key: moved if key == "pos_embed" else state[key] for key in wrong.state_dict()})
+    assert (encoder_features(wrong, images) - ours).abs().max() > 0.01
+
+
+def test_a_file_that_may_be_a_square_or_a_strip_is_refused_with_both_readings(model, mae, tmp_path):
+    mae["pos_embed"] = torch.randn(1, 65, 192)
+    state = to_timm(mae)
+    path = save_content(tmp_path, state)
+    with pytest.raises(ValueError, match=r"--input_size 256 64: .*64 x 64 or 128 x 32 px"):
+        read_weights(path, (256, 64))
+    assert read_weights(path, (96, 96)).input_size == read_weights(path).input_size == (64, 64)
+    convert.convert(path, tmp_path / "folder", "timm", folder=True, input_size=STRIP)
+    assert read_weights(tmp_path / "folder", (256, 64)).input_size == STRIP
+
+
+def test_a_moving_average_is_read_on_demand_only(mae, tmp_path, capsys):
+    average = {key: value + 1 for key, value in mae.items()}
+    for name, ema in (("model", "model_ema"), ("state_dict", "state_dict_ema")):
+        path = save_content(tmp_path, {name: mae, ema: {f"module.{key}": x for key, x in average.items()}})
+        assert are_equal(read_weights(path).state, mae)
+        assert re.fullmatch(rf".*reads {name}, not {ema}; --use_ema .*\n", capsys.readouterr().out)
+        assert are_equal(read_weights(path, use_ema=True).state, average)
+        assert capsys.readouterr().out == f"{path}: reads {ema}\n"
+    with pytest.raises(ValueError, match=r"--use_ema: .*in\.pth"):
+        read_weights(save_content(tmp_path, {"model": mae}), use_ema=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.module.", "module._orig_mod.module."])
+def test_wrappers_are_removed_in_any_order_and_number(prefix, mae, tmp_path, capsys):
+    path = save_content(tmp_path, {"model": {prefix + key: value for key, value in mae.items()}})
+    assert are_equal(read_weights(path).state, mae)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.", "backbone.vit.", "model._orig_mod.backbone."])
+@pytest.mark.parametrize("host", HOSTS)
+def test_prefixes_of_training_frameworks_are_removed_and_printed(prefix, host, tmp_path, capsys):
+    state = to_timm(state_of(host))
+    named = {prefix + key: value for key, value in state.items()}
+    path = save_content(tmp_path, {"state_dict": named, "pytorch-lightning_version": "2.5"})
+    assert are_equal(read_weights(path).state, state)
+    assert capsys.readouterr().out == f"{path}: reads the keys below {prefix}\n"
+    heads = {"projector.weight": torch.ones(2), "momentum_backbone.patch_embed.proj.weight": torch.ones(2)}
+    weights = read_weights(save_content(tmp_path, {"state_dict": named | heads}))
+    assert "ignores 2 keys outside" in capsys.readouterr().out
+    assert "projector.weight" in weights.dropped[0]
+
+
+def test_errors_of_other_families_are_short(mae, tmp_path):
+    swin = {f"layers.{i}.blocks.{j}.attn.table": torch.ones(1) for i in range(4) for j in range(18)}
+    swin |= {"patch_embed.proj.weight": torch.ones(96, 3, 4, 4), "norm.weight": torch.ones(768)}
+    with pytest.raises(ValueError, match=r"unknown: layers\.0.* and 68 more; missing: .* more") as error:
+        read_weights(save_content(tmp_path, swin))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(("flag", "value", "has"), [("patch_size", 16, 8), ("in_chans", 1, 3)])
+def test_a_patch_size_or_channels_that_the_file_lacks_are_refused_with_its_own(flag, value, has, mae, tmp_path):
+    path = save_content(tmp_path, {"model": mae})
+    with pytest.raises(ValueError, match=rf"--{flag} {value}: .*in\.pth has {has}"):
+        our_features(path, torch.randn(1, 3, 32, 32), **{flag: value})
 
 
 # ---------------------------------------------------------------------------------------------- broken and malicious files

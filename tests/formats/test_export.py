@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from util import convert
 from util.data.decode import read_image
 from util.data.transforms import eval_transform
 from util.formats.commands import load_command
-from util.formats.keys import mae_names, to_hf, to_timm
+from util.formats.configs import hf_processor, timm_config
+from util.formats.keys import mae_names, rename, to_hf, to_timm
 from util.formats.read import read_weights
 from util.formats.weights import Weights
 
@@ -216,7 +219,12 @@ def test_detectron2_matches_every_tensor_of_its_vit(size, mae, tmp_path):
     assert all(name == f"backbone.net.{key}" for name, key in found.items())
     assert load_line(report) == (
         f"'train.init_checkpoint=\"{tmp_path}/out.pth?matching_heuristics=True\"' model.backbone.net.pretrain_img_size={size} "
-        "model.backbone.net.embed_dim=192 model.backbone.net.depth=2 model.backbone.net.num_heads=3 model.backbone.net.patch_size=8"
+        "model.backbone.net.embed_dim=192 model.backbone.net.depth=2 model.backbone.net.num_heads=3 model.backbone.net.patch_size=8 "
+        "model.backbone.top_block=null 'model.proposal_generator.in_features=[p1,p2,p3,p4]' "
+        "'model.proposal_generator.anchor_generator.sizes=[[16],[32],[64],[128]]' "
+        "'model.proposal_generator.anchor_generator.strides=[2,4,8,16]' "
+        "'model.roi_heads.box_in_features=[p1,p2,p3,p4]' 'model.roi_heads.box_pooler.scales=[0.5,0.25,0.125,0.0625]' "
+        "'model.roi_heads.mask_in_features=[p1,p2,p3,p4]' 'model.roi_heads.mask_pooler.scales=[0.5,0.25,0.125,0.0625]'"
     )
 
 
@@ -246,6 +254,19 @@ def test_an_encoder_as_wide_as_the_feature_pyramid_is_refused_by_detectron2(tmp_
     assert "backbone.simfp_2.4.norm.weight" in match_names(vitdet(256, 1, 8, 17, 16), shapes(state))
     with pytest.raises(ValueError, match="--to detectron2: width 256"):
         write_format(state, tmp_path, "detectron2")
+
+
+def test_a_patch_size_without_a_pyramid_of_vitdet_is_refused(tmp_path):
+    state = MaskedViT(img_size=28, patch_size=14, embed_dim=192, depth=1, num_heads=3).state_dict()
+    with pytest.raises(ValueError, match=r"--to detectron2: .* 16 or 8, not 14"):
+        write_format(state, tmp_path, "detectron2")
+
+
+def test_the_mmpretrain_command_works_from_any_folder(mae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = convert.convert(save_content(tmp_path, {"model": mae}), Path("a b.pth"), "mmpretrain")
+    options = dict(word.split("=") for word in shlex.split(load_line(report))[1:])
+    assert options["model.backbone.init_cfg.checkpoint"] == f"{tmp_path}/a b.pth"
 
 
 def test_load_commands_of_vit_b_have_only_the_required_overrides(tmp_path):
@@ -406,6 +427,17 @@ def test_the_transformers_preprocessor_equals_the_evaluation_transform(mae, tmp_
     assert levels.max() < 8
 
 
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "share"), [(224, None, 0.875), (256, None, 1), (384, None, 1), (384, 0.5, 0.5)]
+)
+def test_folders_state_the_crop_of_evaluation(size, crop_pct, share, mae):
+    args = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": crop_pct}
+    weights = Weights.from_state(mae, args, "mae")
+    weights = replace(weights, input_size=(size, size))
+    assert timm_config(weights)["pretrained_cfg"]["crop_pct"] == share
+    assert hf_processor(weights)["size"] == {"shortest_edge": int(size / share)}
+
+
 @torch.no_grad()
 def test_timm_folders_state_their_preprocessing(mae, tmp_path):
     folder = write_format(mae, tmp_path, "timm", folder=True, args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
@@ -417,6 +449,47 @@ def test_timm_folders_state_their_preprocessing(mae, tmp_path):
     assert are_equal(model.state_dict(), to_timm(mae))
     assert (model.global_pool, model.num_classes) == ("token", 0)
     assert json.loads((folder / "config.json").read_text())["global_pool"] == "token"
+
+
+@pytest.mark.parametrize("kind", ["encoder", "fine-tuned", "probe of the class token", "probe of the mean"])
+@torch.no_grad()
+def test_timm_folders_load_by_the_usual_entry_points_of_transformers(kind, mae, tmp_path):
+    """AutoModel, AutoModelForImageClassification, AutoImageProcessor and pipeline give the numbers of timm."""
+    state, args, classes = mae, {}, ["ant", "bee", "cat", "dog", "eel"]
+    if kind != "encoder":
+        state = make_classifier(mae, PROBES[kind][0])
+        args = {"pool": PROBES[kind][1], "classes": classes}
+    folder = write_format(state, tmp_path, "timm", folder=True, args=args)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    output = transformers.AutoModel.from_pretrained(folder).eval()(IMAGES)
+    assert torch.equal(output.last_hidden_state, theirs.forward_features(IMAGES))
+    assert torch.equal(output.pooler_output, theirs.forward_head(output.last_hidden_state, pre_logits=True))
+    if kind == "encoder":
+        return
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert torch.equal(classifier(IMAGES).logits, theirs(IMAGES))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    pixels = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    best = transformers.pipeline("image-classification", model=str(folder), device="cpu")(picture, top_k=1)[0]
+    wanted = theirs(pixels).softmax(1)[0]
+    assert best["label"] == classes[wanted.argmax()]
+    assert best["score"] == pytest.approx(wanted.max().item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_transformers_folders_load_by_the_auto_classes(mae, tmp_path):
+    encoder = MaskedViT(**SIZES).eval()
+    encoder.load_state_dict(to_timm(mae))
+    folder = write_format(mae, tmp_path, "hf", encoder_only=True)
+    tokens = transformers.AutoModel.from_pretrained(folder).eval()(IMAGES).last_hidden_state
+    assert are_close(tokens, encoder.forward_features(IMAGES))
+    state, classes = make_classifier(mae, pooled=False), ["ant", "bee", "cat", "dog", "eel"]
+    folder = write_format(state, tmp_path, "hf", args={"classes": classes})
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert are_close(classifier(IMAGES).logits, scores(state, "probe of the class token"))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    best = transformers.pipeline("image-classification", model=str(folder), device="cpu")(picture, top_k=1)[0]
+    assert best["label"] in classes
 
 
 @torch.no_grad()
@@ -587,6 +660,35 @@ def test_numbers_of_heads_in_the_config_are_kept(mae, tmp_path):
         == 6
     )
     assert "num_heads=6" in load_command(read_weights(folder), "timm", "x.pth")
+
+
+@pytest.mark.parametrize("target", ["mae", "mmpretrain", "hf"])
+def test_statistics_of_the_run_are_read_back_from_its_conversion(target, mae, tmp_path):
+    statistics = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    weights = read_weights(write_format(mae, tmp_path, target, args=statistics))
+    assert {"mean": weights.mean, "std": weights.std} == statistics
+
+
+def test_statistics_in_a_preprocessor_of_openmmlab_are_read_in_pixels_of_0_to_1(mae, tmp_path):
+    buffers = {f"data_preprocessor.{key}": torch.tensor([51.0, 102.0, 25.5]).view(3, 1, 1) for key in ("mean", "std")}
+    path = save_content(tmp_path, {"state_dict": {rename(k, "mae", "mm"): v for k, v in mae.items()} | buffers})
+    weights = read_weights(path)
+    assert weights.mean == weights.std == pytest.approx([0.2, 0.4, 0.1])
+
+
+def test_a_probe_of_the_mean_is_one_after_conversion(mae, tmp_path):
+    head = {"head.weight": torch.randn(5, 192), "head.bias": torch.randn(5)}
+    file = write_format(to_timm(mae) | head, tmp_path, "mmpretrain", args={"pool": "mean", "classes": [*"abcde"]})
+    weights = read_weights(file)
+    assert (weights.averages_normed, weights.classes) == (True, [*"abcde"])
+
+
+@pytest.mark.parametrize(("args", "said"), [({}, True), ({"norm_pix_loss": False}, False)])
+def test_the_report_says_if_the_loss_in_the_config_of_transformers_is_assumed(args, said, mae, tmp_path):
+    path = save_content(tmp_path, {"model": mae, "args": args})
+    report = convert.convert(path, tmp_path / "hf", "hf")
+    assert ("assumed  norm_pix_loss true" in report) == said
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["norm_pix_loss"] == said
 
 
 def convert_to(path: Path, target: str, **options) -> Path:

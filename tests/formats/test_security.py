@@ -73,7 +73,7 @@ def test_eval_and_resume_refuse_a_malicious_checkpoint(malicious, executed, phot
     words = ["--data_path", photos, "--output_dir", tmp_path / "run", "--batch_size", "8"]
     with pytest.raises(ValueError, match=REFUSAL):
         call("main_finetune", *words, *DEVICE, "--checkpoint", malicious, "--eval")
-    with pytest.raises(ValueError, match=r"evil\.pth: damaged or foreign"):
+    with pytest.raises(ValueError, match=r"evil\.pth holds weights, not a run"):
         call("main_pretrain", *words, *PRETRAIN, "--resume", malicious)
     assert not executed.exists()
 

@@ -1,23 +1,29 @@
 """Pictures from PixMIM checkpoints and from checkpoints of other projects."""
 
+import json
 from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, MODEL, call, weights
+from conftest import DEVICE, MODEL, call, pretrain, weights
 from PIL import Image
 
 from models import ENCODERS
-from models_pixmim import PixMIM
+from models_pixmim import PixMIM, low_pass_disc
+from util.convert import convert
 from util.formats.keys import rename, to_timm
+from util.plots.reconstruction import reconstruct
 
 BLANK = np.zeros((9, 9, 3), np.uint8)
 
 
 def draw(checkpoint, images, output, *words) -> np.ndarray:
     flags = ["--checkpoint", checkpoint, "--images", images, "--output", output, *DEVICE[4:]]
-    (line,) = call("visualize", *flags, *words)
+    *notes, line = call("visualize", *flags, *words)
+    assert notes == [] or notes[0].startswith(f"{checkpoint} does not state ")
     with Image.open(output) as picture:
         assert line.endswith(f"images, {picture.width} x {picture.height}")
         return np.asarray(picture)
@@ -25,9 +31,10 @@ def draw(checkpoint, images, output, *words) -> np.ndarray:
 
 @pytest.fixture
 def mm(pretrained, tmp_path):
-    """The checkpoint as mmselfsup writes it, with the filter that its PixMIM files hold."""
+    """The checkpoint as mmselfsup writes it, with the filter that its PixMIM files hold, of radius 3."""
     state = {rename(k, "mae", "mm"): v for k, v in weights(pretrained)["model"].items()}
-    state["target_generator.low_pass_filter"] = torch.ones(3, 16, 16)
+    filtered = torch.fft.fftshift(low_pass_disc((16, 16), 3)).float()
+    state["target_generator.low_pass_filter"] = filtered.expand(3, -1, -1).clone()
     torch.save({"state_dict": state, "meta": {"epoch": 2}}, tmp_path / "mm.pth")
     return tmp_path / "mm.pth"
 
@@ -38,11 +45,20 @@ def test_the_reconstruction_has_a_row_per_image(pretrained, photos, tmp_path):
     assert picture.shape == (header + 4 * (224 + 8), 8 + 5 * (224 + 8), 3)  # 16 px, shown 14 times as large
 
 
-def test_an_mmselfsup_checkpoint_gives_the_same_picture(pretrained, mm, photos, tmp_path):
-    ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "ours.png")
-    # the file does not hold the number of decoder heads and the seed
-    theirs = draw(mm, photos / "val", tmp_path / "theirs.png", "--decoder_heads", 2)
+def test_an_mmselfsup_checkpoint_is_drawn_with_its_own_filter_and_the_settings_of_its_config(
+    pretrained, mm, photos, tmp_path
+):
+    images = photos / "val"
+    ours = draw(pretrained / "last.pth", images, tmp_path / "ours.png", "--lowpass_radius", 3)
+    # without a config the file does not hold the number of decoder heads
+    theirs = draw(mm, images, tmp_path / "theirs.png", "--decoder_heads", 2)
     assert np.array_equal(ours, theirs)
+    content = torch.load(mm, weights_only=True)
+    config = "model = dict(\n    backbone=dict(mask_ratio=0.5),\n    neck=dict(decoder_num_heads=2),\n    head=dict(norm_pix=False))\n"
+    torch.save(content | {"meta": {"cfg": config}}, mm)
+    flags = ["--lowpass_radius", 3, "--mask_ratio", 0.5, "--no-norm_pix_loss"]
+    ours = draw(pretrained / "last.pth", images, tmp_path / "ours.png", *flags)
+    assert np.array_equal(ours, draw(mm, images, tmp_path / "theirs.png"))
 
 
 def test_a_checkpoint_without_a_filter_is_drawn_as_mae(pretrained, photos, tmp_path):
@@ -77,6 +93,129 @@ def test_refuses_missing_images_and_empty_folders(pretrained, photos, tmp_path):
         draw(pretrained / "last.pth", tmp_path / "empty", tmp_path / "x.png")
 
 
+# ------------------------------------------------------------------------------------------- the method of other files
+
+RAW = "--no-norm_pix_loss --mask_ratio 0.5"
+LOW = "--lowpass centered --lowpass_radius 5 --mask_unit 2 --mean 0.5 0.4 0.3 --std 0.2 0.3 0.4"
+RUNS = {  # pre-training flags -> the formats that hold encoder and decoder
+    f"{RAW} --lowpass_radius 0": ("mae", "hf", "mmpretrain"),
+    "--lowpass_radius 0 --mask_ratio 0.9": ("mae", "hf", "mmpretrain"),
+    f"{LOW} --decoder_dim 48 --decoder_heads 3": ("mae", "hf", "mmpretrain"),
+    f"{RAW} --mask_unit 2 --input_size 16 48": ("mae", "mmpretrain"),
+    f"{LOW} --model convvit_pico --no-norm_pix_loss": ("mae",),
+    f"{LOW} --model mff_vit_pico --fuse_layers 1 --mask_ratio 0.6": ("mmpretrain",),
+}
+
+
+@pytest.mark.parametrize("flags", RUNS)
+def test_conversions_of_a_run_give_the_picture_of_the_run_without_flags_and_notes(flags, photos, tmp_path):
+    run = pretrain(photos, tmp_path / "run", "--input_size", 32, *flags.split(), "--epochs", 1) / "last.pth"
+    ours = draw(run, photos / "val", tmp_path / "x.png")
+    for target in RUNS[flags]:
+        convert(run, tmp_path / target, target)
+        assert np.array_equal(ours, draw(tmp_path / target, photos / "val", tmp_path / "y.png")), target
+        again = convert_again(tmp_path / target)
+        assert np.array_equal(ours, draw(again, photos / "val", tmp_path / "y.png")), f"{target} -> {again.name}"
+        command = ["--checkpoint", again, "--images", photos / "val", "--output", tmp_path / "y.png", *DEVICE[4:]]
+        assert len(call("visualize", *command)) == 1  # nothing is assumed
+
+
+def convert_again(path: Path) -> Path:
+    """The conversion, converted to another format that holds its decoder, else to its own."""
+    target = {"mae": "mmpretrain", "mmpretrain": "mae", "hf": "mae"}[path.name]
+    out = path.with_name(f"{target} from {path.name}")
+    with suppress(ValueError):  # ConvMAE and MFF have one format
+        convert(path, out, target)
+        return out
+    convert(path, out, path.name)
+    return out
+
+
+def save_as(kind: str, state: dict, args: dict, out: Path) -> Path:
+    """A file as facebookresearch/mae, long_seq_mae or transformers writes it."""
+    if kind == "transformers":
+        torch.save({"model": state, "args": {"num_heads": 3, "decoder_heads": 2}}, out.with_suffix(".pth"))
+        convert(out.with_suffix(".pth"), out, "hf")
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | args))
+        return out
+    torch.save({"model": state, "args": args if kind == "a dict" else Namespace(**args), "epoch": 3}, out)
+    return out
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw pixels", "normalised"])
+@pytest.mark.parametrize("kind", ["a Namespace", "a dict", "transformers"])
+def test_the_loss_and_the_mask_ratio_of_others_are_those_of_their_files(kind, raw, pretrained, photos, tmp_path):
+    args = {"norm_pix_loss": not raw, "mask_ratio": 0.5}
+    file = save_as(kind, weights(pretrained)["model"], args, tmp_path / "theirs")
+    loss = "--no-norm_pix_loss" if raw else "--norm_pix_loss"
+    flags = ["--lowpass_radius", 0, loss, "--mask_ratio", 0.5]
+    ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", *flags)
+    heads = [] if kind == "transformers" else ["--decoder_heads", 2]  # args of MAE have no heads
+    assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png", *heads))
+
+
+def test_a_config_of_transformers_that_omits_its_defaults_is_read_with_them(pretrained, photos, tmp_path):
+    file = save_as("transformers", weights(pretrained)["model"], {}, tmp_path / "theirs")
+    config = json.loads((file / "config.json").read_text())
+    del config["norm_pix_loss"], config["mask_ratio"]  # ViTMAEConfig: False, 0.75
+    (file / "config.json").write_text(json.dumps(config))
+    ours = draw(
+        pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--lowpass_radius", 0, "--no-norm_pix_loss"
+    )
+    assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png"))
+
+
+def test_mask_units_of_long_seq_mae_are_those_of_its_file(pretrained, photos, tmp_path):
+    args = {"norm_pix_loss": True, "mask_ratio": 0.75, "mask_downsampling": 2}
+    file = save_as("a Namespace", weights(pretrained)["model"], args, tmp_path / "lsmae.pth")
+    ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--masks", "--mask_unit", 2)
+    assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png", "--masks"))
+    assert not np.array_equal(ours, draw(pretrained / "last.pth", photos / "val", tmp_path / "y.png", "--masks"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "assumed"),
+    [
+        ("", ["--norm_pix_loss", "--mask_ratio 0.75", "mae_visualize_*", "--no-norm_pix_loss"]),
+        ("--spectrum", ["--norm_pix_loss", "--mask_ratio 0.75"]),
+        ("--no-norm_pix_loss", ["--mask_ratio 0.75"]),
+        ("--masks", ["--mask_ratio 0.75"]),
+        ("--mask_ratio 0.5 --norm_pix_loss", None),
+        ("--masks --mask_ratio 0.5", None),
+        ("--filter", None),
+        ("--pca", None),
+    ],
+)
+def test_one_line_says_what_is_assumed_of_a_file_that_does_not_state_its_method(
+    flags, assumed, pretrained, photos, tmp_path
+):
+    torch.save({"model": weights(pretrained)["model"]}, tmp_path / "mae.pth")
+    command = ["--checkpoint", tmp_path / "mae.pth", "--images", photos / "val", "--output", tmp_path / "x.png"]
+    *notes, _ = call("visualize", *command, *DEVICE[4:], *flags.split())
+    assert len(notes) == (assumed is not None)
+    assert all(words in notes[0] for words in assumed or ())
+    assert "norm_pix_loss" not in "".join(notes) or "norm_pix_loss" not in flags
+
+
+@pytest.mark.parametrize("target", ["mae", "hf"])
+def test_removed_pixels_do_not_reach_the_predicted_pixels_of_raw_weights(target, photos, tmp_path, monkeypatch):
+    """With the true mean of each patch, a model that has learned nothing would show the image."""
+    import visualize
+
+    calls = []
+    monkeypatch.setattr(visualize, "reconstruct", lambda *args: calls.append(args) or reconstruct(*args))
+    run = pretrain(photos, tmp_path / "run", *RAW.split(), "--lowpass_radius", 0, "--epochs", 1) / "last.pth"
+    convert(run, tmp_path / target, target)
+    draw(tmp_path / target, photos / "val", tmp_path / "x.png")
+    ((model, images, noise, args),) = calls
+    made = reconstruct(model, images, noise, args)
+    removed = (made.masked == 0.5).all(1, keepdim=True).expand_as(images)
+    other = reconstruct(model, torch.where(removed, torch.randn_like(images), images), noise, args)
+    assert removed.float().mean() == 0.5
+    assert torch.equal(made.filled[removed], other.filled[removed])
+
+
 # ------------------------------------------------------------------------------------------------------- other pictures
 
 
@@ -91,6 +230,14 @@ def test_pictures_need_no_decoder(flags, columns, pretrained, photos, tmp_path):
         assert picture.shape[1] // 232 == columns
     untrained = draw("none", photos / "val", tmp_path / "x.png", *MODEL, "--count", 2, *flags.split())
     assert untrained.shape[1] == picture.shape[1]
+
+
+def test_another_input_size_equals_the_picture_of_the_converted_checkpoint(pretrained, photos, tmp_path):
+    convert(pretrained / "last.pth", tmp_path / "hf", "hf", input_size=(32, 32))
+    flags = ["--count", 2, "--lowpass_radius", 5, "--input_size", 32, "--seed", 1]
+    ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "a.png", *flags)
+    theirs = draw(tmp_path / "hf", photos / "val", tmp_path / "b.png", *flags, "--model", "vit_pico")
+    assert np.array_equal(ours, theirs)
 
 
 def test_the_spectrum_is_that_of_the_reconstruction(pretrained, photos, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from, whether it belongs to this run, and loading it."""
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from util.args import resolve_defaults
 from util.checkpoint.state import FORMAT_1, read_checkpoint
-from util.files import link_atomic
+from util.files import link_atomic, lock_file
 from util.formats.keys import mae_names
 from util.run import Run, args_to_dict
 
@@ -62,6 +61,9 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
             if "progress" not in content:
                 raise ValueError(f"{path} holds weights, not a run")
         except ValueError as error:
+            if run.resume != "auto" and "holds weights" in str(error):
+                mains = "" if "checkpoint" in run.args else " of main_finetune.py or main_linprobe.py"
+                raise ValueError(f"--resume {error}; to start from them use --checkpoint{mains}") from error
             damaged.append(path)
             run.log.info(f"warning: {error}; trying the checkpoint before it")
             continue
@@ -144,12 +146,7 @@ def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optim
 def lock_folder(folder: Path) -> None:
     """Lock OUTPUT_DIR until this process ends; ValueError if another process holds the lock."""
     opened = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # stays open as long as the process lives
-    try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"--output_dir {folder}: another run is writing there; wait for it or stop it") from error
-    except OSError:  # a file system without locks
-        pass
+    lock_file(opened, f"--output_dir {folder}: another run is writing there; wait for it or stop it")
 
 
 def claim_folder(run: Run, path: Path | None) -> None:

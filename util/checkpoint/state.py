@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,20 +32,24 @@ def write_checkpoint(path: Path, content: dict) -> Path:
 def read_checkpoint(path: Path) -> dict:
     """Content of a checkpoint of this project; ValueError if it is damaged or foreign."""
     try:
+        with path.open("rb") as file:
+            old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
+        if old or path.suffix == ".safetensors":
+            raise UnpicklingError
         check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(content, dict) and content.get("format") in (FORMAT, FORMAT_1)
         if ours and content["format"] == FORMAT and not checksum_matches(content):
             raise ValueError("its checksum is wrong")
+    except UnpicklingError as error:  # an undamaged file with objects that this project does not save
+        raise ValueError(f"{path} holds weights, not a run") from error
     except Exception as error:  # torch raises many types of errors for damaged files
         if isinstance(error, OSError) and error.filename:  # the file cannot be read at all
             raise
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not ours:
-        raise ValueError(
-            f"{path} is not a checkpoint of a run of this project; --resume takes last.pth or epoch-NNNN.pth"
-        )
+        raise ValueError(f"{path} holds weights, not a run")
     return content
 
 

@@ -99,15 +99,18 @@ def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device:
 
 def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, noise_length: int = 0) -> Any:
     """Loader of training data. `loader.batch_sampler.start(epoch, step)` sets where the next iteration begins."""
-    skip_bad = run.args.on_bad_image == "skip"
-    samples = Samples(source, transform, run.args, flip=flip, noise_length=noise_length, skip_bad=skip_bad)
+    samples = Samples(source, transform, run.args, flip=flip, noise_length=noise_length, replace_bad=True)
     return make_loader(samples, TrainSampler(len(samples), run), run.args.num_workers, run.world.device)
 
 
-def eval_loader(args, world: World, source: Source, transform: Callable) -> Any:
-    """Loader of every image of the source once, spread over the ranks."""
+def eval_loader(args, world: World, source: Source, transform: Callable, first: int = 0) -> "DevicePrefetcher":
+    """Batches of every image of the source from `first` on once, spread over the ranks.
+
+    With --on_bad_image skip unreadable images are left out and collected in `bad`.
+    """
     samples = Samples(source, transform, args)
-    return make_loader(samples, EvalSampler(len(samples), args.batch_size, world), args.num_workers, world.device)
+    sampler = EvalSampler(len(samples), args.batch_size, world, first)
+    return DevicePrefetcher(make_loader(samples, sampler, args.num_workers, world.device), world.device)
 
 
 @cache
@@ -117,14 +120,10 @@ def copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def pop_bad(part: dict) -> list[tuple[str, str]]:
-    """Remove and return `bad`, the unreadable images of a part; ValueError for a part without images."""
-    bad = part.pop("bad")
+    """Remove and return `bad`, the unreadable images of a part; ValueError for a part that ends the run."""
     if "stop" in part:
         raise ValueError(part["stop"])
-    if "images" not in part:
-        name, reason = bad[-1]
-        raise ValueError(f"{name} cannot be read: {reason}; repair or remove it, or train with --on_bad_image skip")
-    return bad
+    return part.pop("bad")
 
 
 class DevicePrefetcher:
@@ -134,7 +133,7 @@ class DevicePrefetcher:
         self.loader, self.device, self.parts = loader, device, parts  # `parts` of the loader make a batch
         self.stream = copy_stream(device) if device.type == "cuda" else None
         self.waited = 0.0  # seconds spent waiting for the loader
-        self.bad: list[tuple[str, str]] = []  # (name, reason) of unreadable images; the training loop empties it
+        self.bad: list[tuple[str, str]] = []  # (name, reason) of unreadable images; whoever reports them empties it
 
     def __iter__(self) -> Iterator[dict]:
         loaded = iter(self.loader)
@@ -146,7 +145,8 @@ class DevicePrefetcher:
                 return
             for part in parts:
                 self.bad += pop_bad(part)
-            yield self.copy(parts)
+            if parts := [part for part in parts if part]:  # all images of an evaluation's part may be unreadable
+                yield self.copy(parts)
 
     def copy(self, parts: list[dict]) -> dict:
         """Parts on the host -> one batch on the device."""

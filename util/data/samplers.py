@@ -48,8 +48,8 @@ class TrainSampler(Sampler):
 class EvalSampler(Sampler):
     """(0, index) of this rank's share of all samples. Nothing is padded, so that counts over the ranks are exact."""
 
-    def __init__(self, count: int, batch_size: int, world: World):
-        self.indices = range(world.rank, count, world.size)
+    def __init__(self, count: int, batch_size: int, world: World, first: int = 0):
+        self.indices = range(first + world.rank, count, world.size)
         self.batch_size = min(batch_size, WORKER_BATCH)
 
     def __len__(self) -> int:

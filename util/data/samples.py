@@ -17,10 +17,11 @@ class Samples(Dataset):
     """Images of a source by (epoch, index). An unreadable image is reported in the result, not raised."""
 
     def __init__(
-        self, source: Source, transform: Callable, args, *, flip=False, noise_length: int = 0, skip_bad: bool = False
+        self, source: Source, transform: Callable, args, *, flip=False, noise_length: int = 0, replace_bad: bool = False
     ):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
-        self.seed, self.in_chans, self.skip_bad = args.seed, args.in_chans, skip_bad
+        self.seed, self.in_chans, self.replace_bad = args.seed, args.in_chans, replace_bad
+        self.on_bad_image = getattr(args, "on_bad_image", None)  # visualize.py has no such flag and stops
         self.timeout_s = 60 * args.timeout_minutes
 
     def __len__(self) -> int:
@@ -29,8 +30,8 @@ class Samples(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         """(epoch, index) of B samples -> images (B, H, W, C) uint8, flip (B,) bool, noise (B, U) float32, label, index.
 
-        `bad` lists (name, reason) of unreadable images. A result without `images` ends the run; the reason is `stop`,
-        else the last of `bad`. It is not raised here because exceptions of workers arrive with a traceback.
+        `bad` lists (name, reason) of unreadable images. A result with `stop`, the reason, ends the run; it is not raised
+        here because exceptions of workers arrive with a traceback. Without `images` all of them were left out.
         """
         bad: list[tuple[str, str]] = []
         try:
@@ -39,14 +40,18 @@ class Samples(Dataset):
         except (ValueError, OSError) as error:
             return {"bad": bad, "stop": str(error)}
         crops, masks = SampleRng(self.seed, CROP), SampleRng(self.seed, MASK)
-        flips, index = [], []
+        flips: list[bool] = []
+        index: list[int] = []
         noise = np.empty((len(keys), self.noise_length), np.float32)
         images = None
-        for n, (epoch, i) in enumerate(keys):
-            rng = crops.at(epoch, i)
-            sample = self.read_sample(i, rng, None if images is None else images[n], bad)
+        for epoch, i in keys:
+            rng, n = crops.at(epoch, i), len(index)
+            try:
+                sample = self.read_sample(i, rng, None if images is None else images[n], bad)
+            except ValueError as error:
+                return {"bad": bad, "stop": str(error)}
             if sample is None:
-                return {"bad": bad}
+                continue
             pixels, used = sample
             if images is None:
                 stacked = alloc_batch(len(keys), pixels.shape)
@@ -55,26 +60,36 @@ class Samples(Dataset):
             index.append(used)
             flips.append(rng.random() < 0.5)
             masks.at(epoch, i).random(out=noise[n], dtype=np.float32)
+        if images is None:
+            return {"bad": bad}
         batch = {
-            "images": stacked,
-            "noise": torch.from_numpy(noise),
+            "images": stacked[: len(index)],
+            "noise": torch.from_numpy(noise)[: len(index)],
             "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
             "index": torch.tensor(index),
         }
         return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
 
     def read_sample(self, i: int, rng: Any, out: np.ndarray | None, bad: list) -> tuple[np.ndarray, int] | None:
-        """(pixels, index) of image i, or with `skip_bad` of the next readable one, else None. Appends to `bad`."""
-        for candidate in range(i, i + (len(self) if self.skip_bad else 1)):
+        """(pixels, index) of image i; if unreadable, of the next readable one, or None. Appends to `bad`.
+
+        ValueError without --on_bad_image skip, if no image can be read, or if the disk does not answer.
+        """
+        remedy = "; repair or remove it" + (", or use --on_bad_image skip" if self.on_bad_image == "stop" else "")
+        for candidate in range(i, i + (len(self) if self.replace_bad else 1)):
             index = candidate % len(self)
             try:
                 with time_limit(self.timeout_s):
                     return self.transform(self.source.read(index, self.in_chans), rng, out), index
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 name = self.source.name(index).replace("\n", "\\n")
-                bad.append((name, " ".join(str(error).split()) or type(error).__name__))
-                if isinstance(error, DiskTimeout):  # the next image would time out as well
-                    return None
+                reason = " ".join(str(error).split()) or type(error).__name__
+                bad.append((name, reason))
+                # after a timeout of the disk the next image would time out as well
+                if self.on_bad_image != "skip" or isinstance(error, DiskTimeout):
+                    raise ValueError(f"{name} cannot be read: {reason}{remedy}") from error
+        if self.replace_bad:
+            raise ValueError(f"{name} cannot be read: {reason}; nor can any other image")
         return None
 
 

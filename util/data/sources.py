@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from util.data.cache import Cache, is_cache
 from util.data.folders import Source, class_folders, image_folder
 from util.data.streams import Stream, is_stream
@@ -27,7 +29,10 @@ def labelled_source(data_path: str, split: str, classes: Sequence[str] | None = 
         raise ValueError(f"--data_path {data_path} is a cache; kNN (--knn_path) and classifiers need images")
     if is_stream(data_path):
         raise ValueError(f"--data_path {data_path} is a stream; kNN (--knn_path) and classifiers need local images")
-    return local_tars(data_path, split, classes) or class_folders(data_path, split, classes)
+    source = local_tars(data_path, split, classes) or class_folders(data_path, split, classes)
+    if len(classes or np.unique(source.labels)) < 2:
+        raise ValueError(f"--data_path: {data_path}/{split} has one class; kNN and classifiers need at least two")
+    return source
 
 
 def labelled_sources(data_path: str) -> tuple[Source, Source]:

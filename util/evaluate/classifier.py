@@ -27,9 +27,12 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> N
             run.log.info(f"load with: {load_command(Weights.from_state(state, args), target, path)}")
 
 
-def evaluate_classifier(
-    args: Namespace, weights: Weights | None, build_encoder: Callable, interpolation: str = "bicubic"
-) -> None:
+def val_interpolation(probe_as: str | None) -> str:
+    """Interpolation of validation images under --probe_as."""
+    return "bilinear" if probe_as == "mmselfsup" else "bicubic"
+
+
+def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder: Callable) -> None:
     """Print the accuracy of a saved classifier on DIR/val (--eval)."""
     count = weights.num_classes if weights else 0
     if weights is None or not count:
@@ -42,7 +45,12 @@ def evaluate_classifier(
             f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
         )
     world = init_world(args.device, args.amp, args.timeout_minutes)
+    if weights.source != "pixmim" and world.is_main:
+        print(
+            f"--checkpoint {args.checkpoint}: the order of its {count} classes is assumed to be that of the sorted folder names"
+        )
     model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)
-    loader = eval_loader(args, world, val, eval_transform(args.input_size, interpolation))
+    interpolation = val_interpolation(vars(args).get("probe_as") or weights.args.get("probe_as"))
+    loader = eval_loader(args, world, val, eval_transform(args.input_size, args.crop_pct, interpolation))
     print_result(world, evaluate(args, world, model, loader, count)[0])
     world.close()

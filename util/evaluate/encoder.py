@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from util.args import channel_statistics
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
-from util.formats.keys import to_timm
+from util.formats.keys import join_names, to_timm
 from util.formats.read import read_weights, weights_file
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
@@ -21,7 +20,7 @@ from util.formats.weights import Weights
 Encoder = Any
 
 
-MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "pool")
+MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "crop_pct", "pool")
 
 
 def read_architecture(
@@ -37,7 +36,7 @@ def read_architecture(
         found: dict[str, Any] = {"input_size": (224, 224), "in_chans": 3}
         weights, file = None, args.checkpoint
     else:
-        weights, file = read_weights(args.checkpoint), str(weights_file(args.checkpoint))
+        weights, file = read_file(args), str(weights_file(args.checkpoint))
         found = {name: getattr(weights, name) for name in flags}
         if weights.model:
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
@@ -47,6 +46,16 @@ def read_architecture(
     args = Namespace(**vars(args) | filled | {"checkpoint": file})
     args.mean, args.std = channel_statistics(args.in_chans, args.mean, args.std)
     return args, weights
+
+
+def read_file(args: Namespace) -> Weights:
+    """Weights of --checkpoint; ValueError if --patch_size or --in_chans contradicts them, which only pre-training adapts."""
+    weights = read_weights(args.checkpoint, args.input_size, getattr(args, "use_ema", False))
+    for flag in ("patch_size", "in_chans"):
+        asked, has = getattr(args, flag), getattr(weights, flag)
+        if weights.family and asked not in (None, has) and "init_channels" not in args:
+            raise ValueError(f"--{flag} {asked}: --checkpoint {args.checkpoint} has {has}; leave --{flag} out")
+    return weights
 
 
 def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
@@ -70,11 +79,6 @@ def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
     if heads and expected and heads != expected:
         raise ValueError(f"{where} has {heads} attention heads, --model {args.model or model} {expected}")
     return model
-
-
-def _join(names: set[str]) -> str:
-    """The first three names and the number of the remaining ones."""
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | None, **options) -> Encoder:
@@ -103,7 +107,7 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
     }
     if any(problems.values()):
         kind = weights.family or "custom encoder"
-        what = "; ".join(f"{problem}: {_join(names)}" for problem, names in problems.items() if names)
+        what = "; ".join(f"{problem}: {join_names(sorted(names))}" for problem, names in problems.items() if names)
         raise ValueError(f"--checkpoint {args.checkpoint}, a {kind}, does not fit --model {args.model}: {what}")
     kept = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(own | kept)
@@ -127,10 +131,38 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
 
 
-def encode_batches(args: Namespace, world: World, encoder: Encoder, loader: DataLoader, encode=features) -> Iterator:
+def knn_layer(weights: Weights | None, asked: str = "auto") -> str:
+    """--knn_features: by default after the final norm for fine-tuned encoders, before it for masked pre-training.
+
+    Untrained encoders and own probes, whose encoder is frozen, count as the latter. Class token of MAE ViT-B: 35.6 before
+    the norm, 16.1 after it (logs of efficient-probing, arXiv:2506.10178).
+    """
+    tuned = weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args
+    return asked if asked != "auto" else "after_norm" if tuned else "before_norm"
+
+
+def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    """Features (B, D) of images (B, C, H, W) before and after the final norm; equal if the encoder has none."""
+    inputs: list[Tensor] = []
+    norms = [getattr(encoder, name, nn.Identity()) for name in ("norm", "fc_norm")]
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for norm in norms
+        if not isinstance(norm, nn.Identity)
+    ]
+    after = features(encoder, images)
+    for hook in hooks:
+        hook.remove()
+    x = inputs[-1] if inputs else after
+    return {"before_norm": x if x.ndim == 2 else encoder.forward_head(x, pre_logits=True), "after_norm": after}
+
+
+def encode_batches(
+    args: Namespace, world: World, encoder: Encoder, loader: DevicePrefetcher, encode=features
+) -> Iterator:
     """(float32 output of `encode(encoder, images)`, batch) for each batch of this rank."""
     normalize = Normalize(args, world.device)
-    for batch in DevicePrefetcher(loader, world.device):
+    for batch in loader:
         with torch.inference_mode(), autocast(args.amp, world.device):
             x = encode(encoder, normalize(batch))
         yield x.float(), batch

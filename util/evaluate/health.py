@@ -1,11 +1,16 @@
 """Checks of a pre-training run: example images before the first step, loss against a constant prediction."""
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from util.log import read_records
+from util.run import Run
+
+SHARE = "share_of_constant"  # key in log.jsonl
 
 
 def format_values(values: Iterable[float]) -> str:
@@ -61,14 +66,66 @@ def compare_with_constant(model: Any, images: Tensor, noise: Tensor) -> tuple[fl
     return loss.item(), target.var(correction=0).item()
 
 
-def check_loss(epoch: int, model: Any, images: Tensor, noise: Tensor, args: Namespace) -> str | None:
-    """Warning if, after the warm-up, the model is no better than a constant on the example images; else None."""
-    if epoch < args.warmup_epochs:
+HIGH_LR = 3e-3  # above the peak learning rates of published recipes, at most 2.4e-3
+REMEDIES = {
+    "trivial": "the target is trivial; check --lowpass_radius, --mean and --std. {rate} is not the cause",
+    "diverged": "training diverged; lower {rate}",
+    "high": "lower {rate}, which is above those of published recipes",
+    "falling": "it is still falling; train longer (--epochs), or raise {rate}",
+    "slow": "it hardly falls; raise {rate}",
+    "constant": "it stays there; try another {rate}, and look at the target in the pictures on TensorBoard",
+}
+
+
+def explain_loss(shares: Sequence[float], lr: float, steps: int, warmup_epochs: float, epochs: int) -> str | None:
+    """Key of REMEDIES if nothing is learned; None if something is, or if it is too early to tell.
+
+    `shares` are the losses of the example images, as shares of the loss of a constant prediction: before training, then after
+    each epoch of `steps` updates. `lr` is the peak learning rate. The thresholds were measured (docs/healthy_run.md).
+    """
+    epoch, now = len(shares) - 1, shares[-1]
+    if epoch < max(1, warmup_epochs) or 0.01 < now < 0.95:
         return None
-    loss, constant = compare_with_constant(model, images, noise)
-    if loss < 0.95 * constant:
+    if now <= 0.01:
+        return "trivial"
+    if now > 1.1 * min(shares):
+        return "diverged"
+    if epoch < epochs / 2 and (epoch - warmup_epochs) * steps < 300:
         return None
-    return (
-        f"warning: epoch {epoch}: the loss of the example images is {loss:.3f}, that of a constant prediction {constant:.3f}; "
-        f"the model learns nothing: lower --blr {args.blr:g}, or see docs/healthy_run.md"
-    )
+    if lr > HIGH_LR:
+        return "high"
+    if shares[epoch // 2] - now > 0.01:
+        return "falling"
+    return "slow" if now > 1.05 else "constant"
+
+
+class LossCheck:
+    """Logs the loss of the example images after each epoch, and warns once for each cause why nothing is learned."""
+
+    def __init__(self, run: Run, model: Any, images: Tensor, noise: Tensor, starts: bool):
+        """`starts`: the run begins, so that the model is untrained."""
+        self.run, self.model, self.examples = run, model, (images, noise)
+        self.shares = {record["epoch"]: record[SHARE] for record in read_records(run.log.path) if SHARE in record}
+        if starts and 0 not in self.shares:
+            self.add(0)
+
+    def add(self, epoch: int) -> None:
+        """Log the loss of the example images after this many epochs."""
+        loss, constant = compare_with_constant(self.model, *self.examples)
+        self.shares[epoch] = loss / max(constant, 1e-12)
+        self.run.log.scalars({"epoch": epoch, "example_loss": loss, SHARE: self.shares[epoch]})
+
+    def after_epoch(self, epoch: int, steps: int) -> None:
+        """Log the loss after this epoch of `steps` updates, and warn if nothing is learned for a new cause."""
+        if epoch not in self.shares:
+            self.add(epoch)
+        args, now = self.run.args, self.shares[epoch]
+        known = [self.shares.get(n, now) for n in range(epoch + 1)]  # a run of an earlier version has no early values
+        schedule = self.run.lr, steps, args.warmup_epochs, args.epochs
+        *earlier, cause = (explain_loss(known[:n], *schedule) for n in range(1, epoch + 2))
+        if cause and cause not in earlier:
+            remedy = REMEDIES[cause].format(rate=f"--blr {args.blr:g} (peak learning rate {self.run.lr:.3g})")
+            self.run.log.info(
+                f"warning: the loss of the example images is {now:.3f} of that of a constant prediction after {epoch * steps} "
+                f"updates; {remedy}. See docs/healthy_run.md"
+            )

@@ -6,11 +6,11 @@ from argparse import Namespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
+from util.meters import log_bad_images
 from util.run import Run
 
 
@@ -45,26 +45,34 @@ class Score:
 
 
 @torch.inference_mode()
-def evaluate(args: Namespace, world: World, model: nn.Module, loader: DataLoader, num_classes: int) -> list[dict]:
-    """One `Score.result` per head of a classifier whose logits are (B, classes) or (B, heads, classes)."""
+def evaluate(
+    args: Namespace, world: World, model: nn.Module, loader: DevicePrefetcher, num_classes: int, run: Run | None = None
+) -> list[dict]:
+    """One `Score.result` per head of a classifier whose logits are (B, classes) or (B, heads, classes).
+
+    Images left out (--on_bad_image skip) are counted as `unreadable` and listed by `log_bad_images`.
+    """
     model.eval()
     normalize = Normalize(args, world.device)
     scores: list[Score] = []
-    for batch in DevicePrefetcher(loader, world.device):
+    for batch in loader:
         with autocast(args.amp, world.device):
             logits = model(normalize(batch)).float()
         logits = logits.unsqueeze(1) if logits.ndim == 2 else logits
         scores = scores or [Score(num_classes, world.device) for _ in range(logits.shape[1])]
         for i, score in enumerate(scores):
             score.add(logits[:, i], batch["label"])
+    bad = log_bad_images(world, [loader], run)
     heads = max(world.gather(len(scores)))  # a rank without images has no scores, but must join each sum
+    if not heads:
+        raise ValueError(f"--data_path {args.data_path}: no image can be read")
     scores += [Score(num_classes, world.device) for _ in range(heads - len(scores))]
-    return [score.result(world) for score in scores]
+    return [score.result(world) | bad for score in scores]
 
 
-def validate(run: Run, model: nn.Module, loader: DataLoader, num_classes: int, epoch: int) -> list[dict]:
+def validate(run: Run, model: nn.Module, loader: DevicePrefetcher, num_classes: int, epoch: int) -> list[dict]:
     """Results of `evaluate`; logs those of the best head."""
-    results = evaluate(run.args, run.world, model, loader, num_classes)
+    results = evaluate(run.args, run.world, model, loader, num_classes, run)
     best = max(results, key=lambda result: result["acc1"])
     run.log.scalars({"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}})
     run.log.info(f"epoch {epoch}  val {json.dumps(best)}")

@@ -86,12 +86,30 @@ def _mm_options(weights: Weights) -> list[str]:
     return [f"model.backbone.{names.get(key, key)}={own[key]}" for key in usual if own[key] != usual[key]]
 
 
+def _pyramid_options(patch: int) -> dict[str, str]:
+    """Config overrides of ViTDet's Mask R-CNN for its pyramid, p2 - p5 at patch size 16 and p1 - p4 at 8."""
+    if patch == 16:
+        return {}
+    if patch != 8:
+        raise ValueError(
+            f"--to detectron2: the feature pyramid of ViTDet needs patch size 16 or 8, not {patch}; use --to timm"
+        )
+    names, scales = "[p1,p2,p3,p4]", "[0.5,0.25,0.125,0.0625]"
+    options = {"backbone.top_block": "null", "proposal_generator.in_features": names}
+    generator = "proposal_generator.anchor_generator"
+    options |= {f"{generator}.sizes": "[[16],[32],[64],[128]]", f"{generator}.strides": "[2,4,8,16]"}
+    for head in ("box", "mask"):
+        options |= {f"roi_heads.{head}_in_features": names, f"roi_heads.{head}_pooler.scales": scales}
+    return options
+
+
 def _detectron2_line(weights: Weights, out: Path | str) -> str:
     usual = {"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "in_chans": 3, "mlp_ratio": 4}
-    options = {"pretrain_img_size": square_side(weights, "ViTDet")}
+    options: dict[str, Any] = {"pretrain_img_size": square_side(weights, "ViTDet")}
     options |= {key: getattr(weights, key) for key, value in usual.items() if getattr(weights, key) != value}
+    options = {f"backbone.net.{key}": value for key, value in options.items()} | _pyramid_options(weights.patch_size)
     checkpoint = f'train.init_checkpoint="{Path(out).resolve()}?matching_heuristics=True"'  # hydra requires the quotes
-    return " ".join([shlex.quote(checkpoint), *(f"model.backbone.net.{key}={value}" for key, value in options.items())])
+    return shlex.join([checkpoint, *(f"model.{key}={value}" for key, value in options.items())])
 
 
 def load_command(
@@ -122,5 +140,5 @@ def load_command(
         )  # the defaults are False and 0.1
         checkpoint = shlex.quote(f"model.pretrained={Path(out).resolve()}")
         return " ".join(["--cfg-options", checkpoint, f"model.backbone.{own}", *_mm_options(weights)])
-    init = {"type": "Pretrained", "checkpoint": out, "prefix": "backbone."}
-    return f"--cfg-options {' '.join(f'model.backbone.init_cfg.{key}={value}' for key, value in init.items())}"
+    init = {"type": "Pretrained", "checkpoint": Path(out).resolve(), "prefix": "backbone."}
+    return shlex.join(["--cfg-options", *(f"model.backbone.init_cfg.{key}={value}" for key, value in init.items())])

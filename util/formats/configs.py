@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from util.args import channel_statistics
+from util.args import channel_statistics, default_crop_pct
 from util.formats.resize import known_size, square_side
 from util.formats.weights import HEADS, Weights
 
@@ -54,13 +54,13 @@ def timm_config(weights: Weights) -> dict[str, Any]:
         "num_classes": weights.num_classes,
         "num_features": weights.embed_dim,
         "global_pool": options.get("global_pool", "token"),
-        "model_args": options,
+        "model_args": {key: x for key, x in options.items() if key != "num_classes"},  # transformers passes its own
         "pretrained_cfg": {
             "num_classes": weights.num_classes,
             "input_size": [weights.in_chans, *size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": weights.crop_pct or default_crop_pct(size),
             "crop_mode": "center",
             "mean": mean,
             "std": std,
@@ -90,6 +90,8 @@ def hf_config(weights: Weights) -> dict[str, Any]:
         "qkv_bias": True,
     }
     if weights.decoder_dim:
+        ours = ("mask_unit", "lowpass_radius", "lowpass")  # transformers ignores them
+        config |= {key: value for key, value in weights.settings.items() if key in ours}
         return config | {
             "model_type": "vit_mae",
             "architectures": ["ViTMAEForPreTraining"],
@@ -110,14 +112,14 @@ def hf_config(weights: Weights) -> dict[str, Any]:
 
 
 def hf_processor(weights: Weights) -> dict[str, Any]:
-    """preprocessor_config.json: bicubic resize of the short side to 256 / 224 of the input, then a centre crop."""
+    """preprocessor_config.json: bicubic resize of the short side, then a centre crop."""
     side = square_side(weights, "a preprocessor of transformers")
     mean, std = _statistics(weights)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(side * 256 / 224)},
+        "size": {"shortest_edge": int(side / (weights.crop_pct or default_crop_pct((side, side))))},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},

@@ -123,6 +123,11 @@ FORMATS = {  # host -> the formats that can hold it
 }
 
 
+def join_names(names: list[str]) -> str:
+    """The first four names and the number of the remaining ones."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 @cache
 def rename(key: str, source: str, target: str) -> str | None:
     """Name in column `target` of RULES of the tensor named `key` in column `source`; None if no rule maps it."""

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.args import default_crop_pct
 from util.formats.keys import (
     DROPPED,
     State,
@@ -18,15 +21,23 @@ from util.formats.keys import (
     find_misshaped,
     from_hf,
     from_mmseg,
+    join_names,
     rename,
     tensor_sizes,
 )
 from util.formats.unpickle import load_content
-from util.formats.weights import Weights
+from util.formats.weights import METHOD, Weights
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SETTING = re.compile(
+    r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b"
+)  # in a config of mmengine
+OUR_NAMES = {"mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss", "decoder_num_heads": "decoder_heads"}
+WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")  # DistributedDataParallel, torch.compile, Lightning
+PATCHES = re.compile(r"((?:(?:module|_orig_mod|model|backbone|encoder|vit)\.)+)patch_embed1?\.proj\.weight")
+EMA = {"model": "model_ema", "state_dict": "state_dict_ema"}  # facebookresearch/mae's forks, timm
 COLUMNS = {"mm": "mm", "mmseg": "mm", "hf": "hf"}  # of keys.RULES, by source; others: "mae"
 
 
@@ -48,15 +59,20 @@ def _load_with_config(path: Path) -> tuple[Any, dict[str, Any]]:
     file = weights_file(path)
     if file == path:
         return load_content(path), {}
-    config, about = path / "config.json", {}
-    if config.is_file():
-        try:
-            about = json.loads(config.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{config} is not JSON ({str(error)[:100]}): copy or download it again") from error
-    if not about or not isinstance(about, dict):
+    about, processor = (_read_json(path / name) for name in ("config.json", "preprocessor_config.json"))
+    if not about:
         raise ValueError(f"{path} has no config.json that describes the model: download it, or pass {file}")
-    return load_content(file), about
+    looks = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return load_content(file), {"pretrained_cfg": looks} | about  # timm's config.json has its own
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Dictionary in a JSON file; {} if there is none."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({str(error)[:100]}): copy or download it again") from error
+    return content if isinstance(content, dict) else {}
 
 
 # Key of config.json (transformers, then timm) -> key of `tensor_sizes`
@@ -117,14 +133,36 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
         raise ValueError(f"{path / 'config.json'} states {', '.join(wrong)}: use the config.json of these weights")
     args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
     args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
-    args |= {
-        key: x for key, kind in (("norm_pix_loss", bool), ("mask_ratio", float)) if type(x := about.get(key)) is kind
-    }
+    usual = {"norm_pix_loss": False, "mask_ratio": 0.75} if about.get("model_type") == "vit_mae" else {}
+    args |= {key: about.get(key, usual.get(key)) for key in METHOD}
     if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
         args["pool"] = "mean"
+    crop_pct = looks.get("crop_pct")  # of a classifier; features of any encoder follow MAE's rule
+    if "head.weight" in state and size is not None and isinstance(crop_pct, int | float) and 0.01 <= crop_pct <= 1:
+        args["crop_pct"] = None if crop_pct == default_crop_pct(tuple(claims["input_size"])) else crop_pct
     eps = about.get("layer_norm_eps", 1e-6)
     unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as in MAE)"]
     return {name: value for name, value in args.items() if value is not None}, unused
+
+
+def _disc_radius(low_pass: Tensor) -> float:
+    """Radius in bins of the release's filter (C, H, W), 1 around the centre of the shifted spectrum; 0 if it keeps all."""
+    y, x = (torch.arange(n) - (n - 1) / 2 for n in low_pass.shape[-2:])
+    distance = (y[:, None] ** 2 + x**2).sqrt()
+    return 0 if low_pass.all() else math.ceil(distance[low_pass[0] > 0].max())
+
+
+def _stated_args(box: dict, state: State) -> dict[str, Any]:
+    """Settings that a file states beside the weights, under their names there and under ours."""
+    args, meta = box.get("args"), box.get("meta")
+    found = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, dict) else {}
+    config = str(meta.get("cfg")).lower() if isinstance(meta, dict) else ""
+    found |= {key: json.loads(value) for key, value in SETTING.findall(config)}
+    found |= {ours: found[theirs] for theirs, ours in OUR_NAMES.items() if theirs in found}
+    if "target_generator.low_pass_filter" in state:
+        found["lowpass_radius"] = _disc_radius(state["target_generator.low_pass_filter"])
+    keys = {key: f"data_preprocessor.{key}" for key in ("mean", "std")}
+    return found | {key: (state[name].flatten() / 255).tolist() for key, name in keys.items() if name in state}
 
 
 def _fold_batch_norm(state: State) -> tuple[State, list[str]]:
@@ -166,41 +204,100 @@ def _detect_source(box: dict, state: State) -> tuple[str, State]:
     return "mae" if "model" in box or "mask_token" in state else "timm", state
 
 
-def read_weights(path: str | os.PathLike) -> Weights:
+def _report(path: Path, text: str) -> None:
+    """Print one line about a file, on the first rank only."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"{path}: {text}", flush=True)
+
+
+def _select_state(path: Path, box: dict, use_ema: bool) -> dict:
+    """Tensors of a file: with use_ema those of its moving average; ValueError where there is none."""
+    found = {key: box[key] for pair in EMA.items() for key in pair if isinstance(box.get(key), dict)}
+    averages = [key for key in found if key in EMA.values()]
+    if use_ema and not averages:
+        raise ValueError(f"--use_ema: {path} has neither {' nor '.join(EMA.values())}; leave the flag out")
+    key = averages[0] if use_ema else next(iter(found), None)
+    if averages and (use_ema or len(found) > 1):
+        others = ", ".join(name for name in found if name != key)
+        _report(path, f"reads {key}" + (f", not {others}; --use_ema chooses the moving average" if not use_ema else ""))
+    return box if key is None else found[key]
+
+
+def _strip_prefixes(path: Path, state: State) -> tuple[State, list[str]]:
+    """(State without the prefixes of wrappers and training frameworks, description of the keys outside them)."""
+    prefix = ""
+    while (match := WRAPPER.match(next(iter(state)))) and all(key.startswith(match[0]) for key in state):
+        prefix += match[0]
+        state = {key.removeprefix(match[0]): value for key, value in state.items()}
+    marks = [match[1] for key in state if (match := PATCHES.fullmatch(key))]
+    mark = min(marks, key=len, default="") if "patch_embed.proj.weight" not in state else ""
+    others = [key for key in state if not key.startswith(mark)]
+    state = {key.removeprefix(mark): value for key, value in state.items() if key.startswith(mark)}
+    ignored = [f"{len(others)} keys outside {prefix}{mark} ({join_names(others)})"] if others else []
+    if re.sub(r"module\.|_orig_mod\.", "", prefix + mark):
+        _report(path, f"reads the keys below {prefix}{mark}" + "".join(f"; ignores {text}" for text in ignored))
+    return state, ignored
+
+
+def _with_size(path: Path, weights: Weights, asked: tuple[int, int] | None) -> Weights:
+    """Weights with the input size `asked` for if the file records none and has as many patches.
+
+    ValueError if another number of patches is asked for and the file may be a square or of the aspect of `asked`.
+    """
+    patch, count, square = weights.patch_size, weights.num_patches, weights.input_size
+    if not weights.family or asked is None or weights.size_recorded:
+        return weights
+    height, width = (side // patch for side in asked)
+    if height * width == count:
+        if square and square != asked:
+            _report(
+                path,
+                f"records no input size: read as {asked[0]} x {asked[1]} px, as asked, not {square[0]} x {square[1]}",
+            )
+        return weights.with_state(weights.state, input_size=[*asked])
+    scale = math.sqrt(count / max(1, height * width))
+    other = (round(height * scale) * patch, round(width * scale) * patch)
+    if height != width and square and square[0] == square[1] and other[0] * other[1] == count * patch**2:
+        how = "--to mae" if weights.family == "convvit" else "--folder, which records it"
+        raise ValueError(
+            f"--input_size {asked[0]} {asked[1]}: {path} records no input size, and its {count} patches may be "
+            f"{square[0]} x {square[1]} or {other[0]} x {other[1]} px; run util.convert with that --input_size and {how}"
+        )
+    return weights
+
+
+def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = None, use_ema: bool = False) -> Weights:
     """Weights of a checkpoint of PixMIM, facebookresearch/mae and long_seq_mae, ConvMAE, OpenMMLab, transformers or timm.
 
     `path` is a file, or a folder with config.json of transformers or timm. FileNotFoundError, or ValueError that names
-    the file, all unknown, missing and mis-shaped keys, and the remedy.
+    the file, unknown, missing and mis-shaped keys, and the remedy. A file that does not record the size of its input is
+    read with `input_size` if that has as many patches. use_ema: the moving average of the weights.
     """
     path = Path(path)
     content, about = _load_with_config(path)
     box = content if isinstance(content, dict) else {}
-    state = next((box[key] for key in ("model", "state_dict") if isinstance(box.get(key), dict)), box)
+    state = _select_state(path, box, use_ema)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
         raise ValueError(
             f'{path} holds {found[:200]}: expected a dict of named tensors, bare or under "model" or "state_dict"'
         )
-    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    args = box.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, dict) else {}
+    state, ignored = _strip_prefixes(path, state)
+    args = _stated_args(box, state)
     source, state = _detect_source(box, state)
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
-    dropped += [key for key in state if DROPPED.fullmatch(key)]
+    dropped += ignored + [key for key in state if DROPPED.fullmatch(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
     if source != "pixmim" or family(state):  # own runs of custom encoders are checked by load_encoder
         state = _map_names(path, state, source)
     if about:
         args, unused = _config_args(path, about, state)
         dropped += unused
-    return Weights.from_state(state, args, source, dropped)
+    return _with_size(path, Weights.from_state(state, args, source, dropped), input_size)
 
 
 def _map_names(path: Path, state: State, source: str) -> State:
-    """State in facebookresearch/mae's names; ValueError lists each key and shape that does not match RULES."""
+    """State in facebookresearch/mae's names; ValueError names keys and shapes that do not match RULES."""
     column = COLUMNS.get(source, "mae")
     native: dict[str, str] = {}
     unknown = []
@@ -212,7 +309,7 @@ def _map_names(path: Path, state: State, source: str) -> State:
             native[name] = key
     if not native:
         raise ValueError(
-            f"{path}: none of its {len(state)} keys ({', '.join(list(state)[:3])}, ...) is known: "
+            f"{path}: none of its {len(state)} keys ({join_names([*state])}) is known: "
             "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain, mmsegmentation's backbone, transformers' or timm's ViT"
         )
     mapped = {name: state[key] for name, key in native.items()}
@@ -223,6 +320,6 @@ def _map_names(path: Path, state: State, source: str) -> State:
         "mis-shaped": [f"{native[name]} {error}" for name, error in find_misshaped(mapped, expected)],
     }
     if any(problems.values()):
-        lists = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+        lists = "; ".join(f"{what}: {join_names(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{path} (read as {source}) does not match util/formats/keys.py: {lists}")
     return mapped

@@ -1,14 +1,21 @@
 """Tensors of a checkpoint and the settings that its file states."""
 
+import json
 import math
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from util.args import resolve_defaults
 from util.formats.keys import State, family, tensor_sizes
 
+METHOD: dict[str, Any] = {  # settings of pre-training -> type of their value
+    "norm_pix_loss": bool, "mask_ratio": float | int, "mask_unit": int, "lowpass_radius": float | int, "lowpass": str,
+    "fuse_layers": list | tuple,
+}  # fmt: skip
 HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
 
 
@@ -33,16 +40,18 @@ class Weights:
     num_patches: int = 0
     class_token: bool = False
     input_size: tuple[int, int] | None = None  # (H, W) pixels
+    size_recorded: bool = False  # by the file; else input_size is read from the position embedding
     grid: tuple[int, int] | None = None  # (h, w) patches
     mean: Any = None
     std: Any = None
+    crop_pct: float | None = None  # side of the evaluation crop as a share of the resized image
     decoder_dim: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
     norm_pix_loss: bool | None = None
     mask_ratio: float | None = None
     mask_unit: int | None = None
-    lowpass_radius: Any = None  # frequency bins; "auto" = 40 at 224 px, in proportion to the input
+    lowpass_radius: float | None = None  # frequency bins; 0 = raw pixels
     lowpass: str | None = None
     fuse_layers: Any = None
     pool: str | None = None  # "token" or "mean": --pool of a probe
@@ -60,15 +69,21 @@ class Weights:
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
         facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
-        for key, kinds in (("norm_pix_loss", bool), ("mask_ratio", float | int)):
-            facts[key] = stated.get(key) if isinstance(stated.get(key), kinds) else None
+        kinds = METHOD | {"crop_pct": float | int}
+        facts |= {key: x for key, kind in kinds.items() if isinstance(x := stated.get(key), kind)}
         if own:
             facts |= {key: stated.get(key) for key in OWN}
         elif "mask_token" in state:
-            facts["lowpass_radius"] = "auto" if any("low_pass_filter" in key for key in dropped) else 0
+            facts.setdefault("lowpass_radius", 0)
         if family(state):
             facts |= {"decoder_dim": None, "decoder_depth": None, "decoder_heads": None} | tensor_sizes(state)
-            facts["input_size"] = _input_size(stated.get("input_size"), facts["patch_size"], facts["num_patches"])
+            patch, count = facts["patch_size"], facts["num_patches"]
+            size = _stated_size(stated.get("input_size"), patch, count)
+            grid = None if size else _guess_grid(state["pos_embed"][0, -count:])
+            facts |= {
+                "size_recorded": size is not None,
+                "input_size": (grid[0] * patch, grid[1] * patch) if grid else size,
+            }
             widths = facts["embed_dim"]
             width = widths[-1] if isinstance(widths, tuple) else widths
             facts["num_heads"] = stated.get("num_heads") or HEADS.get(width, max(1, width // 64))
@@ -89,22 +104,42 @@ class Weights:
         return "decoder_pred.weight" in self.state
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Stated settings that the tensors do not tell, as plain values under MAE's and our names; `read_weights` reads them."""
+        keys = (*METHOD, "num_heads", "decoder_heads", "mean", "std", "crop_pct", "pool", "classes", "input_size")
+        facts = {key: x for key in keys if key in self.args and (x := getattr(self, key)) is not None}
+        size = facts.get("input_size")
+        facts |= {"input_size": size[0]} if size and size[0] == size[1] else {}  # a number, as in args of MAE
+        return json.loads(json.dumps(facts))
+
+    @property
     def averages_normed(self) -> bool:
         """Whether the classifier is a probe on the mean of the patch tokens after the final norm."""
         return self.num_classes > 0 and not self.pooled and self.pool == "mean"
 
 
-OWN = (
-    "model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads",
-    "mask_unit", "lowpass_radius", "lowpass", "fuse_layers",
-)  # fmt: skip
+OWN = ("model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads")
 
 
-def _input_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:
-    """(H, W) as stated if it fits the position embedding, else a square that fits, else None."""
+def _stated_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:
+    """(H, W) as stated if it fits the position embedding, else None."""
     height, width = (stated * 2)[:2] if isinstance(stated, list | tuple) and stated else (stated, stated)
-    fits = isinstance(height, int) and isinstance(width, int)
-    if fits and (height // patch) * (width // patch) == num_patches:
-        return height, width
-    side = math.isqrt(num_patches)
-    return (side * patch, side * patch) if side**2 == num_patches else None
+    fits = isinstance(height, int) and isinstance(width, int) and (height // patch) * (width // patch) == num_patches
+    return (height, width) if fits else None
+
+
+def _guess_grid(embed: Tensor) -> tuple[int, int] | None:
+    """Grid of a square number of patches (L, D): that of a sin-cos position embedding, else a square; else None.
+
+    One half of a sin-cos embedding depends on the row alone, the other on the column alone, on its own grid only.
+    """
+    count, side = len(embed), math.isqrt(len(embed))
+    if side**2 != count:
+        return None
+    found = []
+    for height in (n for n in range(1, count + 1) if count % n == 0):
+        halves = embed.float().unflatten(0, (height, -1)).chunk(2, dim=2)
+        spread = [[(x.amax(dim) - x.amin(dim)).max() < 0.01 for dim in (0, 1)] for x in halves]
+        if (spread[0][0] and spread[1][1]) or (spread[0][1] and spread[1][0]):
+            found.append((height, count // height))
+    return found[0] if len(found) == 1 else (side, side)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,7 +109,9 @@ def write_weights(path: Path, weights: Weights, state: State, target: str, folde
     elif target == "onnx":
         save_onnx(path, weights, state)
     else:
-        wrapped = {"model": state}
-        mm = {"state_dict": state, "meta": {}}
-        contents = {"mae": wrapped, "detectron2": wrapped, "mmpretrain": mm, "mmseg": mm}
-        torch.save(contents.get(target, state), path)
+        sides = weights.input_size or ()
+        shape: dict[str, Any] = {"input_size": [*sides]} if len({*sides}) == 2 else {}  # else a square is assumed
+        extra = {target: shape, "mae": weights.settings | shape, "mmpretrain": weights.settings | shape}[target]
+        box = {"model": state} if target in ("mae", "detectron2") else {"state_dict": state, "meta": {}}
+        args = {"args": extra} if extra else {}  # as in files of MAE
+        torch.save(state if target == "timm" else box | args, path)
