@@ -136,9 +136,12 @@ def get_parser() -> Parser:
 def main() -> None:
     asked = get_parser().parse_args()
     config = read_config(asked.run)
-    args = resolve_defaults(Namespace(**vars(config["args"]) | {"device": asked.device}))
-    script = "main_linprobe" if "probe_as" in args else "main_finetune" if "layer_decay" in args else "main_pretrain"
-    state, _ = importlib.import_module(script).setup(args, partial(open_run, asked.run, config))
+    known = vars(config["args"])
+    script = "main_linprobe" if "probe_as" in known else "main_finetune" if "layer_decay" in known else "main_pretrain"
+    module = importlib.import_module(script)
+    defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
+    args = resolve_defaults(Namespace(**defaults | known | {"device": asked.device}))
+    state, _ = module.setup(args, partial(open_run, asked.run, config))
     run, steps = state.run, state.loader.batch_sampler.steps
     if asked.step > args.epochs * steps:
         raise ValueError(f"STEP {asked.step}: the run has {args.epochs * steps} steps")

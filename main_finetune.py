@@ -23,8 +23,7 @@ from util.args import classifier_parser, number, run_main
 from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
-from util.data.sources import labelled_sources
-from util.data.subset import select_training_images, write_list
+from util.data.sources import labelled_sources, select_training_images, write_list
 from util.data.transforms import Normalize, eval_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier
 from util.evaluate.encoder import load_encoder, read_architecture

@@ -13,8 +13,7 @@ from util.args import (
     number,
     run_main,
 )
-from util.data.sources import labelled_sources
-from util.data.subset import select_training_images
+from util.data.sources import labelled_sources, select_training_images
 from util.dist import init_world
 from util.evaluate.encoder import knn_layer, load_encoder, pooling, read_architecture
 from util.evaluate.knn import knn

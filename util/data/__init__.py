@@ -6,9 +6,8 @@ decode         Decoding: one image file -> upright bands of 8-bit pixels.
 folders        Image folders, with and without classes, and the interface of every image source.
 samplers       Samplers: which images a rank loads, and in which order.
 samples        Samples: the images of a source, decoded, cropped and stacked to parts of a batch.
-sources        Image sources: what --data_path names.
+sources        Image sources: what --data_path names, and subsets of the labelled training images.
 streams        Streamed tar shards, read sequentially from http or a pipe.
-subset         Subsets of the labelled training images, for evaluation with few labels.
 tars           Local, uncompressed tar shards, read at random through an index.
 timeouts       Time limit for reading from a disk that does not answer.
 transforms     Transforms: crops for training and evaluation, normalisation on the device.
