@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -35,7 +36,8 @@ class StopRequest:
             return
         self.signal = signal.Signals(number)
         if self.is_main:  # os.write: print is not safe inside a signal handler
-            os.write(2, f"{self.signal.name}: finishing the step, then saving; a second signal ends at once\n".encode())
+            with suppress(OSError):  # a closed pipe must not prevent the save
+                os.write(2, f"{self.signal.name}: finishing the step, then saving; a second signal ends at once\n".encode())
 
     @property
     def exit_status(self) -> int:
