@@ -164,7 +164,7 @@ EXCLUDED = {"-h", "--help", "--compile", "--push_to_hub"}  # take minutes; need 
 MAXIMUM = 10**9
 RANGES = {
     (int, 0, 256): "num_workers",
-    (int, 0, MAXIMUM): "fuse_layers image_every knn_every max_skipped",
+    (int, 0, MAXIMUM): "freeze_encoder_epochs freeze_layers fuse_layers image_every knn_every max_skipped",
     (int, 0, 2**63 - 1): "seed",
     (int, 1, 10**6): "epochs",
     (
@@ -178,6 +178,7 @@ RANGES = {
     (float, 0, 1): "mask_ratio reprob smoothing",
     (float, 0, MAXIMUM): "blr cutmix lowpass_radius min_lr mixup save_minutes warmup_epochs weight_decay",
     (float, 0.01, 1): "crop_pct layer_decay",
+    (float, 1e-9, 1): "train_fraction",
     (float, 1e-3, 10**5): "timeout_minutes",
     (float, 1e-3, MAXIMUM): "temperature",
     (float, 1e-6, MAXIMUM): "std",

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from util.formats.keys import DECODER, FUSION, State
@@ -44,6 +43,8 @@ def adapt_channels(state: State, old: int, new: int, mode: str) -> State:
 
 def resample_patches(state: State, old: int, new: int, channels: int) -> State:
     """State of a ViT for patches of `new` px: patch embedding as in FlexiViT (arXiv:2212.08013), prediction bicubic."""
+    from timm.layers import resample_patch_embed  # util.formats needs torch only
+
     changed = dict(state)
     if name := next((name for name in EMBEDDINGS if name in state), None):
         changed[name] = resample_patch_embed(state[name], [new, new])
