@@ -170,8 +170,7 @@ def main() -> None:
         )
     if weights and not of_encoder and args.filter is None:
         print_assumptions(args)
-    unset = {name: value for name, value in METHOD.items() if getattr(args, name) is None}
-    args = resolve_defaults(Namespace(**vars(args) | unset))
+    args = resolve_defaults(args)
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
     batch = load_batch(

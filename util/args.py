@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 def expand(words: list[str], folder: Path = Path(), parents: tuple[Path, ...] = ()) -> list[str]:
     """Words with every @FILE replaced by the words in that recipe.
 
-    A recipe that the current folder lacks is looked up in this repository. In it `#` starts a comment, and @FILE is relative to it. ValueError for a missing, unreadable or
-    recursive recipe.
+    A recipe that the current folder lacks is looked up in this repository. In a recipe `#` starts a comment, and @FILE is
+    relative to the recipe. ValueError for a missing, unreadable or recursive recipe.
     """
     expanded = []
     for word in words:

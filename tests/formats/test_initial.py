@@ -7,16 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PRETRAIN, assert_same, assert_same_run, call, interrupted, one_rank, pretrain, weights
-from test_reference import EXTRACTS, SHARED, answers_of, encoder_of, low_pass, noise_of
+from test_reference import EXTRACTS, SHARED, answers_of, model_of, noise_of
 from torch import nn
 
 import main_finetune
 import main_pretrain
-from models_pixmim import PixMIM, sincos_pos_embed
+from models_pixmim import sincos_pos_embed
 from util.convert import convert
 from util.formats.initial import adapt_channels, initial_state, move_positions, resample_patches
 from util.formats.keys import mae_names, pixmim_names
-from util.formats.read import read_weights
 
 START = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--image_every", "0"]
 AS_IN_FILE = Namespace(checkpoint="x.pth", model="x", init_channels="new", resample_patches=False)
@@ -27,19 +26,10 @@ CASES += [pytest.param("shared/mm_mae", marks=pytest.mark.skipif(not SHARED.is_d
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_loss_equals_the_reference(case, tmp_path):
     answers = answers_of(case)
-    torch.save(answers["checkpoint"], tmp_path / "x.pth")
-    found, cfg = read_weights(tmp_path / "x.pth"), answers["cfg"]
+    model, found = model_of(answers, tmp_path)
     torch.manual_seed(5)
-    model = PixMIM(
-        encoder_of(cfg, found),
-        low_pass(answers["imgs"], answers.get("radius", cfg.get("radius"))) if "target" in answers else nn.Identity(),
-        decoder_dim=cfg["decoder_embed_dim"],
-        decoder_depth=cfg["decoder_depth"],
-        decoder_heads=cfg["decoder_num_heads"],
-        mask_ratio=cfg["mask_ratio"],
-        mask_unit=cfg.get("mask_downsampling", 1),
-        norm_pix_loss=cfg["norm_pix"],
-    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
     state, report = initial_state(found, mae_names(model.state_dict()), model.encoder, AS_IN_FILE, sincos_pos_embed)
     model.load_state_dict(pixmim_names(state))
     assert "100.0%" in report[0]
