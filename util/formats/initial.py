@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.formats.keys import DECODER, FUSION, State
+from util.formats.keys import DECODER, FUSION, State, join_names
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
 
@@ -74,9 +74,10 @@ def adapt(weights: Weights, encoder: Any, args: Namespace, sincos: Callable) -> 
         changes.append(f"warning: {file} has {weights.in_chans} channels, --in_chans {encoder.in_chans}: {how}")
     if weights.patch_size != encoder.patch:
         what = f"{file} has patches of {weights.patch_size} px, --patch_size {encoder.patch}"
-        if weights.family == "convvit" or not args.resample_patches:
-            cannot = weights.family == "convvit"
-            raise ValueError(f"{what}: {'ConvMAE supports no other size' if cannot else 'add --resample_patches'}")
+        if weights.family == "convvit":
+            raise ValueError(f"{what}: ConvMAE supports no other size")
+        if not args.resample_patches:
+            raise ValueError(f"{what}: add --resample_patches")
         state = resample_patches(state, weights.patch_size, encoder.patch, encoder.in_chans)
         changes.append(f"{what}: resampled")
     old = weights.grid or encoder.grid
@@ -88,10 +89,9 @@ def adapt(weights: Weights, encoder: Any, args: Namespace, sincos: Callable) -> 
 
 
 def describe(kind: str, names: set[str], own: State) -> str:
-    """Number of tensors, parameters and their share, with up to three names."""
+    """Number of tensors, parameters and their share, with some names."""
     count, total = (sum(own[name].numel() for name in group) for group in (names, own))
-    listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{kind}: {len(names)} tensors, {count:,} parameters, {count / total:.1%} ({listed})"
+    return f"{kind}: {len(names)} tensors, {count:,} parameters, {count / total:.1%} ({join_names(sorted(names))})"
 
 
 def initial_state(
@@ -126,5 +126,5 @@ def initial_state(
     if fresh := own.keys() - fits:
         report.append(describe("new, random", fresh, own))
     if unused := sorted(state.keys() - fits):
-        report.append(f"not used: {len(unused)} tensors of the file, such as {', '.join(unused[:3])}")
+        report.append(f"not used: {len(unused)} tensors of the file ({join_names(unused)})")
     return own | {name: state[name] for name in fits}, report
