@@ -6,14 +6,16 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PRETRAIN, assert_same, assert_same_run, call, interrupted, one_rank, pretrain, weights
+from conftest import PRETRAIN, assert_same, assert_same_run, call, interrupted, one_rank, pretrain, ranks, weights
 from test_reference import EXTRACTS, SHARED, answers_of, model_of, noise_of
 from torch import nn
 
 import main_finetune
 import main_pretrain
+from models import ENCODERS, build_encoder
 from models_pixmim import sincos_pos_embed
 from util.convert import convert
+from util.evaluate.encoder import load_encoder, read_architecture
 from util.formats.initial import adapt_channels, initial_state, move_positions, resample_patches
 from util.formats.keys import mae_names, pixmim_names
 
@@ -160,14 +162,97 @@ def test_a_refused_resume_names_the_command_that_continues_from_its_weights(phot
     [
         ("--model vit_tiny", "a vit, does not fit --model vit_tiny"),
         ("--patch_size 4", "--patch_size 4: add --resample_patches"),
-        ("--in_chans 1", "--mean: 3 values given, --in_chans 1 needs 1"),
+        ("--in_chans 1", "--mean: 0 values given, --in_chans 1 needs 1"),
+        ("--model convvit_tiny", "a vit, does not fit --model convvit_tiny"),
+        ("--decoder_heads 5", r"width 32 .* 5 attention heads"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_anything_is_started(flags, message, photos, pretrained, tmp_path):
     words = ["--checkpoint", pretrained / "last.pth", *START, "--data_path", photos, "--output_dir", tmp_path / "run"]
     with pytest.raises(ValueError, match=message):
         call("main_pretrain", *words, *flags.split())
-    assert not (tmp_path / "run" / "last.pth").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def of_encoder(name: str) -> bool:
+    return "decoder" not in name and name != "mask_token"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {"head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)},
+            r"missing: cls_token, pos_embed",
+        ),
+        (lambda state: {k: v for k, v in state.items() if not of_encoder(k)}, r"missing: cls_token, pos_embed"),
+        (lambda state: {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"none of its 1 keys \(conv1.weight\) is known"),
+        (lambda state: state | {"norm.bias": torch.full((48,), torch.nan)}, r"1 tensors hold nan or inf \(norm.bias\)"),
+    ],
+    ids=["a head alone", "a decoder alone", "a ResNet", "a run that diverged"],
+)
+def test_a_file_without_a_usable_encoder_is_refused_before_anything_is_started(
+    change, message, photos, pretrained, tmp_path
+):
+    torch.save({"model": change(weights(pretrained)["model"])}, tmp_path / "x.pth")
+    flags = ["--checkpoint", tmp_path / "x.pth", "--data_path", photos, "--output_dir", tmp_path / "run"]
+    with pytest.raises(ValueError, match=rf"x\.pth.*{message}"):
+        call("main_pretrain", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_and_a_folded_batch_norm_start_with_the_values_of_the_file(photos, pretrained, tmp_path):
+    before = weights(pretrained)["model"]
+    statistics = {"head.0.running_mean": torch.zeros(48), "head.0.running_var": torch.ones(48)}
+    probe = {
+        "head.0.num_batches_tracked": torch.tensor(1),
+        "head.1.weight": torch.zeros(9, 48),
+        "head.1.bias": torch.zeros(9),
+    }
+    encoder = {name: value.half() for name, value in before.items() if of_encoder(name)}
+    torch.save({"model": encoder | statistics | probe}, tmp_path / "x.pth")
+    sizes = ["--model", "vit_pico", "--decoder_dim", 32, "--decoder_depth", 1, "--decoder_heads", 2]
+    model, said = started(photos, tmp_path, "--checkpoint", tmp_path / "x.pth", *sizes)
+    after = mae_names(model.state_dict())
+    assert_same({name: after[name] for name in encoder}, {name: value.float() for name, value in encoder.items()})
+    assert "not used: 2 tensors of the file (head.bias, head.weight)" in said
+
+
+def test_two_ranks_continue_as_one_rank_with_twice_the_batch(photos, pretrained, tmp_path):
+    flags = ["--checkpoint", pretrained / "last.pth", *PRETRAIN, *FROZEN, "--data_path", photos, "--blr", "0.003"]
+    call("main_pretrain", *flags, "--output_dir", tmp_path / "one")
+    for status, _, err in ranks(2, "main_pretrain.py", *flags, "--batch_size", 4, "--output_dir", tmp_path / "two"):
+        assert status == 0, err
+    one, two = (weights(tmp_path / name) for name in ("one", "two"))
+    assert one["origin"] == two["origin"]
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cycle"])
+def test_rgb_weights_read_grey_images_as_images_of_three_equal_channels(mode, pretrained):
+    args = Namespace(checkpoint=str(pretrained / "last.pth"), in_chans=6, init_channels=mode, seed=0, input_size=None)
+    args = Namespace(
+        **vars(args), **dict.fromkeys(("model", "patch_size", "crop_pct", "pool")), mean=[0] * 6, std=[1] * 6
+    )
+    six = load_encoder(*arguments_of(args))
+    three = load_encoder(*arguments_of(Namespace(**vars(args) | {"in_chans": 3, "mean": None, "std": None})))
+    x = torch.randn(2, 1, 16, 16)
+    theirs, ours = three.forward_features(x.expand(-1, 3, -1, -1)), six.forward_features(x.expand(-1, 6, -1, -1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def arguments_of(args: Namespace) -> tuple:
+    """Arguments of `load_encoder` for the flags of an evaluation."""
+    args, found = read_architecture(args, ENCODERS)
+    return args, build_encoder, found
+
+
+@pytest.mark.parametrize("main", ["main_knn", "main_linprobe", "main_finetune"])
+def test_evaluations_refuse_other_channels_and_name_the_flag_that_adapts_them(main, photos, pretrained):
+    flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--in_chans", 1, "--mean", 0, "--std", 1]
+    with pytest.raises(ValueError, match=r"--in_chans 1: .* has 3; leave --in_chans out, or add --init_channels mean"):
+        call(main, *flags)
 
 
 def test_frozen_layers_get_neither_gradients_nor_state(photos, pretrained, tmp_path):

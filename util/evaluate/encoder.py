@@ -11,6 +11,7 @@ from util.args import channel_statistics
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
+from util.formats.initial import adapt_channels
 from util.formats.keys import join_names, to_timm
 from util.formats.read import read_weights, weights_file
 from util.formats.resize import resample_pos_embed
@@ -38,6 +39,8 @@ def read_architecture(
     else:
         weights, file = read_file(args), str(weights_file(args.checkpoint))
         found = {name: getattr(weights, name) for name in flags}
+        if args.in_chans not in (None, weights.in_chans):  # the file's statistics are those of its channels
+            found |= {"mean": None, "std": None}
         if weights.model:
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
@@ -49,12 +52,17 @@ def read_architecture(
 
 
 def read_file(args: Namespace) -> Weights:
-    """Weights of --checkpoint; ValueError if --patch_size or --in_chans contradicts them, which only pre-training adapts."""
+    """Weights of --checkpoint; ValueError if --patch_size or --in_chans contradicts them and no flag adapts them."""
     weights = read_weights(args.checkpoint, args.input_size, getattr(args, "use_ema", False))
-    for flag in ("patch_size", "in_chans"):
+    adaptable = {"patch_size": "resample_patches" in args, "in_chans": getattr(args, "init_channels", None)}
+    for flag, adapts in adaptable.items():
         asked, has = getattr(args, flag), getattr(weights, flag)
-        if weights.family and asked not in (None, has) and "init_channels" not in args:
-            raise ValueError(f"--{flag} {asked}: --checkpoint {args.checkpoint} has {has}; leave --{flag} out")
+        if weights.family and asked not in (None, has) and not adapts:
+            remedy = ", or add --init_channels mean or cycle" if flag == "in_chans" and "init_channels" in args else ""
+            raise ValueError(
+                f"--{flag} {asked}: --checkpoint {args.checkpoint} has {has}; leave --{flag} out{remedy}, "
+                f"or continue pre-training with it: main_pretrain.py --checkpoint (docs/continue.md)"
+            )
     return weights
 
 
@@ -93,7 +101,10 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
         delattr(model, name)
     if weights is None:
         return model
-    state, own = to_timm(weights.state), model.state_dict()
+    state, own = weights.state, model.state_dict()
+    if weights.in_chans not in (None, args.in_chans):
+        state = adapt_channels(state, weights.in_chans, args.in_chans, args.init_channels)
+    state = to_timm(state)
     size, prefix = weights.input_size, model.num_prefix_tokens
     old = weights.grid or ((size[0] // model.patch, size[1] // model.patch) if size else model.grid)
     if old != model.grid and old[0] * old[1] + prefix == state["pos_embed"].shape[1]:

@@ -68,11 +68,11 @@ def adapt(weights: Weights, encoder: Any, args: Namespace, sincos: Callable) -> 
     """(float32 state for this encoder's channels, patches and grid, what was changed); ValueError names the flag to add."""
     state = {name: value.float() for name, value in weights.state.items()}
     file, changes = f"--checkpoint {args.checkpoint}", []
-    if weights.in_chans != encoder.in_chans:
+    if weights.in_chans not in (None, encoder.in_chans):  # None: a custom encoder, whose file does not state it
         state = adapt_channels(state, weights.in_chans, encoder.in_chans, args.init_channels)
         how = REMEDIES[args.init_channels]
         changes.append(f"warning: {file} has {weights.in_chans} channels, --in_chans {encoder.in_chans}: {how}")
-    if weights.patch_size != encoder.patch:
+    if weights.patch_size not in (None, encoder.patch):
         what = f"{file} has patches of {weights.patch_size} px, --patch_size {encoder.patch}"
         if weights.family == "convvit":
             raise ValueError(f"{what}: ConvMAE supports no other size")
@@ -105,7 +105,7 @@ def initial_state(
     state, report = adapt(weights, encoder, args, sincos)
     fits = {name for name, value in state.items() if name in own and own[name].shape == value.shape}
     optional = {name for name in own if FUSION.fullmatch(name) or name.startswith("norm.")}
-    if args.init_channels == "new" and weights.in_chans != encoder.in_chans:
+    if args.init_channels == "new" and weights.in_chans not in (None, encoder.in_chans):
         optional |= {*EMBEDDINGS, *PREDICTION}
     decoder = {name for name in own if DECODER.fullmatch(name)}
     if wrong := sorted(own.keys() - decoder - fits - optional):

@@ -282,6 +282,10 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
         raise ValueError(
             f'{path} holds {found[:200]}: expected a dict of named tensors, bare or under "model" or "state_dict"'
         )
+    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{path}: {len(broken)} tensors hold nan or inf ({join_names(broken)}): the run diverged; use an earlier checkpoint"
+        )
     state, ignored = _strip_prefixes(path, state)
     args = _stated_args(box, state)
     source, state = _detect_source(box, state)
