@@ -135,7 +135,7 @@ def main() -> None:
     saver.close()
     save_classifier(run, model.state_dict(), val.classes)
     run.close()
-    print_result(run.world, results[0])
+    print_result(run.world, results[0], args)
 
 
 if __name__ == "__main__":

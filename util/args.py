@@ -187,6 +187,12 @@ def add_subset_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--train_list", metavar="FILE", help="training images to use: CLASS/IMAGE, one a line (default: all)")
 
 
+def add_results_argument(parser: argparse.ArgumentParser, otherwise: str = "none"):
+    """Flag of the file that `util.report` reads; `otherwise`: the file without the flag."""
+    parser.add_argument("--results", metavar="FILE", help="file to which the result and its origin are appended as a line of JSON, for "
+                        f"python -m util.report (default: {otherwise})")
+
+
 def add_device_arguments(parser: argparse.ArgumentParser, amp: bool = True):
     """Flags of the device and the precision."""
     group = parser.add_argument_group("device")
@@ -249,7 +255,10 @@ def classifier_parser(description: str, encoders, output_dir: str, pool: bool, *
     add_schedule_arguments(parser, **schedule)
     add_device_arguments(parser)
     group = add_run_arguments(parser, output_dir)
-    group.add_argument("--eval", action="store_true", help="only evaluate --checkpoint, a classifier, on val/")
+    group.add_argument("--eval", action="store_true",
+                       help="only evaluate --checkpoint, a classifier, on DIR/val/<class>/, on DIR/<class>/ (ImageNet-A, -R, -Sketch) or on "
+                            "DIR/<corruption>/<1 to 5>/<class>/ (ImageNet-C)")
+    add_results_argument(group, "OUTPUT_DIR/results.jsonl; none with --eval")
     return parser
 # fmt: on
 

@@ -20,7 +20,7 @@ from util.run import Run, args_to_dict
 FREE = {
     "checkpoint", "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
-    "on_bad_image", "max_skipped", "timeout_minutes",
+    "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin",
 }  # fmt: skip
 
 

@@ -159,6 +159,10 @@ def _stated_args(box: dict, state: State) -> dict[str, Any]:
     config = str(meta.get("cfg")).lower() if isinstance(meta, dict) else ""
     found |= {key: json.loads(value) for key, value in SETTING.findall(config)}
     found |= {ours: found[theirs] for theirs, ours in OUR_NAMES.items() if theirs in found}
+    if "progress" in box and str(box.get("format", "")).startswith("pixmim"):
+        at = box["progress"]
+        found |= {"epochs_done": at["epoch"] + at["step"] / box.get("steps", 1)}
+        found |= {key: box[key] for key in ("batch", "data") if key in box}
     if "target_generator.low_pass_filter" in state:
         found["lowpass_radius"] = _disc_radius(state["target_generator.low_pass_filter"])
     keys = {key: f"data_preprocessor.{key}" for key in ("mean", "std")}
