@@ -104,6 +104,10 @@ def numbers(result: dict, prefix: str = "") -> dict[str, float]:
 def read_results(outputs: list[str]) -> tuple[list[dict], dict[str, int]]:
     """(Readable records in the order of time, number of damaged lines by file)."""
     folders = [sorted(path.rglob("results.jsonl")) if path.is_dir() else [path] for path in map(Path, outputs)]
+    if missing := [path for path in outputs if not Path(path).exists()]:
+        raise FileNotFoundError(
+            f"{missing[0]}: there is no such file or folder; name an --output_dir or a file of --results"
+        )
     records: list[dict] = []
     damaged: dict[str, int] = {}
     for file in {file.resolve(): None for files in folders for file in files}:
@@ -127,7 +131,7 @@ def label_groups(groups: list[dict], kind: str, detail: str) -> list[str]:
     labels = []
     for group in groups:
         alike = [other for other in groups if other[kind] == group[kind]]
-        differs = [key for key in group if len({json.dumps(other[key]) for other in alike if key in other}) > 1]
+        differs = [key for key in group if len({json.dumps(other.get(key, "")) for other in alike}) > 1]
         words = [str(group[key]) for key in (kind, detail) if key in group]
         labels.append(" ".join(words + [f"{key}={group[key]}" for key in sorted(differs) if key not in (kind, detail)]))
     return labels
@@ -199,14 +203,13 @@ def markdown(found: dict) -> str:
         compared = [x for x in found["differences"] if (x["column"], x["metric"]) in names]
         lines = [[names[x["column"], x["metric"]], x["difference"], x["standard_error"], x["n"]] for x in compared]
         parts.append(table([["measure", "difference", "standard error", "pairs of seeds"], *lines]))
-    commands: dict[str, list[str]] = {}
+    commands: dict[tuple[str, str], dict[str, None]] = {}  # (command, commit) -> what it measured
     for x in found["cells"]:
         for value in x["values"]:
-            seeds = " ".join(map(str, value["seeds"])) or "none"
-            about = f"# row {x['row'] + 1}, {found['columns'][x['column']]}, seeds {seeds}, commit {value['commit']}"
-            commands[printable(about)] = value["command"]
-    lines_of_code = "\n".join(f"{about}\n{printable(shlex.join(command))}" for about, command in commands.items())
-    parts.append(f"```bash\n{lines_of_code}\n```\n")
+            about = f"row {x['row'] + 1}, {found['columns'][x['column']]}, seeds {value['seeds']}"
+            commands.setdefault((shlex.join(value["command"]), value["commit"]), {})[about] = None
+    code = [(f"# commit {commit}: {'; '.join(about)}", command) for (command, commit), about in commands.items()]
+    parts.append("\n".join(["```bash", *(printable(line) for pair in code for line in pair), "```\n"]))
     notes = [f"{file}: {count} damaged lines are left out" for file, count in found["damaged"].items()]
     if found["superseded"]:
         notes.append(f"{found['superseded']} results are left out: newer ones have the same row, column and seeds")

@@ -95,4 +95,9 @@ def print_result(world: World, result: dict, args: Namespace) -> None:
     if path := getattr(args, "results", None) or (Path(args.output_dir) / "results.jsonl" if trained else None):
         about = {"main": Path(sys.argv[0]).name, "command": [Path(sys.executable).name, *sys.argv], **versions()}
         about |= {"time": datetime.now(UTC).isoformat(), "world_size": world.size, "args": args_to_dict(args)}
-        append_line(Path(path), json.dumps(about | {"result": result}))
+        try:
+            append_line(Path(path), json.dumps(about | {"result": result}))
+        except OSError as error:
+            raise OSError(
+                f"--results {path} cannot be written ({error.strerror}); the result is printed above"
+            ) from error
