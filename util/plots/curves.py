@@ -10,11 +10,7 @@ from PIL import Image
 from util.args import Parser, picture, run_main
 from util.plots.charts import draw_lines
 
-TITLES = {
-    "loss": "loss",
-    "grad_norm": "gradient norm",
-    "knn_acc1": "kNN top-1 accuracy in %",
-}
+TITLES = {"loss": "loss", "grad_norm": "gradient norm", "knn_acc1": "kNN top-1 accuracy in %"}
 
 
 def get_parser() -> argparse.ArgumentParser:
