@@ -84,9 +84,8 @@ def finetune_loss(args: Namespace, normalize: Normalize, num_classes: int, devic
 
 def freeze_layers(model: Any, count: int) -> None:
     """Freeze the first `count` blocks and what is before them (MAE, section 4.3); ConvMAE's convolutions are before them."""
-    layers = group_parameters(
-        model, model.group_matcher(), reverse=True
-    )  # 0 = embedding, then the blocks, then the head
+    # 0 = embedding, then the blocks, then the head
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
     if count >= max(layers.values()):
         raise ValueError(f"--freeze_layers {count}: --checkpoint has {max(layers.values()) - 1} blocks")
     for name, parameter in model.named_parameters():

@@ -42,9 +42,8 @@ def convert(
         what = "new or empty folder" if folder else "file"
         raise ValueError(f"cannot write {out}: OUT must be a {what} in an existing folder")
     weights = read_weights(source, input_size, use_ema)
-    select_tensors(
-        weights, target, encoder_only
-    )  # before resampling: an encoder that the format cannot hold is refused
+    # before resampling: an encoder that the format cannot hold is refused
+    select_tensors(weights, target, encoder_only)
     weights = weights if input_size is None else resize_weights(weights, input_size)
     line = load_command(weights, target, out, folder, encoder_only, backbone)
     chosen = select_tensors(weights, target, encoder_only)

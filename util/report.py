@@ -18,29 +18,13 @@ from typing import Any
 from util.args import Parser, resolve_defaults, run_main
 from util.checkpoint.resume import FREE
 
-IGNORED = FREE | {
-    "seed",
-    "classes",
-}  # flags that do not tell results apart; batch and name of the data are compared instead
+# flags that do not tell results apart; batch and name of the data are compared instead
+IGNORED = FREE | {"seed", "classes"}
 ENCODER = {"model", "patch_size", "input_size", "in_chans", "mean", "std"}  # flags of the row, not of the column
-FACTS = (
-    "knn_features",
-    "pool",
-    "k",
-    "temperature",
-    "layer",
-    "n",
-    "classes",
-)  # keys of a result that say what was measured
-NOT_SHOWN = {
-    "acc5",
-    "loss",
-    "blr",
-    "unreadable",
-    "corruptions",
-    "acc1_before_norm",
-    "acc1_after_norm",
-}  # only with --json
+# keys of a result that say what was measured
+FACTS = ("knn_features", "pool", "k", "temperature", "layer", "n", "classes")
+# only with --json
+NOT_SHOWN = {"acc5", "loss", "blr", "unreadable", "corruptions", "acc1_before_norm", "acc1_after_norm"}
 ORDER = ("knn", "linprobe", "finetune", "segment")  # of the columns
 
 

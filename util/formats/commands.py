@@ -135,9 +135,8 @@ def load_command(
     if target == "onnx":
         return f"onnxruntime.InferenceSession('{out}').run({output_names(weights)}, {{'images': images}})"
     if target == "mmseg":
-        own = (
-            "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"
-        )  # the defaults are False and 0.1
+        # the defaults are False and 0.1
+        own = "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"
         checkpoint = shlex.quote(f"model.pretrained={Path(out).resolve()}")
         return " ".join(["--cfg-options", checkpoint, f"model.backbone.{own}", *_mm_options(weights)])
     init = {"type": "Pretrained", "checkpoint": Path(out).resolve(), "prefix": "backbone."}

@@ -31,9 +31,8 @@ from util.formats.weights import METHOD, Weights
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-SETTING = re.compile(
-    r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b"
-)  # in a config of mmengine
+# in a config of mmengine
+SETTING = re.compile(r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b")
 OUR_NAMES = {"mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss", "decoder_num_heads": "decoder_heads"}
 WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")  # DistributedDataParallel, torch.compile, Lightning
 PATCHES = re.compile(r"((?:(?:module|_orig_mod|model|backbone|encoder|vit)\.)+)patch_embed1?\.proj\.weight")
@@ -117,9 +116,8 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
             f"{path} holds a ConvMAE, which transformers and timm do not have: pass the weight file itself"
         )
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
-    inner, looks = (
-        x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
-    )  # timm's
+    # timm's
+    inner, looks = (x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg"))
     claims = about | inner
     size = claims.get("image_size", claims.get("img_size"))
     claims |= {
