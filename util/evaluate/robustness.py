@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 from timm.data import ImageNetInfo
@@ -88,11 +89,7 @@ def mean_corruption_error(errors: dict[str, list[float]]) -> float | None:
     """mCE in percent: mean of the errors / AlexNet's over ImageNet-C's 15 corruptions; None if one is missing."""
     if not ALEXNET.keys() <= errors.keys():
         return None
-    return sum(100 * mean(errors[name]) / alexnet for name, alexnet in ALEXNET.items()) / len(ALEXNET)
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return mean(100 * mean(errors[name]) / alexnet for name, alexnet in ALEXNET.items())
 
 
 def evaluate_corruptions(
