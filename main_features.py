@@ -64,9 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
 def find_images(data_path: str) -> tuple[Source, list[str]]:
     """(Images below a folder or in its tar shards, in the order of their names, the names)."""
     if is_stream(data_path) or is_cache(data_path):
-        raise ValueError(
-            f"--data_path {data_path}: streams and caches are not supported; use a folder of images or of tar shards"
-        )
+        raise ValueError(f"--data_path {data_path}: no streams and caches; use a folder of images or of tar shards")
     paths = list_images(data_path) if Path(data_path).is_dir() else []
     if paths:
         names = [os.fsdecode(os.path.relpath(path, os.fsencode(data_path))) for path in paths]

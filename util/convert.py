@@ -62,9 +62,7 @@ def convert(
     dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
     dropped += [key for key in removed if not DECODER.fullmatch(key)]
     raw = target == "hf" and "mask_token" in chosen and weights.norm_pix_loss is None
-    assumed = (
-        "assumed  norm_pix_loss true, which IN does not state; for raw pixels (mae_visualize_*) edit config.json\n"
-    )
+    assumed = "assumed  norm_pix_loss true, which IN does not state; for raw pixels (mae_visualize_*) edit it\n"
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
@@ -104,16 +102,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = get_parser().parse_args()
-    options = {
-        "folder": args.folder,
-        "encoder_only": args.encoder_only,
-        "backbone": args.backbone,
-        "use_ema": args.use_ema,
-    }
+    options = {name: getattr(args, name) for name in ("folder", "encoder_only", "input_size", "backbone", "use_ema")}
     try:
         if args.push_to_hub and not (args.folder or args.to == "hf"):
             raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")
-        print(convert(args.IN, args.OUT, args.to, input_size=args.input_size, **options))
+        print(convert(args.IN, args.OUT, args.to, **options))
         if args.push_to_hub:
             push(args.OUT, args.push_to_hub)
             print(f"pushed   {args.push_to_hub}")

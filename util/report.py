@@ -31,9 +31,7 @@ ORDER = ("knn", "linprobe", "finetune", "segment")  # of the columns
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Table of all results that were recorded (--results) for a set of checkpoints.")
     add = parser.add_argument
-    add(
-        "outputs", nargs="+", metavar="OUTPUT", help="folder that is searched for results.jsonl, or a file of --results"
-    )
+    add("outputs", nargs="+", metavar="OUTPUT", help="folder that is searched for results.jsonl, or file of --results")
     add("--json", action="store_true", help="print JSON with each value, its seeds, command and commit")
     add("--difference", type=int, nargs=2, metavar="ROW", help="also the second row minus the first, over common seeds")
     return parser
@@ -89,9 +87,7 @@ def read_results(outputs: list[str]) -> tuple[list[dict], dict[str, int]]:
     """(Readable records in the order of time, number of damaged lines by file)."""
     folders = [sorted(path.rglob("results.jsonl")) if path.is_dir() else [path] for path in map(Path, outputs)]
     if missing := [path for path in outputs if not Path(path).exists()]:
-        raise FileNotFoundError(
-            f"{missing[0]}: there is no such file or folder; name an --output_dir or a file of --results"
-        )
+        raise FileNotFoundError(f"{missing[0]}: there is no such file; use an --output_dir or a file of --results")
     records: list[dict] = []
     damaged: dict[str, int] = {}
     for file in {file.resolve(): None for files in folders for file in files}:

@@ -108,9 +108,7 @@ def split_effective_batch(effective: int, batch_size: int, ranks: int) -> tuple[
     """(images per forward pass, at most `batch_size`; forward passes) of each rank for `effective` images per step."""
     per_rank, rest = divmod(effective, ranks)
     if rest:
-        raise ValueError(
-            f"--effective_batch {effective} is not divisible by {ranks} ranks; choose a multiple of {ranks}"
-        )
+        raise ValueError(f"--effective_batch {effective} is not divisible by {ranks} ranks; use a multiple of {ranks}")
     passes = next(n for n in range(-(-per_rank // batch_size), per_rank + 1) if per_rank % n == 0)
     return per_rank // passes, passes
 
@@ -158,9 +156,7 @@ def start_run(args: Namespace) -> Run:
     world.barrier()  # no rank looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
-        run.log.info(
-            "warning: --amp bf16: this CPU is not known to support bfloat16; without support --amp off is faster"
-        )
+        run.log.info("warning: --amp bf16: this CPU is not known to support bfloat16; without it --amp off is faster")
     if args.warmup_epochs >= args.epochs:
         run.log.info(
             f"warning: --warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the learning rate never decays"

@@ -112,9 +112,7 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
     """(Arguments in config.json, list of its unused values); ValueError if the weights contradict it."""
     facts = tensor_sizes(state)
     if facts["family"] == "convvit":
-        raise ValueError(
-            f"{path} holds a ConvMAE, which transformers and timm do not have: pass the weight file itself"
-        )
+        raise ValueError(f"{path} holds a ConvMAE, which transformers and timm lack: pass the weight file itself")
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
     # timm's
     inner, looks = (x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg"))
@@ -282,7 +280,7 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
         raise ValueError(
-            f'{path} holds {found[:200]}: expected a dict of named tensors, bare or under "model" or "state_dict"'
+            f'{path} holds {found[:200]}: expected a dict of tensors, bare or under "model" or "state_dict"'
         )
     state, ignored = _strip_prefixes(path, state)
     args = _stated_args(box, state)

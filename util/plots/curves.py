@@ -15,9 +15,7 @@ TITLES = {"loss": "loss", "grad_norm": "gradient norm", "knn_acc1": "kNN top-1 a
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folders of runs; the folder names label the lines"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs; their names label the lines")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
     return parser
 
