@@ -77,7 +77,7 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
     norm = nn.utils.get_total_norm(list(gradients.values())).item() / state.scaler.get_scale()
     first = " ".join(wrong[:8]) or "none"
     lines.append(
-        f"gradient norm of this rank {norm:.6g}; not finite: {len(wrong)} of {len(gradients)} tensors: {first}"
+        f"gradient norm of this rank {norm:.6g}; not finite: {len(wrong)} of {len(gradients)} gradients: {first}"
     )
     suffix = f"-rank{run.world.rank}" if run.world.rank else ""
     path = run.folder / f"debug-{done + 1}{suffix}.pth"

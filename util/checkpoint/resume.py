@@ -62,8 +62,7 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
                 raise NotARun(path)
         except ValueError as error:
             if run.resume != "auto" and isinstance(error, NotARun):
-                mains = "" if "checkpoint" in run.args else " of main_finetune.py or main_linprobe.py"
-                raise ValueError(f"--resume {error}; to start from them use --checkpoint{mains}") from error
+                raise ValueError(f"--resume {error}; to start from them use --checkpoint") from error
             damaged.append(path)
             run.log.info(f"warning: {error}; trying the checkpoint before it")
             continue
