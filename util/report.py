@@ -95,10 +95,8 @@ def read_results(outputs: list[str]) -> tuple[list[dict], dict[str, int]]:
             try:
                 record = json.loads(line)
                 row, column, seeds = interpret(record)
-                about = {key: record[key] for key in ("time", "commit", "command")}
-                records.append(
-                    about | {"row": row, "column": column, "seeds": seeds, "values": numbers(record["result"])}
-                )
+                found = {"row": row, "column": column, "seeds": seeds, "values": numbers(record["result"])}
+                records.append(found | {key: record[key] for key in ("time", "commit", "command")})
             except (ValueError, KeyError, TypeError, AttributeError):
                 damaged[str(file)] = damaged.get(str(file), 0) + 1
     if not records:
@@ -125,9 +123,7 @@ def average(values: list[dict]) -> dict[str, Any]:
 
 def summarise(records: list[dict], difference: list[int]) -> dict:
     """Labels of rows and columns, cells, differences between two rows, and the number of superseded records."""
-    rows, columns = (
-        [*{json.dumps(x[side], sort_keys=True): x[side] for x in records}.values()] for side in ("row", "column")
-    )
+    rows, columns = ([*{json.dumps(x[s], sort_keys=True): x[s] for x in records}.values()] for s in ("row", "column"))
     rows.sort(key=lambda row: row["weights"] != "untrained")
     columns.sort(key=lambda column: (*ORDER, column["measure"]).index(column["measure"]))
     kept = {(rows.index(x["row"]), columns.index(x["column"]), *x["seeds"]): x for x in records}  # the newest
@@ -140,14 +136,11 @@ def summarise(records: list[dict], difference: list[int]) -> dict:
     if not all(1 <= row <= len(rows) for row in difference):
         raise ValueError(f"--difference {difference}: the table has the rows 1 to {len(rows)}")
     differences = []
+    a, b = (row - 1 for row in difference or (0, 0))  # rows count from 1 there
     for (column, metric, row), second in values.items():
-        first = (
-            {str(x["seeds"]): x["value"] for x in values.get((column, metric, difference[0] - 1), [])}
-            if difference
-            else {}
-        )
+        first = {str(x["seeds"]): x["value"] for x in values.get((column, metric, a), [])}
         pairs = [{"value": x["value"] - first[str(x["seeds"])]} for x in second if str(x["seeds"]) in first]
-        if pairs and row == difference[1] - 1:
+        if pairs and row == b:
             found = average(pairs)
             found["standard_error"] = None if found["std"] is None else found["std"] / math.sqrt(len(pairs))
             differences.append({"column": column, "metric": metric, "difference": found["mean"], **found})
@@ -162,11 +155,9 @@ def printable(text: object) -> str:
 
 def table(lines: list[list[Any]]) -> str:
     """Markdown table with the first line as head; foreign text is escaped, None is empty."""
-    shown = [
-        ["" if x is None else f"{x:.4g}" if isinstance(x, float) else printable(x) for x in line] for line in lines
-    ]
-    shown = [[html.escape(x, quote=False).replace("|", "\\|").replace("`", "\\`") for x in line] for line in shown]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (shown[0], ["---"] * len(shown[0]), *shown[1:]))
+    text = [["" if x is None else f"{x:.4g}" if isinstance(x, float) else printable(x) for x in line] for line in lines]
+    text = [[html.escape(x, quote=False).replace("|", "\\|").replace("`", "\\`") for x in line] for line in text]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (text[0], ["---"] * len(text[0]), *text[1:]))
 
 
 def markdown(found: dict) -> str:

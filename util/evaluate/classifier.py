@@ -22,7 +22,8 @@ from util.run import Run, args_to_dict
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
     """Write OUTPUT_DIR/classifier.pth, in timm's names, for `timm.create_model(..., checkpoint_path=)` and --eval."""
     if run.world.is_main:
-        args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(copy_to_host(state))
+        args = args_to_dict(run.args) | {"classes": classes, "batch": run.batch}
+        state = to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := default_format(state):
             run.log.info(f"load with: {load_command(Weights.from_state(state, args), target, path)}")
