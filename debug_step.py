@@ -118,16 +118,13 @@ def run_until(state: TrainState, progress: Progress, last: int) -> list[str]:
         state.wrapped.train()
         for step in range(start, min(sampler.steps, last - 1 - epoch * sampler.steps)):
             train_step(state, batches, epoch, step)
-    return [
-        line for lines in world.gather(inspect_step(state, batches, *divmod(last - 1, sampler.steps))) for line in lines
-    ]
+    lines = inspect_step(state, batches, *divmod(last - 1, sampler.steps))
+    return [line for reported in world.gather(lines) for line in reported]
 
 
 def get_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "run", metavar="RUN", type=Path, help="output folder of a run of main_pretrain, _linprobe or _finetune"
-    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of main_pretrain, _linprobe or _finetune")
     parser.add_argument("step", metavar="STEP", type=number(int, 1), help="step of the run, counted from 1")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto = GPU if available")
     return parser

@@ -37,10 +37,12 @@ from util.evaluate.encoder import encode_batches, features, load_encoder, patch_
 from util.evaluate.scores import print_result
 from util.files import lock_file, write_atomic
 from util.meters import log_bad_images
-from util.run import args_to_dict, hash_file
+from util.run import args_to_dict
 
 # Flags that a continued call may change: they do not affect the features.
-FREE = {"output", "data_path", "checkpoint", "num_workers", "batch_size", "device", "timeout_minutes", "on_bad_image"}
+FREE = {
+    "output", "data_path", "checkpoint", "origin", "num_workers", "batch_size", "device", "timeout_minutes", "on_bad_image",
+}  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -62,9 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
 def find_images(data_path: str) -> tuple[Source, list[str]]:
     """(Images below a folder or in its tar shards, in the order of their names, the names)."""
     if is_stream(data_path) or is_cache(data_path):
-        raise ValueError(
-            f"--data_path {data_path}: streams and caches are not supported; use a folder of images or of tar shards"
-        )
+        raise ValueError(f"--data_path {data_path}: no streams and caches; use a folder of images or of tar shards")
     paths = list_images(data_path) if Path(data_path).is_dir() else []
     if paths:
         names = [os.fsdecode(os.path.relpath(path, os.fsencode(data_path))) for path in paths]
@@ -197,8 +197,8 @@ def main() -> None:
         log_bad_images(world, [loader])
 
     key = {name: value for name, value in args_to_dict(args).items() if name not in FREE}
-    found = write_features(output, encode, names, key | {"weights": hash_file(args.checkpoint)}, metadata)
-    print_result(world, {"output": str(output)} | found)
+    found = write_features(output, encode, names, key | {"weights": args.origin and args.origin["sha256"]}, metadata)
+    print_result(world, {"output": str(output)} | found, args)
     world.close()
 
 

@@ -59,9 +59,7 @@ def finetune_transform(args: Namespace) -> SeededTransform:
             args.input_size, True, use_prefetcher=True, interpolation="bicubic", color_jitter=None, auto_augment=policy
         )
     except AssertionError as error:
-        raise ValueError(
-            f"--aa {args.aa} is not a policy of timm ({error}); use none or rand-m9-mstd0.5-inc1"
-        ) from error
+        raise ValueError(f"--aa {args.aa} is no policy of timm ({error}); use none or rand-m9-mstd0.5-inc1") from error
     return SeededTransform(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor
 
 
@@ -84,9 +82,8 @@ def finetune_loss(args: Namespace, normalize: Normalize, num_classes: int, devic
 
 def freeze_layers(model: Any, count: int) -> None:
     """Freeze the first `count` blocks and what is before them (MAE, section 4.3); ConvMAE's convolutions are before them."""
-    layers = group_parameters(
-        model, model.group_matcher(), reverse=True
-    )  # 0 = embedding, then the blocks, then the head
+    # 0 = embedding, then the blocks, then the head
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
     if count >= max(layers.values()):
         raise ValueError(f"--freeze_layers {count}: --checkpoint has {max(layers.values()) - 1} blocks")
     for name, parameter in model.named_parameters():
@@ -135,7 +132,7 @@ def main() -> None:
     saver.close()
     save_classifier(run, model.state_dict(), val.classes)
     run.close()
-    print_result(run.world, results[0])
+    print_result(run.world, results[0], args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from util.args import (
     add_data_arguments,
     add_device_arguments,
     add_model_arguments,
+    add_results_argument,
     add_subset_arguments,
     number,
     run_main,
@@ -29,6 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_checkpoint_arguments(parser)
     add_model_arguments(parser, ENCODERS)
     add_device_arguments(parser)
+    add_results_argument(parser)
     add = parser.add_argument_group("kNN").add_argument
     add("--batch_size", type=number(int, 1), default=256, help="images per rank and forward pass")
     add("--knn_features", choices=["auto", *LAYERS], default="auto",
@@ -52,8 +54,8 @@ def main() -> None:
     sources, chosen = (select_training_images(train, args), val), knn_layer(weights, args.knn_features)
     other = next(layer for layer in LAYERS if layer != chosen)
     results = knn(args, world, encoder, sources, (other, chosen), args.k, args.temperature)
-    print_result(world, results[0])
-    print_result(world, {**results[1], f"acc1_{other}": results[0]["acc1"]})  # the last line is the result
+    print_result(world, results[0], args)
+    print_result(world, {**results[1], f"acc1_{other}": results[0]["acc1"]}, args)  # the last line is the result
     world.close()
 
 

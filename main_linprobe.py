@@ -107,7 +107,7 @@ def main() -> None:
     best = max(range(len(results)), key=lambda i: results[i]["acc1"])
     save_classifier(run, model.classifier(best), val.classes)
     run.close()
-    print_result(run.world, {**results[best], "blr": args.blr[best], "selected_on": "val"})
+    print_result(run.world, {**results[best], "blr": args.blr[best], "selected_on": "val"}, args)
 
 
 if __name__ == "__main__":

@@ -154,10 +154,7 @@ class ConvViT(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for timm.optim's layer decay: stem and convolution stages first, then the ViT blocks, then the rest."""
-        return {
-            "stem": r"^(?:pos_embed|patch_embed|blocks[12])",
-            "blocks": r"^blocks3\.(\d+)",
-        }
+        return {"stem": r"^(?:pos_embed|patch_embed|blocks[12])", "blocks": r"^blocks3\.(\d+)"}
 
     def stages(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs of the two convolution stages, (B, V, 4, 4, D1) and (B, V, 2, 2, D2), and of the ViT, (B, V, D)."""

@@ -31,9 +31,7 @@ class MFFViT(MaskedViT):
         self.fuse_layers = tuple(fuse_layers or default_layers(depth))
         if [*self.fuse_layers] != sorted({*range(depth)} & {*self.fuse_layers}) or self.fuse_layers[-1] != depth - 1:
             given = " ".join(map(str, self.fuse_layers))
-            raise ValueError(
-                f"--fuse_layers {given}: layers must ascend, start at 0 or later and end with the last, {depth - 1}"
-            )
+            raise ValueError(f"--fuse_layers {given}: layers must ascend from 0 or later to the last, {depth - 1}")
         self.proj_layers = nn.ModuleList(nn.Linear(self.embed_dim, self.embed_dim) for _ in self.fuse_layers[:-1])
         self.proj_weights = nn.Parameter(torch.ones(len(self.fuse_layers), 1, 1, 1))
 

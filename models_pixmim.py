@@ -96,9 +96,7 @@ def low_pass_disc(size: Size, radius: float, kind: str = "reference") -> Tensor:
     """
     distance2 = torch.zeros(size)
     for dim, n in enumerate(size):
-        k = (
-            torch.arange(n) + n // 2
-        ) % n - n // 2  # exact integers; fftfreq(n) * n is not exact and loses boundary bins
+        k = (torch.arange(n) + n // 2) % n - n // 2  # exact; fftfreq(n) * n is not exact and loses boundary bins
         zero = (n - 1) / 2 - n // 2 if kind == "reference" else 0.0
         distance2 += ((k - zero) ** 2).unsqueeze(1 - dim)
     return distance2 <= radius**2
@@ -190,9 +188,7 @@ class MaskedViT(VisionTransformer):
 
     def __init__(self, num_classes: int = 0, **options):
         if ignored := [f"{name}={value}" for name, value in options.items() if name not in self.supported]:
-            raise ValueError(
-                f"{type(self).__name__} does not support {', '.join(ignored)}: `encode` would ignore it; omit it"
-            )
+            raise ValueError(f"{type(self).__name__} does not support {', '.join(ignored)}: `encode` would ignore it")
         super().__init__(num_classes=num_classes, weight_init="skip", attn_layer=ShortAttention, **options)
         size = self.patch_embed.img_size
         if len({*self.patch_embed.patch_size}) > 1:

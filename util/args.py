@@ -46,9 +46,7 @@ def expand(words: list[str], folder: Path = Path(), parents: tuple[Path, ...] = 
         try:
             inside = shlex.split(recipe.read_text(encoding="utf-8-sig"), comments=True)
         except ValueError as error:  # unbalanced quotes, or not UTF-8
-            raise ValueError(
-                f"{recipe} is not a valid recipe: {error}; expected flags as on the command line"
-            ) from error
+            raise ValueError(f"{recipe} is not a valid recipe: {error}; write flags as on the command line") from error
         expanded += expand(inside, recipe.parent, (*parents, recipe.resolve()))
     return expanded
 
@@ -75,10 +73,12 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(expand(sys.argv[1:] if args is None else list(args)), namespace)
 
 
-def number(kind: type, low: float, high: float = 10**9) -> Callable:
-    """argparse type: an int or float in [low, high]. nan and inf are rejected."""
+def number(kind: type, low: float, high: float = 10**9, *, or_auto: bool = False) -> Callable:
+    """argparse type: an int or float in [low, high], or with `or_auto` also "auto". nan and inf are rejected."""
 
     def convert(text: str):
+        if or_auto and text == "auto":
+            return text
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
@@ -86,16 +86,6 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
 
     convert.__name__ = kind.__name__
     return convert
-
-
-def auto_or(convert: Callable) -> Callable:
-    """argparse type: "auto", which `resolve_defaults` replaces by a value, or whatever `convert` accepts."""
-
-    def convert_or_auto(text: str):
-        return text if text == "auto" else convert(text)
-
-    convert_or_auto.__name__ = convert.__name__
-    return convert_or_auto
 
 
 def picture(text: str) -> str:
@@ -136,7 +126,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: s
 def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     """Flags of the pre-training method; `defaults` override METHOD."""
     group = parser.add_argument_group("method")
-    group.add_argument("--lowpass_radius", type=auto_or(number(float, 0)),
+    group.add_argument("--lowpass_radius", type=number(float, 0, or_auto=True),
                        help="cut-off of the target in frequency bins; 0 = raw pixels (MAE); auto = 40 at 224 px, "
                             "in proportion to the shorter side")
     group.add_argument("--lowpass", choices=["reference", "centered"],
@@ -189,6 +179,12 @@ def add_subset_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--train_fraction", type=number(float, 1e-9, 1), default=1.0,
                        help="share of each training class to use, drawn by --seed, at least one image a class")
     group.add_argument("--train_list", metavar="FILE", help="training images to use: CLASS/IMAGE, one a line (default: all)")
+
+
+def add_results_argument(parser: argparse.ArgumentParser, otherwise: str = "none"):
+    """Flag of the file that `util.report` reads; `otherwise`: the file without the flag."""
+    parser.add_argument("--results", metavar="FILE", help="file to which the result and its origin are appended as a line of JSON, for "
+                        f"python -m util.report (default: {otherwise})")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser, amp: bool = True):
@@ -253,7 +249,10 @@ def classifier_parser(description: str, encoders, output_dir: str, pool: bool, *
     add_schedule_arguments(parser, **schedule)
     add_device_arguments(parser)
     group = add_run_arguments(parser, output_dir)
-    group.add_argument("--eval", action="store_true", help="only evaluate --checkpoint, a classifier, on val/")
+    group.add_argument("--eval", action="store_true",
+                       help="only evaluate --checkpoint, a classifier, on DIR/val/<class>/, on DIR/<class>/ (ImageNet-A, -R, -Sketch) or on "
+                            "DIR/<corruption>/<1 to 5>/<class>/ (ImageNet-C)")
+    add_results_argument(group, "OUTPUT_DIR/results.jsonl; none with --eval")
     return parser
 # fmt: on
 

@@ -42,9 +42,8 @@ def convert(
         what = "new or empty folder" if folder else "file"
         raise ValueError(f"cannot write {out}: OUT must be a {what} in an existing folder")
     weights = read_weights(source, input_size, use_ema)
-    select_tensors(
-        weights, target, encoder_only
-    )  # before resampling: an encoder that the format cannot hold is refused
+    # before resampling: an encoder that the format cannot hold is refused
+    select_tensors(weights, target, encoder_only)
     weights = weights if input_size is None else resize_weights(weights, input_size)
     line = load_command(weights, target, out, folder, encoder_only, backbone)
     chosen = select_tensors(weights, target, encoder_only)
@@ -63,9 +62,7 @@ def convert(
     dropped = weights.dropped + ([f"mask_token and decoder_* ({decoder} keys)"] if decoder else [])
     dropped += [key for key in removed if not DECODER.fullmatch(key)]
     raw = target == "hf" and "mask_token" in chosen and weights.norm_pix_loss is None
-    assumed = (
-        "assumed  norm_pix_loss true, which IN does not state; for raw pixels (mae_visualize_*) edit config.json\n"
-    )
+    assumed = "assumed  norm_pix_loss true, which IN does not state; for raw pixels (mae_visualize_*) edit it\n"
     return (
         f"read     {source}: {weights.source}, {len(weights.state)} keys mapped\n"
         f"dropped  {', '.join(dropped) or 'nothing'}\n"
@@ -105,16 +102,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = get_parser().parse_args()
-    options = {
-        "folder": args.folder,
-        "encoder_only": args.encoder_only,
-        "backbone": args.backbone,
-        "use_ema": args.use_ema,
-    }
+    options = {name: getattr(args, name) for name in ("folder", "encoder_only", "input_size", "backbone", "use_ema")}
     try:
         if args.push_to_hub and not (args.folder or args.to == "hf"):
             raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")
-        print(convert(args.IN, args.OUT, args.to, input_size=args.input_size, **options))
+        print(convert(args.IN, args.OUT, args.to, **options))
         if args.push_to_hub:
             push(args.OUT, args.push_to_hub)
             print(f"pushed   {args.push_to_hub}")

@@ -60,7 +60,7 @@ class SimpleResizedCrop:
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear"):
         if min(size) <= 4:
             raise ValueError(
-                f"a crop of {size[0]} x {size[1]} is too small: its sides must be above the 4 reflected pixels"
+                f"a crop of {size[0]} x {size[1]} is too small: its sides must exceed the 4 reflected pixels"
             )
         self.size, self.interpolation = size, interpolation
 

@@ -123,9 +123,7 @@ def choose_device(device: str, size: int, local_rank: int) -> torch.device:
         raise ValueError(f"--device {device} is not available; use auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {device}: torch finds no GPU; use --device cpu or install a CUDA build of torch"
-            )
+            raise ValueError(f"--device {device}: torch finds no GPU; use --device cpu or a CUDA build of torch")
         if chosen.index is not None and size > 1:
             raise ValueError(f"--device {device} puts all {size} ranks on one GPU; use --device cuda")
         if chosen.index is None:  # a Slurm task that sees a single GPU sees it as number 0

@@ -56,6 +56,20 @@ def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
     return path
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, also while other processes do; what was left of an incomplete last line is closed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        start = "" if file.read(1) in (b"", b"\n") else "\n"
+        file.write(f"{start}{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def link_atomic(source: Path, path: Path) -> None:
     """Hard-link a file that is never modified under a second name; copy it if the file system has no links."""
     temporary = path.with_name(f".{path.name}.tmp")

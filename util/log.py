@@ -42,11 +42,11 @@ class Log:
         """
         if not self.active:
             return
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        lines += [late for late in pending.splitlines(keepends=True) if late not in lines]
-        kept = [record for record in map(parse_line, lines) if record and record["epoch"] <= epoch]
+        records = read_records(self.path)
+        records += [late for late in parse_lines(pending) if late not in records]
+        kept = [record for record in records if record["epoch"] <= epoch]
         self.evaluations = [record for record in kept if record["epoch"] == epoch and "step" not in record]
-        if lines:
+        if records or self.path.exists():
             write_atomic(self.path, "".join(map(format_line, kept)).encode())
         step = round(epoch * 1000)
         self.open_board(step)
@@ -146,16 +146,17 @@ def format_line(record: dict) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def parse_line(text: str) -> dict | None:
-    """The record in a line of log.jsonl; None for a truncated or damaged line."""
-    try:
-        record = json.loads(text)
-    except ValueError:
-        return None
-    return record if text.endswith("\n") and isinstance(record, dict) and "epoch" in record else None
+def parse_lines(text: str) -> list[dict]:
+    """The records in lines of log.jsonl, without truncated or damaged ones."""
+    records = []
+    for line in text.splitlines(keepends=True):
+        with suppress(ValueError):
+            record = json.loads(line)
+            if line.endswith("\n") and isinstance(record, dict) and "epoch" in record:
+                records.append(record)
+    return records
 
 
 def read_records(path: Path) -> list[dict]:
     """The records of a log.jsonl, without truncated or damaged lines; empty without the file."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    return [record for record in map(parse_line, lines) if record]
+    return parse_lines(path.read_text(errors="replace")) if path.exists() else []

@@ -23,6 +23,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +86,7 @@ def git(*command: str) -> bytes:
     return b""
 
 
+@cache  # of the code that was started, also if the checkout changes later
 def versions() -> dict:
     """Commit of this code and versions of the libraries."""
     return {
@@ -96,10 +98,8 @@ def versions() -> dict:
     }
 
 
-def hash_file(path: str | None) -> str | None:
-    """SHA-256 of a file; None without a file."""
-    if path in (None, "none"):
-        return None
+def hash_file(path: str) -> str:
+    """SHA-256 of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -108,9 +108,7 @@ def split_effective_batch(effective: int, batch_size: int, ranks: int) -> tuple[
     """(images per forward pass, at most `batch_size`; forward passes) of each rank for `effective` images per step."""
     per_rank, rest = divmod(effective, ranks)
     if rest:
-        raise ValueError(
-            f"--effective_batch {effective} is not divisible by {ranks} ranks; choose a multiple of {ranks}"
-        )
+        raise ValueError(f"--effective_batch {effective} is not divisible by {ranks} ranks; use a multiple of {ranks}")
     passes = next(n for n in range(-(-per_rank // batch_size), per_rank + 1) if per_rank % n == 0)
     return per_rank // passes, passes
 
@@ -148,8 +146,9 @@ def start_run(args: Namespace) -> Run:
     restarted = world.gather(world.is_main and is_restart(folder))[0]
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
     lr = peak_lr(blr, batch_size * accum_iter * world.size)
-    resume, origin = "auto" if restarted else args.resume, hash_file(getattr(args, "checkpoint", None))
-    run = Run(args, world, Log(folder, world.is_main), folder, batch_size, accum_iter, lr, resume, origin)
+    resume, origin = "auto" if restarted else args.resume, getattr(args, "origin", None)
+    log, sha = Log(folder, world.is_main), origin and origin["sha256"]
+    run = Run(args, world, log, folder, batch_size, accum_iter, lr, resume, sha)
     if args.min_lr > run.lr:
         raise ValueError(f"--min_lr {args.min_lr:g} is above the peak learning rate {run.lr:.3g} (--blr x batch / 256)")
     if world.is_main:
@@ -157,9 +156,7 @@ def start_run(args: Namespace) -> Run:
     world.barrier()  # no rank looks for checkpoints before the folder is ready
     torch.manual_seed(args.seed)
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
-        run.log.info(
-            "warning: --amp bf16: this CPU is not known to support bfloat16; without support --amp off is faster"
-        )
+        run.log.info("warning: --amp bf16: this CPU is not known to support bfloat16; without it --amp off is faster")
     if args.warmup_epochs >= args.epochs:
         run.log.info(
             f"warning: --warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the learning rate never decays"

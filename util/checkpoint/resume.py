@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from util.args import resolve_defaults
-from util.checkpoint.state import FORMAT_1, read_checkpoint
+from util.checkpoint.state import FORMAT_1, NotARun, read_checkpoint
 from util.files import link_atomic, lock_file
 from util.formats.keys import mae_names
 from util.run import Run, args_to_dict
@@ -20,7 +20,7 @@ from util.run import Run, args_to_dict
 FREE = {
     "checkpoint", "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
-    "on_bad_image", "max_skipped", "timeout_minutes",
+    "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin",
 }  # fmt: skip
 
 
@@ -59,11 +59,10 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
         try:
             content = read_checkpoint(path)
             if "progress" not in content:
-                raise ValueError(f"{path} holds weights, not a run")
+                raise NotARun(path)
         except ValueError as error:
-            if run.resume != "auto" and "holds weights" in str(error):
-                mains = "" if "checkpoint" in run.args else " of main_finetune.py or main_linprobe.py"
-                raise ValueError(f"--resume {error}; to start from them use --checkpoint{mains}") from error
+            if run.resume != "auto" and isinstance(error, NotARun):
+                raise ValueError(f"--resume {error}; to start from them use --checkpoint") from error
             damaged.append(path)
             run.log.info(f"warning: {error}; trying the checkpoint before it")
             continue
@@ -103,9 +102,7 @@ def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) 
             f"ranks); --effective_batch {content['batch']} sets it for any number of ranks; {describe_continuation(path, run)}"
         )
     if content["origin"] != run.origin:
-        names = (
-            f"--checkpoint {run.args.checkpoint} names now" if run.origin else "this command, which has no --checkpoint"
-        )
+        names = f"--checkpoint {run.args.checkpoint} names now" if run.origin else "this command without --checkpoint"
         raise ValueError(f"{path} started from other weights than {names}; use the same, or another --output_dir")
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:

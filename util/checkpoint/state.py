@@ -14,6 +14,13 @@ from util.files import check_zip, checksum_matches, content_hash, link_atomic, s
 FORMAT, FORMAT_1 = "pixmim-2", "pixmim-1"
 
 
+class NotARun(ValueError):
+    """An undamaged file that holds weights, but not the state of a run."""
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} holds weights, not a run")
+
+
 def copy_to_host(content: Any) -> Any:
     """Nested copy in which every tensor is a contiguous copy in host memory."""
     if isinstance(content, Tensor):
@@ -30,7 +37,7 @@ def write_checkpoint(path: Path, content: dict) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Content of a checkpoint of this project; ValueError if it is damaged or foreign."""
+    """Content of a checkpoint of this project; ValueError if it is damaged, NotARun if it is foreign."""
     try:
         with path.open("rb") as file:
             old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
@@ -42,14 +49,14 @@ def read_checkpoint(path: Path) -> dict:
         if ours and content["format"] == FORMAT and not checksum_matches(content):
             raise ValueError("its checksum is wrong")
     except UnpicklingError as error:  # an undamaged file with objects that this project does not save
-        raise ValueError(f"{path} holds weights, not a run") from error
+        raise NotARun(path) from error
     except Exception as error:  # torch raises many types of errors for damaged files
         if isinstance(error, OSError) and error.filename:  # the file cannot be read at all
             raise
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not ours:
-        raise ValueError(f"{path} holds weights, not a run")
+        raise NotARun(path)
     return content
 
 

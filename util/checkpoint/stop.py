@@ -37,9 +37,8 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if self.is_main:  # os.write: print is not safe inside a signal handler
             with suppress(OSError):  # a closed pipe must not prevent the save
-                os.write(
-                    2, f"{self.signal.name}: finishing the step, then saving; a second signal ends at once\n".encode()
-                )
+                text = f"{self.signal.name}: finishing the step, then saving; a second signal ends at once\n"
+                os.write(2, text.encode())
 
     @property
     def exit_status(self) -> int:

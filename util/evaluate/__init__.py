@@ -5,5 +5,6 @@ encoder        Encoders with the weights of a checkpoint, and their features.
 health         Checks of a pre-training run: example images before the first step, loss against a constant prediction.
 knn            Weighted k-nearest-neighbour accuracy of an encoder.
 probes         Linear probes on a frozen encoder.
+robustness     Classifiers on ImageNet-A, -R, -Sketch and -C.
 scores         Accuracy of classifiers, exact over all ranks.
 """

@@ -3,14 +3,15 @@
 from argparse import Namespace
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.checkpoint.state import copy_to_host, write_checkpoint
 from util.data.batches import eval_loader
-from util.data.sources import labelled_source
+from util.data.folders import Source
 from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import load_encoder, pooling
+from util.evaluate.robustness import MaskedClasses, absent_classes, evaluate_corruptions, find_images
 from util.evaluate.scores import evaluate, print_result
 from util.formats.commands import load_command
 from util.formats.keys import default_format, to_mae
@@ -21,7 +22,8 @@ from util.run import Run, args_to_dict
 def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
     """Write OUTPUT_DIR/classifier.pth, in timm's names, for `timm.create_model(..., checkpoint_path=)` and --eval."""
     if run.world.is_main:
-        args, state = args_to_dict(run.args) | {"classes": classes}, to_mae(copy_to_host(state))
+        args = args_to_dict(run.args) | {"classes": classes, "batch": run.batch}
+        state = to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := default_format(state):
             run.log.info(f"load with: {load_command(Weights.from_state(state, args), target, path)}")
@@ -33,13 +35,16 @@ def val_interpolation(probe_as: str | None) -> str:
 
 
 def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder: Callable) -> None:
-    """Print the accuracy of a saved classifier on DIR/val (--eval)."""
+    """Print the accuracy of a saved classifier on DIR/val or DIR/<class>/, or its errors on ImageNet-C's tree (--eval).
+
+    DIR/<class>/ may lack classes: `acc1` is then the accuracy among its classes, `acc1_all_classes` that among all.
+    """
     count = weights.num_classes if weights else 0
     if weights is None or not count:
         raise ValueError(
             f"--eval: --checkpoint {args.checkpoint} has no classifier; use one written by main_linprobe.py or main_finetune.py"
         )
-    val = labelled_source(args.data_path, "val", weights.classes if weights.source == "pixmim" else None)
+    val, tree = find_images(args.data_path, weights)
     if len(val.classes) != count:
         raise ValueError(
             f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
@@ -51,6 +56,25 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         )
     model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)
     interpolation = val_interpolation(vars(args).get("probe_as") or weights.args.get("probe_as"))
-    loader = eval_loader(args, world, val, eval_transform(args.input_size, args.crop_pct, interpolation))
-    print_result(world, evaluate(args, world, model, loader, count)[0])
+    transform = eval_transform(args.input_size, 1.0 if tree else args.crop_pct, interpolation)
+
+    def report(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
+
+    def score(source: Source, model: nn.Module) -> list[dict]:
+        return evaluate(args, world, model, eval_loader(args, world, source, transform), count)
+
+    if tree:
+        report("images are resized to --input_size without a crop: those of ImageNet-C are cropped already")
+        result = evaluate_corruptions(tree, lambda source: score(source, model)[0]["acc1"], count == 1000, report)
+    elif absent := absent_classes(args.data_path, val):
+        report(
+            f"{len(absent)} of the {count} classes have no folder in {args.data_path}: acc1 is among the others only"
+        )
+        result, unmasked = score(val, MaskedClasses(model, absent))
+        result |= {"classes": count - len(absent), "acc1_all_classes": unmasked["acc1"]}
+    else:
+        (result,) = score(val, model)
+    print_result(world, result, args)
     world.close()

@@ -1,5 +1,6 @@
 """Encoders with the weights of a checkpoint; features of images."""
 
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from util.formats.keys import join_names, to_timm
 from util.formats.read import read_weights, weights_file
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
+from util.run import hash_file
 
 # timm's VisionTransformer, or an encoder with its forward_features, forward_head, num_prefix_tokens, embed_dim
 Encoder = Any
@@ -29,7 +31,8 @@ def read_architecture(
 ) -> tuple[Namespace, Weights | None]:
     """(Arguments with each flag in `flags` that is None read from --checkpoint, weights or None for --checkpoint none).
 
-    Flags on the command line take precedence; another --input_size resamples the position embedding.
+    Flags on the command line take precedence; another --input_size resamples the position embedding. `origin` is added: SHA-256
+    of the file, its source and the arguments of the run that wrote it; None without a checkpoint.
     """
     if args.checkpoint == "none":
         if args.model is None:
@@ -46,7 +49,9 @@ def read_architecture(
         else:
             found["model"] = find_model(weights, args, encoders)
     filled = {name: found.get(name) for name in flags if getattr(args, name, "") is None}
-    args = Namespace(**vars(args) | filled | {"checkpoint": file})
+    run = json.loads(json.dumps(weights.args, default=str, skipkeys=True)) if weights else {}
+    origin = weights and {"sha256": hash_file(file), "source": weights.source, "args": run}
+    args = Namespace(**vars(args) | filled | {"checkpoint": file, "origin": origin})
     args.mean, args.std = channel_statistics(args.in_chans, args.mean, args.std)
     return args, weights
 

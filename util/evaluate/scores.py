@@ -1,7 +1,10 @@
 """Accuracy of classifiers, exact over all ranks."""
 
 import json
+import sys
 from argparse import Namespace
+from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
+from util.files import append_line
 from util.meters import log_bad_images
-from util.run import Run
+from util.run import Run, args_to_dict, versions
 
 
 class Score:
@@ -79,7 +83,21 @@ def validate(run: Run, model: nn.Module, loader: DevicePrefetcher, num_classes: 
     return results
 
 
-def print_result(world: World, result: dict) -> None:
-    """Print one JSON object, the last line of a main, on the main rank."""
-    if world.is_main:
-        print(json.dumps(result), flush=True)
+def print_result(world: World, result: dict, args: Namespace) -> None:
+    """Print one JSON object, the last line of a main, on the main rank; append it with its origin to --results.
+
+    The line holds the command, arguments, versions, and of --checkpoint the SHA-256 and the arguments of its own run.
+    """
+    if not world.is_main:
+        return
+    print(json.dumps(result), flush=True)
+    trained = "output_dir" in args and not args.eval
+    if path := getattr(args, "results", None) or (Path(args.output_dir) / "results.jsonl" if trained else None):
+        about = {"main": Path(sys.argv[0]).name, "command": [Path(sys.executable).name, *sys.argv], **versions()}
+        about |= {"time": datetime.now(UTC).isoformat(), "world_size": world.size, "args": args_to_dict(args)}
+        try:
+            append_line(Path(path), json.dumps(about | {"result": result}))
+        except OSError as error:
+            raise OSError(
+                f"--results {path} cannot be written ({error.strerror}); the result is printed above"
+            ) from error

@@ -91,9 +91,7 @@ def _pyramid_options(patch: int) -> dict[str, str]:
     if patch == 16:
         return {}
     if patch != 8:
-        raise ValueError(
-            f"--to detectron2: the feature pyramid of ViTDet needs patch size 16 or 8, not {patch}; use --to timm"
-        )
+        raise ValueError(f"--to detectron2: the pyramid of ViTDet needs patch size 16 or 8, not {patch}; use --to timm")
     names, scales = "[p1,p2,p3,p4]", "[0.5,0.25,0.125,0.0625]"
     options = {"backbone.top_block": "null", "proposal_generator.in_features": names}
     generator = "proposal_generator.anchor_generator"
@@ -135,9 +133,8 @@ def load_command(
     if target == "onnx":
         return f"onnxruntime.InferenceSession('{out}').run({output_names(weights)}, {{'images': images}})"
     if target == "mmseg":
-        own = (
-            "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"
-        )  # the defaults are False and 0.1
+        # the defaults are False and 0.1
+        own = "patch_bias=True" if backbone == "VisionTransformer" else "init_values=1.0"
         checkpoint = shlex.quote(f"model.pretrained={Path(out).resolve()}")
         return " ".join(["--cfg-options", checkpoint, f"model.backbone.{own}", *_mm_options(weights)])
     init = {"type": "Pretrained", "checkpoint": Path(out).resolve(), "prefix": "backbone."}

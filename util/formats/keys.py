@@ -97,9 +97,8 @@ DROPPED = re.compile(
     r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
 )
 DECODER = re.compile(r"mask_token|decoder_.*")
-FUSION = re.compile(
-    r"(proj_layers|stage[12]_output_decode)\..*|proj_weights"
-)  # of MFF and ConvMAE: used in pre-training only
+# of MFF and ConvMAE: used in pre-training only
+FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")
 THIRDS = "{query,key,value}"
 HF_NAMES = (  # transformers 5.x and models without a head -> 4.x
     (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
@@ -210,9 +209,8 @@ def from_hf(state: State) -> State:
     named = _replace_names(state, HF_NAMES)
     for key in [key for key in named if ".attention.attention.query." in key]:
         parts = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if (
-            len({tuple(named[name].shape) if name in named else name for name in parts}) == 1
-        ):  # else reported as unknown
+        # else reported as unknown
+        if len({tuple(named[name].shape) if name in named else name for name in parts}) == 1:
             named[key.replace(".query.", f".{THIRDS}.")] = torch.cat([named.pop(name) for name in parts])
     return named
 

@@ -31,9 +31,8 @@ from util.formats.weights import METHOD, Weights
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-SETTING = re.compile(
-    r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b"
-)  # in a config of mmengine
+# in a config of mmengine
+SETTING = re.compile(r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b")
 OUR_NAMES = {"mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss", "decoder_num_heads": "decoder_heads"}
 WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")  # DistributedDataParallel, torch.compile, Lightning
 PATCHES = re.compile(r"((?:(?:module|_orig_mod|model|backbone|encoder|vit)\.)+)patch_embed1?\.proj\.weight")
@@ -113,13 +112,10 @@ def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[
     """(Arguments in config.json, list of its unused values); ValueError if the weights contradict it."""
     facts = tensor_sizes(state)
     if facts["family"] == "convvit":
-        raise ValueError(
-            f"{path} holds a ConvMAE, which transformers and timm do not have: pass the weight file itself"
-        )
+        raise ValueError(f"{path} holds a ConvMAE, which transformers and timm lack: pass the weight file itself")
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
-    inner, looks = (
-        x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
-    )  # timm's
+    # timm's
+    inner, looks = (x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg"))
     claims = about | inner
     size = claims.get("image_size", claims.get("img_size"))
     claims |= {
@@ -159,6 +155,10 @@ def _stated_args(box: dict, state: State) -> dict[str, Any]:
     config = str(meta.get("cfg")).lower() if isinstance(meta, dict) else ""
     found |= {key: json.loads(value) for key, value in SETTING.findall(config)}
     found |= {ours: found[theirs] for theirs, ours in OUR_NAMES.items() if theirs in found}
+    if "progress" in box and str(box.get("format", "")).startswith("pixmim"):
+        at = box["progress"]
+        found |= {"epochs_done": at["epoch"] + at["step"] / box.get("steps", 1)}
+        found |= {key: box[key] for key in ("batch", "data") if key in box}
     if "target_generator.low_pass_filter" in state:
         found["lowpass_radius"] = _disc_radius(state["target_generator.low_pass_filter"])
     keys = {key: f"data_preprocessor.{key}" for key in ("mean", "std")}
@@ -280,7 +280,7 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
         raise ValueError(
-            f'{path} holds {found[:200]}: expected a dict of named tensors, bare or under "model" or "state_dict"'
+            f'{path} holds {found[:200]}: expected a dict of tensors, bare or under "model" or "state_dict"'
         )
     if broken := [key for key, value in state.items() if not value.isfinite().all()]:
         raise ValueError(

@@ -99,7 +99,5 @@ def load_content(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace, *placeholders]):
         content = _load_tensors(path, zipped)
     if isinstance(content, dict) and content.get("sha256") and not checksum_matches(content):
-        raise ValueError(
-            f"{path} is damaged, its checksum is wrong: copy it again, or use previous.pth or epoch-NNNN.pth"
-        )
+        raise ValueError(f"{path} is damaged, its checksum is wrong: copy it again, or use previous.pth or epoch-*.pth")
     return content

@@ -7,16 +7,7 @@ from typing import Any
 import torch
 
 from util.formats.configs import hf_config, hf_processor, timm_config
-from util.formats.keys import (
-    FORMATS,
-    State,
-    rename,
-    to_hf,
-    to_mae,
-    to_mm,
-    to_mmseg,
-    to_timm,
-)
+from util.formats.keys import FORMATS, State, rename, to_hf, to_mae, to_mm, to_mmseg, to_timm
 from util.formats.onnx import save_onnx
 from util.formats.resize import known_size
 from util.formats.weights import Weights

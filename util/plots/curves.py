@@ -1,27 +1,21 @@
 """Chart of pre-training runs from their log.jsonl: loss, gradient norm, kNN. `python -m util.plots.curves RUN... --output x.png`."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from util.args import Parser, picture, run_main
+from util.log import read_records
 from util.plots.charts import draw_lines
 
-TITLES = {
-    "loss": "loss",
-    "grad_norm": "gradient norm",
-    "knn_acc1": "kNN top-1 accuracy in %",
-}
+TITLES = {"loss": "loss", "grad_norm": "gradient norm", "knn_acc1": "kNN top-1 accuracy in %"}
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output folders of runs; the folder names label the lines"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folders of runs; their names label the lines")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
     return parser
 
@@ -31,8 +25,7 @@ def read_curve(folder: str, key: str) -> tuple[list[float], list[float]]:
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"RUN {folder}: {path} does not exist; RUN must be the --output_dir of a run")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
+    points = [(record["epoch"], record[key]) for record in read_records(path) if record.get(key) is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 

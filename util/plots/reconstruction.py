@@ -55,9 +55,8 @@ def reconstruct(model: Any, images: Tensor, noise: Tensor, args: Namespace) -> R
 def paste_patches(images: Tensor, patches: Tensor, index: Tensor, patch: int) -> Tensor:
     """Copy of images (B, C, H, W) in which `patches` (B, R, p * p * C) replace those numbered `index` (B, R)."""
     images = images.clone(memory_format=torch.contiguous_format)
-    grid = (
-        images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
-    )  # (B, h, w, p, p, C) view
+    # (B, h, w, p, p, C) view
+    grid = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     rows = torch.arange(len(images), device=images.device)[:, None]
     grid[rows, index // grid.shape[2], index % grid.shape[2]] = patches.unflatten(2, (patch, patch, -1))
     return images
