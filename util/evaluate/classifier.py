@@ -39,10 +39,10 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         raise ValueError(
             f"--eval: --checkpoint {args.checkpoint} has no classifier; use one written by main_linprobe.py or main_finetune.py"
         )
-    val = labelled_source(args.data_path, "val", weights.classes if weights.source == "pixmim" else None)
+    val = labelled_source(args.data_path, "val", weights.classes if weights.source == "pixmim" else None, args)
     if len(val.classes) != count:
         raise ValueError(
-            f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
+            f"--checkpoint {args.checkpoint} has {count} classes, the validation images have {len(val.classes)}"
         )
     world = init_world(args.device, args.amp, args.timeout_minutes)
     if weights.source != "pixmim" and world.is_main:
