@@ -263,9 +263,11 @@ def test_validation_images_may_lie_elsewhere(photos, tmp_path):
     args = Namespace(val_path=[str(photos / "val")])
     train, val = labelled_sources([str(photos / "train")], args)
     assert (len(train), len(val), val.classes) == (16, 9, train.classes)
-    with pytest.raises(ValueError, match=f"--val_path: there is no folder {tmp_path}/none"):
+    with pytest.raises(FileNotFoundError, match=f"--val_path: there is no folder {tmp_path}/none"):
         labelled_sources([str(photos / "train")], Namespace(val_path=[str(tmp_path / "none")]))
-    with pytest.raises(ValueError, match=f"--data_path: there is no folder {photos}/train/val; .*--val_path"):
+    with pytest.raises(
+        FileNotFoundError, match=f"--data_path: there is no folder {photos}/train/../train/val; .*--val_path"
+    ):
         labelled_sources([str(photos / "train" / ".." / "train")])
 
 
@@ -275,7 +277,7 @@ def test_errors_name_the_flag_that_named_the_images(photos, tmp_path):
     words = [*PRETRAIN, "--data_path", photos, "--output_dir", tmp_path / "run", "--knn_every", 1]
     with pytest.raises(ValueError, match=r"\(--knn_path: .*/one/train has one class"):
         call("main_pretrain", *words, "--knn_path", tmp_path / "one")
-    with pytest.raises(ValueError, match=r"\(--val_path: .*/one/val has no class folders"):
+    with pytest.raises(ValueError, match=r"\(--val_path: .*/one/val/ant has no class folders"):
         call("main_pretrain", *words, "--val_path", tmp_path / "one" / "val" / "ant")
 
 

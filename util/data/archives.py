@@ -33,29 +33,14 @@ class Scan(NamedTuple):
     left_out: LeftOut
 
 
-class Members:
-    """The members of an archive, as they are found."""
+class Member(NamedTuple):
+    """A file in an archive."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int]] = []
-        self.names: list[str] = []
-        self.labels: dict[str, int] = {}  # name without extension -> class number
-        self.left_out: LeftOut = {}
-
-    def leave_out(self, kind: str, name: str) -> None:
-        count, example = self.left_out.get(kind, (0, name))
-        self.left_out[kind] = count + 1, example
-
-    def add(self, name: str, *place: int) -> None:
-        self.names.append(name)
-        self.rows.append((place[0], place[1], place[2]))
-
-    def scan(self) -> Scan:
-        # x.cls is the class of x.jpg and of x.seg.png
-        stems = [os.path.splitext(name)[0] for name in self.names]
-        classes = [self.labels.get(x, self.labels.get(re.sub(r"\.[^/]*$", "", x), -1)) for x in stems]
-        rows = np.array([(*row, label) for row, label in zip(self.rows, classes, strict=True)], np.int64)
-        return Scan(rows, np.array([x.encode(errors="surrogateescape") for x in self.names]), self.left_out)
+    name: str
+    offset: int
+    stored: int  # bytes
+    inflated: int = 0  # bytes; 0 = not deflated
+    number: int = -1  # content of a .cls
 
 
 def iter_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -67,23 +52,20 @@ def iter_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def scan_tar(file: Any, members: Members, folder: str = "") -> None:
-    """Add the members of a tar that starts at the position of the file. `folder`: the name of a tar within a tar."""
+def tar_members(file: Any, folder: str = "") -> Iterator[Member]:
+    """Files of a tar that starts at the position of the file. `folder`: the name of a tar within a tar."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in iter_files(tar):
-            name = folder + member.name
-            kind = kind_of(name)
-            if kind == IMAGE:
-                members.add(name, member.offset_data, member.size, 0)
-            elif kind == ".cls":
+            name, number = folder + member.name, -1
+            if name.lower().endswith(".tar") and not folder:
+                file.seek(member.offset_data)
+                yield from tar_members(file, f"{name[:-4]}/")
+                continue
+            if name.lower().endswith(".cls"):
                 content: Any = tar.extractfile(member)
                 text = content.read(32)
-                members.labels[name[:-4]] = int(text) if re.fullmatch(rb"\s*\d{1,6}\s*", text) else -1
-            elif kind == ".tar" and not folder:
-                file.seek(member.offset_data)
-                scan_tar(file, members, f"{name[:-4]}/")
-            else:
-                members.leave_out(kind, name)
+                number = int(text) if re.fullmatch(rb"\s*\d{1,6}\s*", text) else -1
+            yield Member(name, member.offset_data, member.size, 0, number)
         file.seek(tar.offset)
         if file.read(512) != bytes(512):  # tarfile takes any invalid header for the end
             raise tarfile.ReadError(f"neither a member nor the end at byte {tar.offset}")
@@ -95,43 +77,51 @@ def folder_order(name: str) -> list[tuple[bool, str]]:
     return [*((True, folder) for folder in folders), (False, last)]
 
 
-def scan_zip(file: Any, members: Members) -> None:
-    """Add the members of a zip, in the order of the folder that was packed."""
+def zip_members(file: Any) -> Iterator[Member]:
+    """Files of a zip, in the order of the folder that was packed."""
     with zipfile.ZipFile(file) as archive:
         for member in sorted(archive.infolist(), key=lambda member: folder_order(member.filename)):
-            kind = kind_of(member.filename)
-            if kind == IMAGE and (
-                member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            ):
-                raise zipfile.BadZipFile(f"{member.filename} is encrypted or of compression {member.compress_type}")
-            if kind == IMAGE and member.file_size > MAX_BYTES:
-                kind = f"larger than {MAX_BYTES} bytes"
-            if kind != IMAGE:
-                if not member.is_dir():
-                    members.leave_out(kind, member.filename)
+            if member.is_dir():
                 continue
+            method = member.compress_type
+            if member.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile(f"{member.filename} is encrypted or of compression {method}")
             file.seek(member.header_offset)
             start = member.header_offset + 30 + sum(struct.unpack("<26x2H", file.read(30)))  # lengths of name and extra
-            inflated = member.file_size if member.compress_type == zipfile.ZIP_DEFLATED else 0
-            members.add(member.filename, start, member.compress_size, inflated)
+            inflated = member.file_size if method == zipfile.ZIP_DEFLATED else 0
+            yield Member(member.filename, start, member.compress_size, inflated)
 
 
 def scan_archive(path: Path) -> Scan:
     """The images of a tar or zip. Reads headers and the small files with class numbers only."""
-    members = Members()
+    images: list[Member] = []
+    numbers: dict[str, int] = {}  # name without extension -> class number
+    left_out: LeftOut = {}
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) in (b"PK\3\4", b"PK\5\6")
-            file.seek(0)
-            (scan_zip if is_zip else scan_tar)(file, members)
             size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            for member in zip_members(file) if is_zip else tar_members(file):
+                kind = kind_of(member.name) if member.inflated <= MAX_BYTES else f"larger than {MAX_BYTES} bytes"
+                if member.offset + member.stored > size:
+                    raise zipfile.BadZipFile(f"{member.name} ends beyond it")
+                if kind == IMAGE:
+                    images.append(member)
+                elif kind == ".cls":
+                    numbers[member.name[:-4]] = member.number
+                else:
+                    left_out[kind] = left_out.get(kind, (0, ""))[0] + 1, left_out.get(kind, (0, member.name))[1]
     except (tarfile.TarError, zipfile.BadZipFile, struct.error) as error:
         raise ValueError(f"{path} is not a complete tar or zip: {error}; copy or pack it again") from error
-    if any(offset + stored > size for offset, stored, _ in members.rows):
-        raise ValueError(f"{path} is not a complete tar or zip: it ends early; copy or pack it again")
-    if not members.names:
+    if not images:
         raise ValueError(f"{path} holds no image ({' '.join(EXTENSIONS)})")
-    return members.scan()
+    # x.cls is the class of x.jpg and of x.seg.png
+    stems = [os.path.splitext(image.name)[0] for image in images]
+    labels = [numbers.get(x, numbers.get(re.sub(r"\.[^/]*$", "", x), -1)) for x in stems]
+    rows = [(*image[1:4], label) for image, label in zip(images, labels, strict=True)]
+    names = [image.name.encode(errors="surrogateescape") for image in images]
+    return Scan(np.array(rows, np.int64), np.array(names), left_out)
 
 
 def load_index(file: Path) -> dict[str, tuple[list[int], Scan]]:

@@ -221,29 +221,42 @@ def labelled_sources(
     return train, labelled_source(data_path, "val", train.classes, args, flag)
 
 
-class Concat(Source):
-    """The images of several sources, one after the other."""
+class View(Source):
+    """Images of other sources that are read at random."""
 
-    def __init__(self, parts: Sequence[Source]):
-        self.parts, self.classes = list(parts), parts[0].classes
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.labels = np.concatenate([part.labels for part in parts])
+    def __init__(self, parts: Sequence[Source], labels: np.ndarray):
+        self.parts, self.classes, self.labels = list(parts), parts[0].classes, labels
 
     def find(self, i: int) -> tuple[Source, int]:
         """(source of image i, its index there)."""
-        n = int(np.searchsorted(self.ends, i, "right"))
-        return self.parts[n], int(i - self.ends[n] + len(self.parts[n]))
+        raise NotImplementedError
 
     def location(self, i: int) -> tuple[str, str]:
         part, inside = self.find(i)
         return part.location(inside)
 
-    def relative_name(self, i: int) -> str:
-        return self.name(i)
-
     def content(self, i: int) -> bytes | BytesIO:
         part, inside = self.find(i)
         return part.content(inside)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+class Concat(View):
+    """The images of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        super().__init__(parts, np.concatenate([part.labels for part in parts]))
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def find(self, i: int) -> tuple[Source, int]:
+        n = int(np.searchsorted(self.ends, i, "right"))
+        return self.parts[n], int(i - self.ends[n] + len(self.parts[n]))
+
+    def relative_name(self, i: int) -> str:
+        return self.name(i)
 
     def sizes(self) -> np.ndarray:
         return np.concatenate([part.sizes() for part in self.parts])
@@ -251,32 +264,22 @@ class Concat(Source):
     def digest(self) -> str:
         return hashlib.sha256(" ".join(str(part.digest()) for part in self.parts).encode()).hexdigest()
 
-    def close(self) -> None:
-        for part in self.parts:
-            part.close()
 
-
-class Subset(Source):
-    """Images `indices` of a source that is read at random, with all of its classes."""
+class Subset(View):
+    """Images `indices` of a source, with all of its classes."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-        self.labels, self.classes = source.labels[indices], source.classes
+        super().__init__([source], source.labels[indices])
+        self.indices = indices
 
-    def location(self, i: int) -> tuple[str, str]:
-        return self.source.location(self.indices[i])
+    def find(self, i: int) -> tuple[Source, int]:
+        return self.parts[0], int(self.indices[i])
 
     def relative_name(self, i: int) -> str:
-        return self.source.relative_name(self.indices[i])
-
-    def content(self, i: int) -> bytes | BytesIO:
-        return self.source.content(self.indices[i])
+        return self.parts[0].relative_name(int(self.indices[i]))
 
     def digest(self) -> str:
-        return hashlib.sha256(f"{self.source.digest()} {self.indices.tolist()}".encode()).hexdigest()
-
-    def close(self) -> None:
-        self.source.close()
+        return hashlib.sha256(f"{self.parts[0].digest()} {self.indices.tolist()}".encode()).hexdigest()
 
 
 def draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
