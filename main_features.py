@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,10 +26,7 @@ from util.args import (
     run_main,
 )
 from util.data.batches import eval_loader
-from util.data.cache import is_cache
-from util.data.folders import Folder, Source, list_images
-from util.data.streams import is_stream
-from util.data.tars import Tars, iter_files, local_tars
+from util.data.sources import indexed_source
 from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import encode_batches, features, load_encoder, patch_features, pooling, read_architecture
@@ -42,12 +38,13 @@ from util.run import args_to_dict
 # Flags that a continued call may change: they do not affect the features.
 FREE = {
     "output", "data_path", "checkpoint", "origin", "num_workers", "batch_size", "device", "timeout_minutes", "on_bad_image",
+    "verbose_data",
 }  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser, "folder of images, read recursively, or of tar shards")
+    add_data_arguments(parser, "folder of images, read recursively, tar or zip files, or a list or table", splits=False)
     add_checkpoint_arguments(parser)
     add_model_arguments(parser, ENCODERS)
     add_device_arguments(parser)
@@ -59,30 +56,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=number(int, 1), default=256, help="images per forward pass")
     parser.set_defaults(amp="off")
     return parser
-
-
-def find_images(data_path: str) -> tuple[Source, list[str]]:
-    """(Images below a folder or in its tar shards, in the order of their names, the names)."""
-    if is_stream(data_path) or is_cache(data_path):
-        raise ValueError(f"--data_path {data_path}: no streams and caches; use a folder of images or of tar shards")
-    paths = list_images(data_path) if Path(data_path).is_dir() else []
-    if paths:
-        names = [os.fsdecode(os.path.relpath(path, os.fsencode(data_path))) for path in paths]
-        return Folder(np.array(paths), np.zeros(len(paths), np.int64), []), names
-    tars = local_tars(data_path)
-    if tars is None:
-        raise ValueError(f"--data_path {data_path}: no images and no tar shards found")
-    return tars, list_members(tars)
-
-
-def list_members(tars: Tars) -> list[str]:
-    """Name of each image: "SHARD: MEMBER"."""
-    names: list[str] = []
-    for shard, end in zip(tars.paths, tars.ends, strict=True):
-        with tarfile.open(shard, "r:") as tar:
-            members = {member.offset_data: member.name for member in iter_files(tar)}
-        names += [f"{Path(shard).name}: {members[offset]}" for offset in tars.places[len(names) : end, 0]]
-    return names
 
 
 def hash_names(names: list[str]) -> Any:
@@ -184,7 +157,8 @@ def main() -> None:
     if world.size > 1:
         raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
-    source, names = find_images(args.data_path)
+    source = indexed_source(args, split=None)
+    names = [source.relative_name(i) for i in range(len(source))]
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
     metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
 

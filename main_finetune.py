@@ -94,11 +94,11 @@ def freeze_layers(model: Any, count: int) -> None:
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, validation images): data, model, optimiser, loss."""
     args, weights = read_architecture(args, ENCODERS)
-    train, val = labelled_sources(args.data_path)
+    train, val = labelled_sources(args.data_path, args)
     train = select_training_images(train, args)
     run = begin(args)
     if run.world.is_main:
-        write_list(run.folder, train, args.data_path)
+        write_list(run.folder, train)
     if run.batch_size % 2 and (args.mixup or args.cutmix):
         raise ValueError(f"--batch_size {run.batch_size}: mixup and cutmix mix pairs; use an even one, or 0 for both")
     device, classes = run.world.device, len(train.classes)

@@ -4,6 +4,7 @@ import argparse
 
 from models import ENCODERS, build_encoder
 from util.args import (
+    CLASSES,
     Parser,
     add_checkpoint_arguments,
     add_data_arguments,
@@ -25,7 +26,7 @@ LAYERS = ("before_norm", "after_norm")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
+    add_data_arguments(parser, CLASSES)
     add_subset_arguments(parser)
     add_checkpoint_arguments(parser)
     add_model_arguments(parser, ENCODERS)
@@ -50,7 +51,7 @@ def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device)
-    train, val = labelled_sources(args.data_path)
+    train, val = labelled_sources(args.data_path, args)
     sources, chosen = (select_training_images(train, args), val), knn_layer(weights, args.knn_features)
     other = next(layer for layer in LAYERS if layer != chosen)
     results = knn(args, world, encoder, sources, (other, chosen), args.k, args.temperature)

@@ -71,12 +71,12 @@ def probe_loss(normalize: Normalize) -> LossFn:
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, validation images): data, frozen encoder with heads, optimiser, loss."""
     args, weights = read_architecture(Namespace(**vars(args) | {"probe_as": args.probe_as or "mae"}), ENCODERS)
-    train, val = labelled_sources(args.data_path)
+    train, val = labelled_sources(args.data_path, args)
     train = select_training_images(train, args)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
     run = begin(args)
     if run.world.is_main:
-        write_list(run.folder, train, args.data_path)
+        write_list(run.folder, train)
     model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
     loader = train_loader(run, train, probe_transform(args.input_size), flip=True)
     loss_fn = probe_loss(Normalize(args, run.world.device))

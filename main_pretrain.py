@@ -16,6 +16,7 @@ from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_o
 from models import ENCODERS, build_model
 from models_pixmim import PixMIM, sincos_pos_embed
 from util.args import (
+    CLASSES,
     PRETRAIN,
     Parser,
     add_data_arguments,
@@ -50,7 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     data = add_data_arguments(
         parser,
-        "images: a folder of any structure (train/ if it has one), tar shards, a stream of shards, or a packed cache",
+        "images: a folder of any structure (train/ if it has one), tar or zip files, a list or table (.txt .csv .tsv .parquet), a "
+        "stream of shards, or a packed cache",
     )
     add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     # fmt: off
@@ -80,18 +82,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")
     add("--knn_every", type=number(int, 0), default=0,
         help="epochs between kNN evaluations, which need class folders in train/ and val/; 0 = none")
-    add("--knn_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/ for kNN (default: --data_path)")
+    add("--knn_path", nargs="+", metavar="PATH", help=f"{CLASSES}, for kNN (default: --data_path)")
     # fmt: on
     return parser
 
 
 def knn_sources(args: Namespace) -> tuple[Source, Source]:
     """(train, val) of the kNN evaluation; ValueError that names --knn_every if they do not exist."""
-    folder = args.knn_path or args.data_path
+    flag = "--knn_path" if args.knn_path else "--data_path"
+    paths = args.knn_path or args.data_path
     try:
-        return labelled_sources(folder)
+        return labelled_sources(paths, args, flag)
     except (ValueError, OSError) as error:
-        needed = f"--knn_every {args.knn_every} needs {folder}/train/<class>/ and {folder}/val/<class>/"
+        needed = f"--knn_every {args.knn_every} needs classes in train and val of {flag} {' '.join(paths)}"
         raise ValueError(f"{needed} ({error}); use --knn_every 0, or --knn_path") from error
 
 

@@ -79,7 +79,7 @@ def find_images(names: list[str], count: int) -> Folder:
     if not paths:
         raise ValueError(f"--images {' '.join(names)}: no images found; name a file or folder of images")
     chosen = [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
-    return Folder(np.array(chosen), np.zeros(len(chosen), np.int64), [])
+    return Folder(chosen)
 
 
 def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:

@@ -33,11 +33,11 @@ from torchvision import transforms as T
 from benchmarks.results import append, spread
 from util import cache
 from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, run_main
+from util.data.archives import Archives
 from util.data.batches import make_loader
 from util.data.cache import Cache
 from util.data.folders import Folder, Source, image_folder
 from util.data.samples import Samples
-from util.data.tars import Tars
 from util.data.transforms import pretrain_transform
 
 BATCH = 64
@@ -130,7 +130,7 @@ def make_sources(args, folder: Path) -> dict[str, Source]:
     (folder / "tar").mkdir()
     tar = ["tar", "--sort=name", "-cf", folder / "tar" / "0.tar", "-C", args.data_path, "."]
     subprocess.run([*map(str, tar)], check=True)
-    made["tar"] = Tars([folder / "tar" / "0.tar"])
+    made["tar"] = Archives([folder / "tar" / "0.tar"])
     return made
 
 

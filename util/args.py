@@ -22,6 +22,7 @@ PRETRAIN = {"model": "vit_base", "input_size": (224, 224), "in_chans": 3}  # wit
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+CLASSES = "folder with train/<class>/ and val/<class>/, tar or zip files, or a table (.txt .csv .tsv .parquet)"
 ROOT = Path(__file__).parents[1]
 
 
@@ -161,16 +162,32 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True)
     return group
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, layout: str):
-    """Flags of the data."""
+def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: bool = True):
+    """Flags of the data; `splits`: of labels and splits, too."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", required=True, help=layout)
+    add_source_arguments(group, layout, splits)
+    if splits:
+        group.add_argument("--val_path", nargs="+", metavar="PATH",
+                           help="validation images, as --data_path (default: val/, valid/ or test/ in --data_path)")
+        group.add_argument("--label_column", metavar="NAME", help="column of a table with the class (default: label, class, category or target)")
     group.add_argument("--num_workers", type=number(int, 0, 256),
                        help="data-loader workers per rank (default: the rank's share of the CPU cores, at most 16)")
     group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
                        help="unreadable image: stop = end the run; skip = training uses the next image, evaluation leaves "
                             "it out; listed in OUTPUT_DIR/bad_images.txt, or printed if there is no OUTPUT_DIR")
     return group
+
+
+def add_source_arguments(group, layout: str, splits: bool = True) -> None:
+    """Flags that name images, for a parser or a group of it."""
+    group.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help=f"{layout}; several are joined")
+    group.add_argument("--image_column", metavar="NAME",
+                       help="column of a .csv, .tsv or .parquet with the images or their paths (default: image, file_name or path, for example)")
+    if splits:
+        group.add_argument("--split_column", metavar="NAME", help="column of a table that tells train from val (default: split)")
+    group.add_argument("--tar_key", metavar="KEY",
+                       help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all")
+    group.add_argument("--verbose_data", action="store_true", help="list each class and each file that is left out")
 
 
 def add_subset_arguments(parser: argparse.ArgumentParser):
@@ -242,7 +259,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
 def classifier_parser(description: str, encoders, output_dir: str, pool: bool, **schedule) -> Parser:
     """Parser with the flags that probing and fine-tuning share."""
     parser = Parser(description)
-    add_data_arguments(parser, "folder with train/<class>/ and val/<class>/")
+    add_data_arguments(parser, CLASSES)
     add_subset_arguments(parser)
     add_checkpoint_arguments(parser, pool)
     add_model_arguments(parser, encoders)

@@ -17,10 +17,11 @@ import PIL
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util.args import Parser, SizeAction, number, run_main
+from util.args import Parser, SizeAction, add_source_arguments, number, run_main
 from util.crop import INTERPOLATIONS, SimpleResizedCrop
 from util.data.cache import ENTRY, FORMAT, Cache, encode_payload, shard_path
-from util.data.folders import Folder, image_folder
+from util.data.folders import Source
+from util.data.sources import indexed_source
 from util.files import write_atomic
 
 
@@ -46,16 +47,16 @@ class PackedImage(NamedTuple):
 
 
 class PackDataset(Dataset):
-    """Images of a folder as a cache stores them, by lists of indices; for an unreadable image the reason."""
+    """Images of a source as a cache stores them, by lists of indices; for an unreadable image the reason."""
 
-    def __init__(self, source: Folder, crop: SimpleResizedCrop, in_chans: int, payload: str):
+    def __init__(self, source: Source, crop: SimpleResizedCrop, in_chans: int, payload: str):
         self.source, self.crop, self.in_chans, self.payload = source, crop, in_chans, payload
 
     def __getitem__(self, indices: np.ndarray) -> list[PackedImage | str]:
         packed: list[PackedImage | str] = []
         for i in indices:
             try:
-                pixels = self.crop.resize(self.source.read(i, self.in_chans))
+                pixels = self.crop.resize(list(self.source.read(i, self.in_chans)))
                 packed.append(PackedImage(encode_payload(self.payload, pixels), *pixels.shape[:2]))
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 packed.append(" ".join(str(error).split()) or type(error).__name__)
@@ -68,28 +69,15 @@ class PackDataset(Dataset):
             yield from packed
 
 
-def folder_classes(source: Folder, data_path: str) -> Folder:
-    """The images with their top folder as class; without classes if an image lies in no folder."""
-    top = Path(data_path) / "train" if (Path(data_path) / "train").is_dir() else Path(data_path)
-    within = [os.fsdecode(os.path.relpath(path, os.fsencode(top))).split(os.sep) for path in source.paths]
-    if any(len(parts) == 1 for parts in within):
-        return source
-    classes = sorted({parts[0] for parts in within})
-    number_of = {name: i for i, name in enumerate(classes)}
-    return Folder(source.paths, np.array([number_of[parts[0]] for parts in within]), classes)
-
-
 class Builder:
     """A build that can be killed and resumed: plan.json holds its flags, an .npz the index of each finished shard."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.folder = args, Path(args.out)
-        self.source = folder_classes(image_folder(args.data_path), args.data_path)
+        self.source = indexed_source(args, "train")
         crop = SimpleResizedCrop(args.input_size, args.crop_interpolation)
         self.dataset = PackDataset(self.source, crop, args.in_chans, args.payload)
-        files = hashlib.sha256()
-        for path in self.source.paths:
-            files.update(b"%s\0%d\0" % (os.path.relpath(path, os.fsencode(args.data_path)), os.stat(path).st_size))
+        files = hashlib.sha256(f"{self.source.digest()} {self.source.sizes().tolist()}".encode())
         self.plan: dict[str, Any] = {
             "format": FORMAT,
             "input_size": list(args.input_size),
@@ -123,7 +111,7 @@ class Builder:
         packed = [image for image in tried if not isinstance(image, str)]
         seconds = (time.perf_counter() - start) / len(sample) * count
         if not packed:
-            raise ValueError(f"--data_path {self.args.data_path}: no image can be packed: {tried[0]}")
+            raise ValueError(f"--data_path {' '.join(self.args.data_path)}: no image can be packed: {tried[0]}")
         mean = sum(len(image.content) for image in packed) / len(packed)
         per_shard = max(1, int(self.args.shard_mib * 2**20 / mean))
         self.plan["images_per_shard"] = before.get("images_per_shard", per_shard)
@@ -190,7 +178,7 @@ class Builder:
         index = np.concatenate([entries for entries, _ in (part for part in parts if part)])
         skipped = np.flatnonzero(index["bytes"] == 0)
         if len(skipped) == len(index):
-            raise ValueError(f"--data_path {self.args.data_path}: no image can be read")
+            raise ValueError(f"--data_path {' '.join(self.args.data_path)}: no image can be read")
         for _ in range(2):  # twice: those at the end are replaced by the first images
             for i in skipped[::-1]:
                 index[i] = index[(i + 1) % len(index)]
@@ -235,7 +223,7 @@ def get_parser() -> argparse.ArgumentParser:
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     make.set_defaults(command=build)
     add = make.add_argument
-    add("--data_path", required=True, help="folder of images, as for main_pretrain.py")
+    add_source_arguments(make, "images, as for main_pretrain.py: a folder, tar or zip files, or a table")
     add("--out", required=True, help="folder of the cache")
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H", default=(224, 224),
         help="side of the training input in pixels, or H W")

@@ -4,10 +4,10 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
+from argparse import Namespace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,11 +17,11 @@ import pytest
 from conftest import CPU, PRETRAIN, assert_same, call, ended, one_rank, pretrain, ranks, records, spawn
 from conftest import weights as weights_of
 
+from util.data.archives import Archives, scan_archive
 from util.data.batches import DevicePrefetcher, train_loader
-from util.data.folders import image_folder, list_images
-from util.data.sources import labelled_sources
+from util.data.folders import Query, image_folder, list_images
+from util.data.sources import expand_path, labelled_source, labelled_sources, open_sources
 from util.data.streams import Stream
-from util.data.tars import Tars, local_tars, scan_shard
 from util.data.transforms import pretrain_transform
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
@@ -46,6 +46,13 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def local(path) -> Archives:
+    """The images that --data_path names, for pre-training."""
+    source = open_sources(str(path), Query(), "--data_path")
+    assert isinstance(source, Archives)
+    return source
 
 
 def epoch_of(source, tmp_path, epoch: int = 0, rank: int = 0, size: int = 1, **flags) -> list[dict]:
@@ -85,7 +92,7 @@ def server(tmp_path):
 
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 0), (2, 2)])
 def test_batches_equal_those_of_the_folder_that_was_packed(photos, shards, tmp_path, size, workers):
-    folder, packed = image_folder(str(photos)), local_tars(str(shards[0].parent))
+    folder, packed = image_folder(str(photos)), local(shards[0].parent)
     for rank in range(size):
         sizes = {"rank": rank, "size": size, "batch_size": 8 // size}
         theirs = epoch_of(folder, tmp_path, 3, **sizes)
@@ -121,7 +128,7 @@ def test_links_and_other_files_in_a_shard_are_ignored(tmp_path):
         np.save(array, np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
         add(tar, "../../up.NPY", array.getvalue())
         add(tar, "notes.json", b"{}")
-    source = local_tars(str(tmp_path / "x.tar"))
+    source = local(tmp_path / "x.tar")
     assert len(source) == 1
     assert source.name(0) == f"{tmp_path}/x.tar: ../../up.NPY"
     assert np.array_equal(np.dstack(source.read(0, 3)).ravel(), np.arange(60))
@@ -132,7 +139,7 @@ def test_members_of_a_sample_share_its_class_if_their_names_have_more_dots(tmp_p
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, content in {"a.cls": b"2\n", "a.seg.png": b"", "b.1.png": b"", "b.1.cls": b"0"}.items():
             add(tar, f"v1.0/{name}", content)
-    source = Tars([tmp_path / "x.tar"])
+    source = Archives([tmp_path / "x.tar"], Query(labelled=True))
     assert source.labels.tolist() == [2, 0]
     assert source.classes == ["0", "1", "2"]
 
@@ -142,12 +149,12 @@ def test_errors_name_shard_and_member_of_a_bad_image(photos, tmp_path):
     (tmp_path / "data" / "a" / "bad.png").write_bytes(b"no image")
     (shard,) = pack(tmp_path / "data", tmp_path / "shards", 1)
     with pytest.raises(ValueError, match=f"{shard}: a/bad.png "):
-        epoch_of(Tars([shard]), tmp_path, batch_size=1)
+        epoch_of(Archives([shard]), tmp_path, batch_size=1)
 
 
 def test_spawned_workers_open_a_limited_number_of_shards_themselves(shards, monkeypatch):
-    monkeypatch.setattr("util.data.tars.MAX_OPEN", 2)
-    source = Tars(shards)
+    monkeypatch.setattr("util.data.archives.MAX_OPEN", 2)
+    source = Archives(shards)
     first = [np.array(source.read(i, 3)[0]) for i in range(16)]
     assert len(source.files) == 2
     copy = pickle.loads(pickle.dumps(source))
@@ -157,18 +164,18 @@ def test_spawned_workers_open_a_limited_number_of_shards_themselves(shards, monk
 
 def test_the_index_is_saved_and_updated_for_changed_shards_only(photos, shards, monkeypatch):
     scanned = []
-    monkeypatch.setattr("util.data.tars.scan_shard", lambda path: scanned.append(path) or scan_shard(path))
-    whole = Tars(shards).places.tolist()
+    monkeypatch.setattr("util.data.archives.scan_archive", lambda path: scanned.append(path) or scan_archive(path))
+    whole = Archives(shards).rows.tolist()
     assert scanned == shards
-    assert Tars(shards).places.tolist() == whole
-    assert Tars(shards[1:3]).places.tolist() == whole[4:12]
+    assert Archives(shards).rows.tolist() == whole
+    assert Archives(shards[1:3]).rows.tolist() == whole[4:12]
     assert scanned == shards
     os.utime(shards[2], ns=(0, 0))
     shards[3].unlink()
-    assert Tars(shards[:3]).places.tolist() == whole[:12]
+    assert Archives(shards[:3]).rows.tolist() == whole[:12]
     assert scanned[4:] == [shards[2]]
     (shards[0].parent / "index.npz").write_bytes(b"damaged")
-    assert Tars(shards[:3]).places.tolist() == whole[:12]
+    assert Archives(shards[:3]).rows.tolist() == whole[:12]
     assert scanned[5:] == shards[:3]
     with np.load(shards[0].parent / "index.npz", allow_pickle=False) as index:
         assert index["shards"].tolist() == [path.name for path in shards[:3]]
@@ -180,7 +187,7 @@ def test_warns_if_the_index_cannot_be_written(shards, monkeypatch, capsys):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(np, "savez", refuse)
-    assert len(Tars(shards)) == 16
+    assert len(Archives(shards)) == 16
     assert "index.npz cannot be written (Permission denied)" in capsys.readouterr().err
 
 
@@ -192,7 +199,7 @@ def truncate(path: Path, end: int) -> None:
     ("spoil", "message"),
     [
         (lambda path: truncate(path, path.stat().st_size // 3), "--data_path: .*x-01.tar "),
-        (lambda path: truncate(path, Tars([path]).places[3].sum() // 512 * 512 + 512), "x-01.tar .*byte"),
+        (lambda path: truncate(path, Archives([path]).rows[3, :2].sum() // 512 * 512 + 512), "x-01.tar .*byte"),
         (lambda path: path.write_bytes(b""), "x-01.tar .*empty file"),
         (lambda path: path.write_bytes(b"<html>not here</html>" * 100), "--data_path: .*x-01.tar "),
         (lambda path: tarfile.open(path, "w").close(), "x-01.tar .*no image"),
@@ -203,30 +210,29 @@ def truncate(path: Path, end: int) -> None:
 def test_errors_name_a_damaged_or_missing_shard(shards, spoil, message):
     spoil(shards[1])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        local_tars(str(shards[0].parent / "x-{00..03}.tar"))
+        local(shards[0].parent / "x-{00..03}.tar")
 
 
-def test_refuses_compressed_shards(shards):
-    subprocess.run(["gzip", shards[2]], check=True)
-    with pytest.raises(ValueError, match=r"--data_path: .*x-02\.tar\.gz is compressed"):
-        local_tars(str(shards[0].parent))
+def test_labels_are_needed_for_classifiers_only(tmp_path, shards):
+    with tarfile.open(shards[0], "w") as tar:
+        for name in ("a.png", "b.png"):
+            add(tar, name, b"")
+        add(tar, "a.cls", b"7")
+        add(tar, "b.cls", b"ant")
+    assert local(shards[0]).classes == []
+    with pytest.raises(ValueError, match=r"--data_path: .*x-00\.tar: b\.png has no class: .*\.cls"):
+        labelled_source(str(shards[0]), "train", args=Namespace(val_path=["x"]))
 
 
-def test_refuses_labels_that_are_missing_or_not_numbers_or_unknown_to_train(tmp_path, shards):
-    shards[0].parent.rename(tmp_path / "val")
-    with pytest.raises(ValueError, match=r"--data_path: .*/val .*\.cls"):
-        local_tars(str(tmp_path), "val")
-    with tarfile.open(tmp_path / "val" / "x-00.tar", "w") as tar:
-        add(tar, "a.cls", b"ant")
-    with pytest.raises(ValueError, match=r"x-00\.tar: 'a\.cls' holds b'ant'"):
-        local_tars(str(tmp_path), "val")
-    for path in (tmp_path / "val").iterdir():
-        path.unlink()
+def test_refuses_class_numbers_that_train_lacks(tmp_path):
+    (tmp_path / "val").mkdir()
     with tarfile.open(tmp_path / "val" / "x.tar", "w") as tar:
         add(tar, "a.png", b"")
-        add(tar, "a.cls", b"7")
-    with pytest.raises(ValueError, match=r"--data_path: .*/val .* 7, .* 0 to 2"):
-        local_tars(str(tmp_path), "val", ["0", "1", "2"])
+        add(tar, "a.cls", b"3")
+    with pytest.raises(ValueError, match=r"--data_path: .*/val/x\.tar has classes that train lacks: \['3'\]"):
+        labelled_source(str(tmp_path), "val", ["0", "1", "2"])
+    named = labelled_source(str(tmp_path), "val", ["ant", "bee", "cat", "dog"])  # as a classifier of folders has them
+    assert (named.labels.tolist(), named.classes) == ([3], ["ant", "bee", "cat", "dog"])
 
 
 def test_refuses_a_folder_of_images_and_tars(photos, tmp_path):
@@ -234,14 +240,14 @@ def test_refuses_a_folder_of_images_and_tars(photos, tmp_path):
     (tmp_path / "photos" / "train" / "ILSVRC2012_img_train.tar").touch()
     for split in (None, "train"):
         with pytest.raises(ValueError, match=r"--data_path: .*/train .*ILSVRC2012_img_train\.tar"):
-            local_tars(str(tmp_path / "photos"), split)
+            open_sources(str(tmp_path / "photos"), Query(split or "train", labelled=split is not None), "--data_path")
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
 def stream(shards: list[Path], samples: int = 16) -> Stream:
-    return Stream(f"pipe:cat {shards[0].parent}/x-{{00..{len(shards) - 1:02}}}.tar", samples, 0)
+    return Stream(expand_path(f"pipe:cat {shards[0].parent}/x-{{00..{len(shards) - 1:02}}}.tar"), samples, 0)
 
 
 @pytest.fixture
@@ -329,13 +335,13 @@ def test_a_missing_or_truncated_shard_ends_the_stream_with_its_name(plain, serve
         truncate(plain[2], end)
     url = {"pipe": f"pipe:cat {plain[0].parent}", "http": f"{server}/shards"}[way] + "/x-{00..03}.tar"
     with pytest.raises(ValueError, match=r"--data_path: \S+ ?\S+x-02\.tar ") as caught:
-        epoch_of(Stream(url, 16, 0), tmp_path)
+        epoch_of(Stream(expand_path(url), 16, 0), tmp_path)
     assert "\n" not in str(caught.value)
     assert ("ended with status" in str(caught.value)) == (end is None)
 
 
 def test_a_command_that_fails_after_a_complete_shard_ends_the_stream(plain, tmp_path):
-    source = Stream(f"pipe:cat {plain[0]}; exit 3", 16, 0)
+    source = Stream([f"pipe:cat {plain[0]}; exit 3"], 16, 0)
     with pytest.raises(ValueError, match=r"exit 3 .* status 3"):
         epoch_of(source, tmp_path)
 
@@ -369,19 +375,19 @@ def test_refuses_too_few_shards_and_shards_without_images(plain, tmp_path, monke
 
 def test_refuses_a_stream_without_its_length_and_for_knn(plain, tmp_path):
     words = ["--data_path", f"pipe:cat {plain[0]}", "--output_dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*--stream_samples"):
+    with pytest.raises(ValueError, match=r"--data_path: pipe:cat .*--stream_samples"):
         call("main_pretrain", *PRETRAIN, *words)
-    with pytest.raises(ValueError, match=r"--data_path pipe:cat .*--knn_path"):
+    with pytest.raises(ValueError, match=r"--data_path: pipe:cat .*--knn_path"):
         call("main_pretrain", *PRETRAIN, *words, "--stream_samples", 16, "--knn_every", 1)
 
 
 def test_a_missing_webdataset_package_is_named(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ValueError, match=r"--data_path: .*pip install webdataset"):
+    with pytest.raises(ValueError, match="pip install webdataset"):
         stream(plain)
     with pytest.raises(ValueError, match="pip install webdataset"):
-        local_tars(str(plain[0].parent / "x-{00..03}.tar"))
-    assert len(local_tars(str(plain[0].parent))) == 16  # not needed for a folder
+        local(plain[0].parent / "x-{00..03}.tar")
+    assert len(local(plain[0].parent)) == 16  # not needed for a folder
 
 
 def test_a_pickled_stream_reads_the_same_images(plain):

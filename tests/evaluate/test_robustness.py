@@ -13,7 +13,7 @@ from torch import nn
 from models import ENCODERS, build_encoder
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.data.batches import eval_loader
-from util.data.folders import class_folders as read_class_folders
+from util.data.sources import labelled_source
 from util.data.transforms import Normalize, eval_transform
 from util.dist import World
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
@@ -40,7 +40,7 @@ def slow_logits(tuned, folder, crop_pct=None) -> list[tuple[list[float], int]]:
     words = ["--eval", "--checkpoint", str(tuned), "--data_path", "x", "--batch_size", "1", *DEVICE]
     args, weights = read_architecture(main_finetune.get_parser().parse_args(words), ENCODERS)
     model = load_encoder(args, build_encoder, weights, num_classes=3, **pooling(weights)).eval()
-    source, found = read_class_folders(str(folder), "", list(NAMES)), []
+    source, found = labelled_source([str(folder)], None, list(NAMES)), []
     for batch in eval_loader(args, World(0, 1, CPU), source, eval_transform(args.input_size, crop_pct)):
         with torch.no_grad():
             found.append((model(Normalize(args, CPU)(batch))[0].tolist(), int(batch["label"])))

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, spawn
 
+from util.data.archives import Archives, scan_archive
 from util.data.decode import read_image
-from util.data.tars import Tars, local_tars, scan_shard
 
 REFUSAL = "refused|is damaged or no checkpoint|not a readable checkpoint"
 
@@ -111,7 +111,10 @@ def test_pickled_arrays_are_refused_in_folders_and_tars(executed, tmp_path):
     (tmp_path / "x.npy").write_bytes(malicious_array(executed))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x.npy", "x.npy")
-    for read in (lambda: read_image(os.fsencode(tmp_path / "x.npy"), 3), lambda: Tars([tmp_path / "x.tar"]).read(0, 3)):
+    for read in (
+        lambda: read_image(os.fsencode(tmp_path / "x.npy"), 3),
+        lambda: Archives([tmp_path / "x.tar"]).read(0, 3),
+    ):
         with pytest.raises(ValueError, match="allow_pickle=False"):
             read()
     assert not executed.exists()
@@ -164,7 +167,7 @@ def escaping(photos, tmp_path) -> Path:
 
 def test_tar_members_are_not_extracted_and_links_not_followed(escaping, tmp_path, pretrained):
     before = set(files(tmp_path))
-    source = local_tars(str(escaping))
+    source = Archives([escaping / "x.tar"])
     assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # without the links and the pipe
     call(
         "main_features",
@@ -183,17 +186,16 @@ def test_tar_members_are_not_extracted_and_links_not_followed(escaping, tmp_path
 def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escaping, executed):
     status = (escaping / "x.tar").stat()
     state = [[status.st_size, status.st_mtime_ns]]
-    rows = scan_shard(escaping / "x.tar")
-    np.savez(
-        escaping / "index.npz", shards=np.array([Malicious(executed)], object), states=state, counts=[3], rows=rows
-    )
-    assert len(Tars([escaping / "x.tar"])) == 3
+    scan = scan_archive(escaping / "x.tar")
+    known = {"states": state, "counts": [3], "names": scan.names, "left_out": ["{}"]}
+    np.savez(escaping / "index.npz", shards=np.array([Malicious(executed)], object), members=scan.rows, **known)
+    assert len(Archives([escaping / "x.tar"])) == 3
     assert not executed.exists()
-    far = [[2**40, 100, -1], [-5, 100, -1], [0, 2**62, -1]]
-    np.savez(escaping / "index.npz", shards=["x.tar"], states=state, counts=[3], rows=np.array(far))
+    far = [[2**40, 100, 0, -1], [-5, 100, 0, -1], [0, 2**62, 0, -1]]
+    np.savez(escaping / "index.npz", shards=["x.tar"], members=np.array(far), **known)
     for i in range(3):
         with pytest.raises((OSError, MemoryError, OverflowError, ValueError)):
-            Tars([escaping / "x.tar"]).read(i, 3)
+            Archives([escaping / "x.tar"]).read(i, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- sockets

@@ -18,7 +18,7 @@ from util.run import Run, args_to_dict
 
 # Flags that a resumed run may change: they affect where and how fast it runs, not what it computes.
 FREE = {
-    "checkpoint", "data_path", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
+    "checkpoint", "data_path", "val_path", "verbose_data", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
     "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin",
 }  # fmt: skip
@@ -107,12 +107,12 @@ def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) 
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:
         raise ValueError(
-            f"{path} was trained on {count} images, --data_path {run.args.data_path} has {count_now} now; replace a missing "
+            f"{path} was trained on {count} images, --data_path {' '.join(run.args.data_path)} has {count_now} now; replace a missing "
             f"image by an empty file of its name, with --on_bad_image skip; or {describe_continuation(path, run)}"
         )
     if names and names_now and names != names_now:
         raise ValueError(
-            f"{path} was trained on images of other names than those of --data_path {run.args.data_path}; "
+            f"{path} was trained on images of other names than those of --data_path {' '.join(run.args.data_path)}; "
             f"{describe_continuation(path, run)}"
         )
 

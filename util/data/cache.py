@@ -129,6 +129,9 @@ class Cache(Source):
     def name(self, i: int) -> str:
         return f"image {i} of {self.folder}"
 
+    def summary(self) -> str:
+        return f"{self.folder}: a cache of {len(self)} images"
+
     def digest(self) -> str | None:
         return self.names_digest  # that of the folder, so that a run on the folder can resume on its cache
 

@@ -11,7 +11,7 @@ from util.data.folders import Source
 from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import load_encoder, pooling
-from util.evaluate.robustness import MaskedClasses, absent_classes, evaluate_corruptions, find_images
+from util.evaluate.robustness import MaskedClasses, evaluate_corruptions, find_images
 from util.evaluate.scores import evaluate, print_result
 from util.formats.commands import load_command
 from util.formats.keys import default_format, to_mae
@@ -44,10 +44,10 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         raise ValueError(
             f"--eval: --checkpoint {args.checkpoint} has no classifier; use one written by main_linprobe.py or main_finetune.py"
         )
-    val, tree = find_images(args.data_path, weights)
+    val, absent, tree = find_images(args, weights)
     if len(val.classes) != count:
         raise ValueError(
-            f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
+            f"--checkpoint {args.checkpoint} has {count} classes, the validation images have {len(val.classes)}"
         )
     world = init_world(args.device, args.amp, args.timeout_minutes)
     if weights.source != "pixmim" and world.is_main:
@@ -68,7 +68,7 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
     if tree:
         report("images are resized to --input_size without a crop: those of ImageNet-C are cropped already")
         result = evaluate_corruptions(tree, lambda source: score(source, model)[0]["acc1"], count == 1000, report)
-    elif absent := absent_classes(args.data_path, val):
+    elif absent:
         report(
             f"{len(absent)} of the {count} classes have no folder in {args.data_path}: acc1 is among the others only"
         )

@@ -31,7 +31,7 @@ def check_examples(model: Any, images: Tensor, args: Namespace) -> list[str]:
     centre, spread = images.mean((0, 2, 3)).cpu(), images.std((0, 2, 3)).cpu()
     if (spread * std).max() < 0.02:  # five grey levels
         warnings.append(
-            f"warning: --data_path {args.data_path}: {len(images)} example images have almost one colour; check the images"
+            f"warning: --data_path {' '.join(args.data_path)}: {len(images)} example images have almost one colour; check the images"
         )
     elif centre.abs().max() > 2.5 or spread.min() < 0.15 or spread.max() > 6:
         warnings.append(

@@ -65,7 +65,8 @@ def knn(
     shares = world.gather((train.cpu(), labels.cpu()))
     train, labels = (torch.cat(part).to(world.device) for part in zip(*shares, strict=True))
     if not len(train) or not any(world.gather(len(queries))):
-        raise ValueError(f"--data_path {getattr(args, 'knn_path', None) or args.data_path}: no image can be read")
+        flag = "knn_path" if getattr(args, "knn_path", None) else "data_path"
+        raise ValueError(f"--{flag} {' '.join(getattr(args, flag))}: no image can be read")
     num_classes = len(sources[0].classes)
     results = []
     for n, layer in enumerate(layers):

@@ -1,5 +1,6 @@
 """Classifiers on other images than those of val/: ImageNet-A, -R, -Sketch (folders of classes) and -C (corruptions)."""
 
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean as mean
@@ -8,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from util.data.folders import Source, class_folders
+from util.data.folders import Query, Source, find_split
 from util.data.sources import labelled_source
 from util.formats.weights import Weights
 
@@ -43,46 +44,37 @@ def class_names(weights: Weights) -> list[str] | None:
     return ImageNetInfo("imagenet-1k").label_names() if weights.num_classes == 1000 else None
 
 
-def find_images(data_path: str, weights: Weights) -> tuple[Source, dict[str, list[Source]]]:
-    """(Images of DIR/val/<class>/, else of DIR/<class>/; images of each corruption and severity in ImageNet-C's tree, else {})."""
-    names = class_names(weights) or []
-    if not Path(data_path, "val").exists():
-        if any(Path(data_path, name).is_dir() for name in names):
-            return class_folders(data_path, "", names), {}
-        if tree := find_corruptions(data_path, names):
-            return next(iter(tree.values()))[0], tree
-    return labelled_source(data_path, "val", weights.classes if weights.source == "pixmim" else None), {}
+def find_images(args: Namespace, weights: Weights) -> tuple[Source, list[int], dict[str, list[Source]]]:
+    """(Images, classes that do not compete, {}) of the val split of --data_path, where all classes compete, or of DIR/<class>/.
+
+    For ImageNet-C's tree the images of its first folder, and those of each corruption and severity.
+    """
+    names, folder = class_names(weights) or [], Path(args.data_path[0])
+    whole = len(args.data_path) == 1 and folder.is_dir() and not args.val_path
+    if whole and not find_split((child.name for child in folder.iterdir()), Query(split="val")):
+        if any((folder / name).is_dir() for name in names):
+            source = labelled_source([str(folder)], None, names)
+            return source, sorted({*range(len(names))} - {*source.labels.tolist()}), {}
+        if tree := find_corruptions(folder, names):
+            return next(iter(tree.values()))[0], [], tree
+    return labelled_source(args.data_path, "val", weights.classes if weights.source == "pixmim" else None, args), [], {}
 
 
-def absent_classes(data_path: str, source: Source) -> list[int]:
-    """Classes without an image in DIR/<class>/; none for DIR/val/, where all classes compete, as in training."""
-    return [] if Path(data_path, "val").exists() else sorted({*range(len(source.classes))} - {*source.labels.tolist()})
-
-
-def find_corruptions(data_path: str, classes: list[str]) -> dict[str, list[Source]]:
+def find_corruptions(top: Path, classes: list[str]) -> dict[str, list[Source]]:
     """Images of DIR/[GROUP/]CORRUPTION/SEVERITY/CLASS/ for the severities 1 to 5 of each corruption; {} for another tree.
 
     ValueError for a missing severity, a corruption that occurs twice, and unknown classes.
     """
-    top = Path(data_path)
-    found = [
-        path
-        for pattern in ("*/[1-5]", "*/*/[1-5]")
-        for path in top.glob(pattern)
-        if any(map(Path.is_dir, path.glob("*")))
-    ]
+    places = [path for pattern in ("*/[1-5]", "*/*/[1-5]") for path in top.glob(pattern)]
+    found = [path for path in places if any(map(Path.is_dir, path.glob("*")))]
     folders = sorted({path.parent for path in found}, key=lambda folder: (folder.name not in ALEXNET, folder.name))
     for folder in folders:
         missing = [str(severity) for severity in SEVERITIES if not (folder / str(severity)).is_dir()]
         twice = [str(other) for other in folders if other.name == folder.name]
         if missing or len(twice) > 1:
-            what = (
-                f"{folder} lacks severity {' '.join(missing)}"
-                if missing
-                else f"{' and '.join(twice)} are the same corruption"
-            )
+            what = f"{folder} lacks severity {' '.join(missing)}" if missing else f"{' and '.join(twice)} are the same"
             raise ValueError(f"--data_path: {what}; expected CORRUPTION/1 to CORRUPTION/5 once, as in ImageNet-C")
-    return {x.name: [class_folders(str(x), str(severity), classes) for severity in SEVERITIES] for x in folders}
+    return {x.name: [labelled_source([str(x / str(level))], None, classes) for level in SEVERITIES] for x in folders}
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> float | None:

@@ -69,7 +69,7 @@ def evaluate(
     bad = log_bad_images(world, [loader], run)
     heads = max(world.gather(len(scores)))  # a rank without images has no scores, but must join each sum
     if not heads:
-        raise ValueError(f"--data_path {args.data_path}: no image can be read")
+        raise ValueError(f"--data_path {' '.join(args.data_path)}: no image can be read")
     scores += [Score(num_classes, world.device) for _ in range(heads - len(scores))]
     return [score.result(world) | bad for score in scores]
 
