@@ -194,8 +194,8 @@ def test_invalid_flags_are_rejected_before_an_existing_run_is_changed(words, exi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--knn_every", "15"], r"--knn_every 15 .*{0}/train/.*--knn_every 0"),
-        (["--knn_every", "15", "--knn_path", "{0}/none"], r"--knn_every 15 .*{0}/none/train.*--knn_every 0"),
+        (["--knn_every", "15"], r"--knn_every 15 .*{0}/train;.*--knn_every 0"),
+        (["--knn_every", "15", "--knn_path", "{0}/none"], r"--knn_every 15 .*{0}/none/train;.*--knn_every 0"),
     ],
 )
 def test_a_flat_folder_is_refused_by_the_flag_that_needs_classes(words, message, photos, tmp_path):
