@@ -29,6 +29,7 @@ from util.args import (
 from util.data.batches import eval_loader
 from util.data.cache import is_cache
 from util.data.folders import Folder, Source, list_images
+from util.data.ranges import resolve_pixels
 from util.data.streams import is_stream
 from util.data.tars import Tars, iter_files, local_tars
 from util.data.transforms import eval_transform
@@ -185,6 +186,7 @@ def main() -> None:
         raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
     source, names = find_images(args.data_path)
+    args = resolve_pixels(args, source)
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
     metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
 

@@ -17,6 +17,7 @@ import torch
 from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, spawn
 
 from util.data.decode import read_image
+from util.data.pixels import PixelOptions
 from util.data.tars import Tars, local_tars, scan_shard
 
 REFUSAL = "refused|is damaged or no checkpoint|not a readable checkpoint"
@@ -111,7 +112,10 @@ def test_pickled_arrays_are_refused_in_folders_and_tars(executed, tmp_path):
     (tmp_path / "x.npy").write_bytes(malicious_array(executed))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x.npy", "x.npy")
-    for read in (lambda: read_image(os.fsencode(tmp_path / "x.npy"), 3), lambda: Tars([tmp_path / "x.tar"]).read(0, 3)):
+    for read in (
+        lambda: read_image(os.fsencode(tmp_path / "x.npy"), PixelOptions(3)),
+        lambda: Tars([tmp_path / "x.tar"]).read(0, PixelOptions(3)),
+    ):
         with pytest.raises(ValueError, match="allow_pickle=False"):
             read()
     assert not executed.exists()
@@ -128,7 +132,7 @@ def test_postscript_named_jpg_is_not_executed(executed, tmp_path, monkeypatch):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "x.jpg").write_bytes(eps)
     with pytest.raises(OSError, match="cannot identify"):
-        read_image(os.fsencode(tmp_path / "x.jpg"), 3)
+        read_image(os.fsencode(tmp_path / "x.jpg"), PixelOptions(3))
     assert not executed.exists()
     from PIL import Image
 
@@ -165,7 +169,11 @@ def escaping(photos, tmp_path) -> Path:
 def test_tar_members_are_not_extracted_and_links_not_followed(escaping, tmp_path, pretrained):
     before = set(files(tmp_path))
     source = local_tars(str(escaping))
-    assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # without the links and the pipe
+    assert [len(source.read(i, PixelOptions(3))) for i in range(len(source))] == [
+        1,
+        1,
+        1,
+    ]  # without the links and the pipe
     call(
         "main_features",
         "--checkpoint",
@@ -193,7 +201,7 @@ def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escap
     np.savez(escaping / "index.npz", shards=["x.tar"], states=state, counts=[3], rows=np.array(far))
     for i in range(3):
         with pytest.raises((OSError, MemoryError, OverflowError, ValueError)):
-            Tars([escaping / "x.tar"]).read(i, 3)
+            Tars([escaping / "x.tar"]).read(i, PixelOptions(3))
 
 
 # -------------------------------------------------------------------------------------------------------------- sockets

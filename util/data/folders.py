@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.data.decode import EXTENSIONS, read_image
+from util.data.decode import EXTENSIONS, has_image_content, read_image
+from util.data.pixels import PixelOptions
 
 
 class Source:
@@ -31,7 +32,7 @@ class Source:
     def prefetch(self, indices: Sequence[int]) -> None:
         """Hint that these images will be read next."""
 
-    def read(self, i: int, in_chans: int) -> list[Image.Image] | np.ndarray:
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image] | np.ndarray:
         """Image i as bands, or resized already as pixels (h, w, C) uint8. An unreadable image raises any exception."""
         raise NotImplementedError
 
@@ -63,8 +64,8 @@ class Folder(Source):
             names.update(path[start:] + b"\0")
         return names.hexdigest()
 
-    def read(self, i: int, in_chans: int) -> list[Image.Image]:
-        return read_image(self.paths[i], in_chans)
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image]:
+        return read_image(self.paths[i], options)
 
 
 def raise_error(error: OSError) -> None:
@@ -82,9 +83,8 @@ def list_images(folder: str | Path) -> list[bytes]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
-        found += [
-            os.path.join(parent, name) for name in sorted(files) if os.fsdecode(name).lower().endswith(EXTENSIONS)
-        ]
+        paths = (os.path.join(parent, name) for name in sorted(files))
+        found += [path for path in paths if os.fsdecode(path).lower().endswith(EXTENSIONS) or has_image_content(path)]
     return found
 
 

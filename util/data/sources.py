@@ -11,6 +11,7 @@ from PIL import Image
 
 from util.data.cache import Cache, is_cache
 from util.data.folders import Source, class_folders, image_folder
+from util.data.pixels import PixelOptions
 from util.data.streams import Stream, is_stream
 from util.data.tars import local_tars
 from util.files import write_atomic
@@ -64,8 +65,8 @@ class Subset(Source):
     def prefetch(self, indices: Sequence[int]) -> None:
         self.source.prefetch(self.indices[indices].tolist())
 
-    def read(self, i: int, in_chans: int) -> list[Image.Image] | np.ndarray:
-        return self.source.read(self.indices[i], in_chans)
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image] | np.ndarray:
+        return self.source.read(self.indices[i], options)
 
     def digest(self) -> str:
         return hashlib.sha256(f"{self.source.digest()} {self.indices.tolist()}".encode()).hexdigest()

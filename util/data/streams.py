@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 
 from util.data.decode import EXTENSIONS, read_image
 from util.data.folders import Source
+from util.data.pixels import PixelOptions
 from util.data.tars import expand_braces, import_webdataset, iter_files
 from util.dist import rank_from_env
 from util.rng import ORDER, generator
@@ -136,5 +137,5 @@ class Stream(Source):
     def name(self, i: int) -> str:
         return self.encoded(i)[0]
 
-    def read(self, i: int, in_chans: int) -> list[Image.Image]:
-        return read_image(BytesIO(self.encoded(i)[1]), in_chans)
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image]:
+        return read_image(BytesIO(self.encoded(i)[1]), options)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from util.data.decode import EXTENSIONS, read_image
 from util.data.folders import Source, list_images
+from util.data.pixels import PixelOptions
 
 MAX_OPEN = 128  # shards that a process keeps open
 TAR_NAME = re.compile(r".*\.(tar|tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)  # compressed ones get an error of their own
@@ -152,14 +153,14 @@ class Tars(Source):
             return next(f"{shard}: {m.name}" for m in iter_files(tar) if m.offset_data == offset)
         return f"{shard}: byte {offset}"
 
-    def read(self, i: int, in_chans: int) -> list[Image.Image]:
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image]:
         shard = int(np.searchsorted(self.ends, i, "right"))
         file = self.files.pop(shard, None) or self.paths[shard].open("rb", buffering=0)
         self.files[shard] = file
         if len(self.files) > MAX_OPEN:
             self.files.pop(next(iter(self.files))).close()
         offset, size = self.places[i].tolist()
-        return read_image(BytesIO(os.pread(file.fileno(), size, offset)), in_chans)
+        return read_image(BytesIO(os.pread(file.fileno(), size, offset)), options)
 
 
 def local_tars(data_path: str, split: str | None = None, classes: Sequence[str] | None = None) -> Tars | None:

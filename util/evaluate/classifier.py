@@ -7,6 +7,7 @@ from torch import Tensor
 
 from util.checkpoint.state import copy_to_host, write_checkpoint
 from util.data.batches import eval_loader
+from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_source
 from util.data.transforms import eval_transform
 from util.dist import init_world
@@ -44,6 +45,7 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         raise ValueError(
             f"--checkpoint {args.checkpoint} has {count} classes, {args.data_path}/val has {len(val.classes)}"
         )
+    args = resolve_pixels(args, val)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     if weights.source != "pixmim" and world.is_main:
         print(
