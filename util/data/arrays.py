@@ -78,9 +78,7 @@ def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
                 f"holds images of sizes {series.shape} and {others[0]}; save the one you need in its own file"
             )
         if page.photometric not in (0, 1, 2):
-            raise ValueError(
-                f"is a TIFF of several pages or bands as {page.photometric.name}; convert it to RGB or grey"
-            )
+            raise ValueError(f"is a TIFF of several pages or bands as {page.photometric!s}; convert it to RGB or grey")
         options.check_size(series.shape, series.dtype.itemsize)
         try:
             values = series.asarray(maxworkers=1)

@@ -1,5 +1,6 @@
 """Pixels: the values of an image as stored -> bands of 8-bit pixels, as --bands, --value_range and --alpha say."""
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class PixelOptions:
 
     def check_size(self, shape: tuple[int, ...], itemsize: int = 4) -> None:
         """ValueError for more pixels than allowed, before they are allocated."""
-        if np.prod(shape, dtype=float) * itemsize > 4 * self.max_pixels:
+        if math.prod(map(int, shape)) * itemsize > 4 * self.max_pixels:
             size = " x ".join(map(str, shape))
             raise ValueError(
                 f"has {size} pixels or values, more than {4 * self.max_pixels // itemsize}; `python -m util.cache build "
