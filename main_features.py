@@ -26,6 +26,7 @@ from util.args import (
     run_main,
 )
 from util.data.batches import eval_loader
+from util.data.ranges import resolve_pixels
 from util.data.sources import indexed_source
 from util.data.transforms import eval_transform
 from util.dist import init_world
@@ -158,6 +159,7 @@ def main() -> None:
         raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
     source = indexed_source(args, split=None)
+    args = resolve_pixels(args, source)
     names = [source.relative_name(i) for i in range(len(source))]
     pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
     metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}

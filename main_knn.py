@@ -15,6 +15,7 @@ from util.args import (
     number,
     run_main,
 )
+from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images
 from util.dist import init_world
 from util.evaluate.encoder import knn_layer, load_encoder, pooling, read_architecture
@@ -52,6 +53,7 @@ def main() -> None:
     world = init_world(args.device, args.amp, args.timeout_minutes)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device)
     train, val = labelled_sources(args.data_path, args)
+    args = resolve_pixels(args, train)
     sources, chosen = (select_training_images(train, args), val), knn_layer(weights, args.knn_features)
     other = next(layer for layer in LAYERS if layer != chosen)
     results = knn(args, world, encoder, sources, (other, chosen), args.k, args.temperature)

@@ -14,9 +14,11 @@ from timm.optim import Lars
 from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
 from util.args import classifier_parser, run_main
+from util.checkpoint.resume import recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
+from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images, write_list
 from util.data.transforms import Normalize, eval_transform, probe_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier, val_interpolation
@@ -72,6 +74,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     """(training state, validation images): data, frozen encoder with heads, optimiser, loss."""
     args, weights = read_architecture(Namespace(**vars(args) | {"probe_as": args.probe_as or "mae"}), ENCODERS)
     train, val = labelled_sources(args.data_path, args)
+    args = resolve_pixels(args, train, recorded_args(args))
     train = select_training_images(train, args)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
     run = begin(args)

@@ -29,10 +29,11 @@ from util.args import (
     resolve_defaults,
     run_main,
 )
-from util.checkpoint.resume import Progress
+from util.checkpoint.resume import Progress, recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
 from util.data.folders import Source
+from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
 from util.evaluate.encoder import MODEL_FLAGS, knn_layer, read_architecture
@@ -105,6 +106,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     )
     args = resolve_defaults(args)
     source = pretrain_source(args)
+    args = resolve_pixels(args, source, recorded_args(args))
     torch.manual_seed(args.seed)
     model = build_model(args)
     report = load_initial(args, model, weights) if weights else []

@@ -17,6 +17,7 @@ from util.args import (
     add_device_arguments,
     add_method_arguments,
     add_model_arguments,
+    add_pixel_arguments,
     number,
     picture,
     resolve_defaults,
@@ -24,6 +25,7 @@ from util.args import (
 )
 from util.data.batches import load_batch
 from util.data.folders import Folder, list_images
+from util.data.ranges import resolve_pixels
 from util.data.samples import Samples
 from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
@@ -58,6 +60,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="draw each image under low-pass filters of these radii in bins, and what they remove; without radii: 10 20 40 80 "
              "112 scaled from 224 px to --input_size, and the model's radius")
     # fmt: on
+    add_pixel_arguments(parser)
     add_model_arguments(parser, ENCODERS)
     group = add_method_arguments(parser, **dict.fromkeys(METHOD))
     group.description = (
@@ -173,6 +176,7 @@ def main() -> None:
     args = resolve_defaults(args)
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
+    args = resolve_pixels(args, source)
     batch = load_batch(
         Samples(source, eval_transform(args.input_size, args.crop_pct), args), range(len(source)), device
     )

@@ -171,7 +171,7 @@ RANGES = {
         int,
         1,
         MAXIMUM,
-    ): "accum_iter batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k log_every "
+    ): "accum_iter bands batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k log_every "
     "mask_unit patch_size save_every stream_samples",
     (int, 4, MAXIMUM): "decoder_dim",
     (float, 0, 0.99): "drop_path",
@@ -188,13 +188,16 @@ RANGES = {
 NUMBERS = {name: limits for limits, names in RANGES.items() for name in names.split()}
 VALUE_COUNTS = {
     "input_size": (1, 2),
+    "bands": (1, 99),
     "mean": (1, 99),
     "std": (1, 99),
     "fuse_layers": (1, 99),
     "filter": (0, 99),
     "images": (1, 99),
+    "value_range": (1, 99),
 }
 KEYWORDS = {"lowpass_radius": "auto"}  # accepted besides numbers
+RANGE_WORDS = ("auto", "full", "percentile")
 REFUSED = object()
 
 
@@ -206,6 +209,8 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     low, high = (1, 99) if (name, dest) == ("main_linprobe", "blr") else VALUE_COUNTS.get(dest, (1, 1))
     if not low <= len(values) <= high or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values):
         return REFUSED  # a word that begins with a dash and is not a number is another flag
+    if dest == "value_range":
+        return accepted_range(values)
     if action.choices is None and action.type not in (None, Path, picture):
         values = [value if value == KEYWORDS.get(dest) else number_of(value, *NUMBERS[dest]) for value in values]
     wrong_choice = action.choices is not None and values[0] not in action.choices
@@ -215,6 +220,16 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     if dest == "input_size":
         return values[0], values[-1]
     return values if high > 1 else values[0]
+
+
+def accepted_range(values: list[str]):
+    numbers = [number_of(value, float, -(10**12), 10**12) for value in values if value not in RANGE_WORDS]
+    words = [value for value in values if value in RANGE_WORDS]
+    lengths = {"auto": [0], "full": [0], "percentile": [2]}.get("".join(words), [2 * n for n in range(1, 99)])
+    rising = REFUSED not in numbers and all(low < high for low, high in zip(numbers[::2], numbers[1::2], strict=False))
+    in_percent = rising and ("percentile" not in words or all(0 <= x <= 100 for x in numbers))
+    fits = len(words) <= 1 and len(numbers) in lengths and values[: len(words)] == words
+    return [*words, *numbers] if fits and in_percent else REFUSED
 
 
 def number_of(text: str, kind: type, low: float, high: float):

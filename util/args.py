@@ -105,6 +105,26 @@ class SizeAction(argparse.Action):
         setattr(namespace, self.dest, (values[0], values[-1]))
 
 
+def range_word(text: str):
+    """argparse type: a word of --value_range."""
+    return text if text in ("auto", "full", "percentile") else number(float, -(10**12), 10**12)(text)
+
+
+class RangeAction(argparse.Action):
+    """argparse action: `auto`, `full`, `percentile P Q`, or LOW HIGH pairs."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        mode, numbers = values[0], values[isinstance(values[0], str) :]
+        pairs = [*zip(numbers[::2], numbers[1::2], strict=False)]
+        count = {"auto": (0,), "full": (0,), "percentile": (2,)}.get(mode, range(2, 10**4, 2))
+        percent = mode == "percentile"
+        wrong = len(numbers) not in count or any(isinstance(x, str) for x in numbers) or any(x >= y for x, y in pairs)
+        if wrong or (percent and not 0 <= numbers[0] < numbers[1] <= 100):
+            parser.error(f"{option_string} {' '.join(map(str, values))}: expected auto, full, LOW HIGH (one pair, or one per channel) "
+                         "or percentile P Q, the lower first")  # fmt: skip
+        setattr(namespace, self.dest, values)
+
+
 # fmt: off
 def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: str):
     """Flags of the architecture, which a checkpoint states; `otherwise`: --model, --input_size, --in_chans without one."""
@@ -162,6 +182,19 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True)
     return group
 
 
+def add_pixel_arguments(group) -> None:
+    """Flags of the values of an image, which a checkpoint states."""
+    group.add_argument("--bands", type=number(int, 1), nargs="+",
+                       help="bands, channels or pages of each image to use, in this order; 1 = first (default: as in --checkpoint, else all)")
+    group.add_argument("--value_range", type=range_word, nargs="+", action=RangeAction, metavar="auto|full|LOW HIGH|percentile P Q",
+                       help="values that become black and white. auto = as images that are not 8-bit declare, else by a sample of at "
+                            "most 256 of them, once for all; full = range of the number type, 0 to 1 for floats; LOW HIGH, or such a "
+                            "pair per channel = of all images; percentile = of each channel of each image (default: as in --checkpoint, else auto)")
+    group.add_argument("--alpha", choices=["auto", "composite", "drop", "channel"],
+                       help="fourth channel: composite = blend over white; drop = ignore; channel = use as any other; auto = composite, "
+                            "but channel in GeoTIFFs (default: as in --checkpoint, else auto)")
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: bool = True):
     """Flags of the data; `splits`: of labels and splits, too."""
     group = parser.add_argument_group("data")
@@ -172,6 +205,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: boo
         group.add_argument("--label_column", metavar="NAME", help="column of a table with the class (default: label, class, category or target)")
     group.add_argument("--num_workers", type=number(int, 0, 256),
                        help="data-loader workers per rank (default: the rank's share of the CPU cores, at most 16)")
+    add_pixel_arguments(group)
     group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
                        help="unreadable image: stop = end the run; skip = training uses the next image, evaluation leaves "
                             "it out; listed in OUTPUT_DIR/bad_images.txt, or printed if there is no OUTPUT_DIR")

@@ -9,18 +9,23 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util.args import Parser, SizeAction, add_source_arguments, number, run_main
+from util.args import Parser, SizeAction, add_pixel_arguments, add_source_arguments, number, run_main
 from util.crop import INTERPOLATIONS, SimpleResizedCrop
 from util.data.cache import ENTRY, FORMAT, Cache, encode_payload, shard_path
 from util.data.folders import Source
+from util.data.pixels import MAX_PIXELS, PixelOptions
+from util.data.ranges import resolve_pixels
 from util.data.sources import indexed_source
 from util.files import write_atomic
 
@@ -41,30 +46,48 @@ def verify(args: argparse.Namespace) -> None:
 
 
 class PackedImage(NamedTuple):
+    """An entry of a cache: an image or a tile of one."""
+
     content: bytes
     height: int
     width: int
+    place: tuple[int, int]  # (top, left) pixel of a tile
+
+
+def cut_tiles(bands: list[Image.Image], tile: int | None) -> Iterator[tuple[tuple[int, int], list[Image.Image]]]:
+    """((top, left), bands) of equal tiles of at most `tile` pixels a side; of the whole image without `tile`."""
+    width, height = bands[0].size
+    rows, columns = (
+        [side * i // n for i in range(n + 1)] for side in (height, width) for n in [-(-side // (tile or side))]
+    )
+    for (top, bottom), (left, right) in product(pairwise(rows), pairwise(columns)):
+        yield (top, left), [band.crop((left, top, right, bottom)) for band in bands] if tile else bands
 
 
 class PackDataset(Dataset):
-    """Images of a source as a cache stores them, by lists of indices; for an unreadable image the reason."""
+    """Entries of each image of a source as a cache stores them, by lists of indices; for an unreadable image the reason."""
 
-    def __init__(self, source: Source, crop: SimpleResizedCrop, in_chans: int, payload: str):
-        self.source, self.crop, self.in_chans, self.payload = source, crop, in_chans, payload
+    def __init__(self, source: Source, crop: SimpleResizedCrop, args: argparse.Namespace):
+        self.source, self.crop, self.payload, self.tile = source, crop, args.payload, args.tile
+        self.options = replace(PixelOptions.from_args(args), max_pixels=2**34 if args.tile else MAX_PIXELS)
 
-    def __getitem__(self, indices: np.ndarray) -> list[PackedImage | str]:
-        packed: list[PackedImage | str] = []
+    def __getitem__(self, indices: np.ndarray) -> list[list[PackedImage] | str]:
+        packed: list[list[PackedImage] | str] = []
         for i in indices:
             try:
-                pixels = self.crop.resize(list(self.source.read(i, self.in_chans)))
-                packed.append(PackedImage(encode_payload(self.payload, pixels), *pixels.shape[:2]))
+                entries = []
+                for place, bands in cut_tiles(list(self.source.read(i, self.options)), self.tile):
+                    pixels = self.crop.resize(bands)
+                    height, width, _ = pixels.shape
+                    entries.append(PackedImage(encode_payload(self.payload, pixels), height, width, place))
+                packed.append(entries)
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 packed.append(" ".join(str(error).split()) or type(error).__name__)
         return packed
 
-    def pack(self, indices: np.ndarray, workers: int) -> Iterator[PackedImage | str]:
+    def pack(self, indices: np.ndarray, workers: int) -> Iterator[list[PackedImage] | str]:
         """These images in order, packed by worker processes."""
-        chunks = np.array_split(indices, -(-len(indices) // 32))
+        chunks = np.array_split(indices, -(-len(indices) // (1 if self.tile else 32)))
         for packed in DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=list):
             yield from packed
 
@@ -73,22 +96,25 @@ class Builder:
     """A build that can be killed and resumed: plan.json holds its flags, an .npz the index of each finished shard."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.folder = args, Path(args.out)
-        self.source = indexed_source(args, "train")
+        self.folder, self.source = Path(args.out), indexed_source(args, "train")
+        self.args = args = resolve_pixels(args, self.source)
         crop = SimpleResizedCrop(args.input_size, args.crop_interpolation)
-        self.dataset = PackDataset(self.source, crop, args.in_chans, args.payload)
+        self.dataset = PackDataset(self.source, crop, args)
         files = hashlib.sha256(f"{self.source.digest()} {self.source.sizes().tolist()}".encode())
         self.plan: dict[str, Any] = {
             "format": FORMAT,
             "input_size": list(args.input_size),
             "crop_interpolation": args.crop_interpolation,
             "in_chans": args.in_chans,
+            "bands": args.bands,
+            "value_range": args.value_range,
+            "alpha": args.alpha,
+            "tile": args.tile,
             "payload": args.payload,
             "images": len(self.source),
             "files": files.hexdigest(),  # names and sizes
             "pillow": PIL.__version__,
-            "classes": self.source.classes,
-            "names": self.source.digest(),
+            "names": self.source.digest() if args.tile is None else None,
         }
 
     def prepare(self) -> None:
@@ -112,7 +138,7 @@ class Builder:
         seconds = (time.perf_counter() - start) / len(sample) * count
         if not packed:
             raise ValueError(f"--data_path {' '.join(self.args.data_path)}: no image can be packed: {tried[0]}")
-        mean = sum(len(image.content) for image in packed) / len(packed)
+        mean = sum(len(entry.content) for entries in packed for entry in entries) / len(packed)
         per_shard = max(1, int(self.args.shard_mib * 2**20 / mean))
         self.plan["images_per_shard"] = before.get("images_per_shard", per_shard)
         written = sum(path.stat().st_size for path in self.folder.glob("shard-*.bin"))
@@ -134,35 +160,39 @@ class Builder:
         count, per_shard = len(self.source), self.plan["images_per_shard"]
         return [(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
 
-    def load_shard_index(self, shard: int) -> tuple[np.ndarray, str] | None:
-        """(index entries, SHA-256) of a finished shard; None if it is unfinished or has another size."""
+    def load_shard_index(self, shard: int) -> tuple[np.ndarray, str, np.ndarray | None] | None:
+        """(index entries, SHA-256, image and place of each tile) of a finished shard; None if it is unfinished or has another size."""
         path, part = shard_path(self.folder, shard), self.folder / f"shard-{shard:05d}.npz"
         if not (path.exists() and part.exists()):
             return None
         with np.load(part, allow_pickle=False) as found:
             entries, digest, size = found["entries"], str(found["digest"]), int(found["size"])
-        return (entries, digest) if path.stat().st_size == size else None
+            places = found["places"] if self.args.tile else None
+        return (entries, digest, places) if path.stat().st_size == size else None
 
     def write_shard(self, shard: int, first: int, last: int, bar: tqdm) -> None:
         """Write a shard, then its index, each atomically."""
-        path, entries, offset = shard_path(self.folder, shard), np.zeros(last - first, ENTRY), 0
+        path, offset = shard_path(self.folder, shard), 0
+        entries, places = [], []
         temporary, digest = path.with_suffix(".tmp"), hashlib.sha256()
         with temporary.open("wb") as file:
-            for row, image in enumerate(self.dataset.pack(np.arange(first, last), self.args.workers)):
+            for i, packed in enumerate(self.dataset.pack(np.arange(first, last), self.args.workers), first):
                 bar.update()
-                if isinstance(image, str):
-                    bar.write(self.describe_skipped(first + row, image), file=sys.stdout)
-                    continue
-                content, height, width = image
-                entries[row] = offset, len(content), self.source.labels[first + row], shard, height, width
-                file.write(content)
-                digest.update(content)
-                offset += len(content)
+                if isinstance(packed, str):
+                    bar.write(self.describe_skipped(i, packed), file=sys.stdout)
+                    packed = [PackedImage(b"", 0, 0, (0, 0))]
+                for content, height, width, place in packed:
+                    entries.append((offset, len(content), self.source.labels[i], shard, height, width))
+                    places.append((i, *place))
+                    file.write(content)
+                    digest.update(content)
+                    offset += len(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         part = io.BytesIO()
-        np.savez(part, entries=entries, digest=np.array(digest.hexdigest()), size=np.array(offset))
+        index, texts = np.array(entries, ENTRY), np.array(digest.hexdigest())
+        np.savez(part, entries=index, places=np.array(places, np.int32), digest=texts, size=np.array(offset))
         write_atomic(self.folder / f"shard-{shard:05d}.npz", part.getvalue())
 
     def describe_skipped(self, i: int, reason: str) -> str:
@@ -175,20 +205,27 @@ class Builder:
     def finish(self) -> None:
         """Join the indices and write the manifest. The next readable image replaces a skipped one, as in training."""
         parts = [self.load_shard_index(shard) for shard in range(len(self.shard_ranges()))]
-        index = np.concatenate([entries for entries, _ in (part for part in parts if part)])
+        index = np.concatenate([part[0] for part in parts if part])
+        tiles = np.concatenate([part[2] for part in parts if part]) if self.args.tile else None
         skipped = np.flatnonzero(index["bytes"] == 0)
         if len(skipped) == len(index):
             raise ValueError(f"--data_path {' '.join(self.args.data_path)}: no image can be read")
         for _ in range(2):  # twice: those at the end are replaced by the first images
             for i in skipped[::-1]:
                 index[i] = index[(i + 1) % len(index)]
+                if tiles is not None:
+                    tiles[i] = tiles[(i + 1) % len(index)]
+        if tiles is not None:
+            content = io.BytesIO()
+            np.save(content, tiles)
+            write_atomic(self.folder / "tiles.npy", content.getvalue())
         content = io.BytesIO()
         np.save(content, index)
         write_atomic(self.folder / "index.npy", content.getvalue())
         sizes = [shard_path(self.folder, shard).stat().st_size for shard in range(len(parts))]
         shards = [{"bytes": size, "sha256": part[1]} for size, part in zip(sizes, parts, strict=True) if part]
         digest = hashlib.sha256(content.getvalue()).hexdigest()
-        manifest = self.plan | {"shards": shards, "index_sha256": digest}
+        manifest = self.plan | {"images": len(index), "shards": shards, "index_sha256": digest}
         write_atomic(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
@@ -229,9 +266,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="side of the training input in pixels, or H W")
     add("--crop_interpolation", choices=list(INTERPOLATIONS), default="bilinear", help="interpolation of the resize")
     add("--in_chans", type=number(int, 1), default=3, help="channels of an image")
+    add_pixel_arguments(make)
+    add("--tile", type=number(int, 8), metavar="N",
+        help="cut images into equal tiles of at most N pixels a side, each an entry of the cache; also reads images of more than "
+             "2^28 pixels: only for files you trust (default: whole images)")
     add("--payload", choices=["raw", "zstd", "jpeg"], default="raw",
         help="raw = fastest; zstd = smaller, lossless; jpeg = smallest, lossy (quality 95); speeds in docs/data.md")
-    add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="processes that decode")
+    add("--workers", type=number(int, 0), default=os.cpu_count() or 1, help="processes that decode; 0 = this process")
     add("--shard_mib", type=number(float, 1e-3), default=1024,
         help="size of a shard in MiB; a killed build loses at most one shard")
     add("--on_bad_image", choices=["stop", "skip"], default="stop",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 2**27  # of a resized image: limits what a very long image needs
+MAX_PIXELS = 2**24  # of a resized image, or 64 inputs if these have more: limits the time for a very long image
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -19,8 +19,10 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
         height = max(height, int(width * image.height / image.width))
     else:
         width = max(width, int(height * image.width / image.height))
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"is {image.width} x {image.height} and would be {width} x {height} to cover {size}: too long")
+    if height * width > max(MAX_PIXELS, 64 * size[0] * size[1]):
+        raise ValueError(
+            f"is {image.width} x {image.height} and would be {width} x {height} to cover {size}: too long; crop it"
+        )
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 

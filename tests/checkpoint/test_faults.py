@@ -36,6 +36,7 @@ from util.crop import resize_to_cover
 from util.data.batches import init_worker
 from util.data.cache import Cache
 from util.data.decode import read_image
+from util.data.pixels import PixelOptions
 
 ONE_EPOCH = ["--epochs", "1", "--batch_size", "4", "--warmup_epochs", "0", "--image_every", "0"]
 
@@ -212,7 +213,7 @@ def test_cache_read_timeout_ends_the_run(images, tmp_path, monkeypatch):
 
 def test_large_images_are_read_without_a_warning(tmp_path):
     Image.new("L", (12_000, 9_000)).save(tmp_path / "large.png")  # 108 megapixels
-    (image,) = read_image(os.fsencode(tmp_path / "large.png"), 1)  # pytest turns warnings into errors
+    (image,) = read_image(os.fsencode(tmp_path / "large.png"), PixelOptions(1))  # pytest turns warnings into errors
     assert image.size == (12_000, 9_000)
 
 
@@ -237,6 +238,7 @@ KILL_LOADER_WORKER = """
 import os, signal, sys
 import main_pretrain
 from util.args import run_main
+from util.data.pixels import PixelOptions
 from util.data.samples import Samples
 from torch.utils.data import get_worker_info
 

@@ -23,6 +23,7 @@ from util.args import resolve_defaults
 from util.data.batches import DevicePrefetcher, train_loader
 from util.data.cache import Cache, is_cache
 from util.data.folders import image_folder
+from util.data.pixels import PixelOptions
 from util.data.sources import pretrain_source
 from util.data.transforms import pretrain_transform
 
@@ -81,9 +82,9 @@ def test_zstd_is_exact_and_smaller_than_raw_and_jpeg_is_lossy_and_smaller_still(
         sizes[payload] = sum(path.stat().st_size for path in (tmp_path / payload).glob("*.bin"))
     assert sizes["raw"] > sizes["zstd"] > sizes["jpeg"]
     for i in range(16):
-        exact, near = (Cache(tmp_path / payload).read(i, 3).astype(int) for payload in ("zstd", "jpeg"))
+        exact, near = (Cache(tmp_path / payload).read(i, PixelOptions(3)).astype(int) for payload in ("zstd", "jpeg"))
         assert 0 < np.abs(exact - near).mean() < 2  # grey levels
-        assert np.array_equal(exact, Cache(tmp_path / "raw").read(i, 3))
+        assert np.array_equal(exact, Cache(tmp_path / "raw").read(i, PixelOptions(3)))
 
 
 @pytest.mark.parametrize("in_chans", [1, 5])
@@ -109,17 +110,17 @@ def test_each_process_opens_each_shard_once(packed):
     first, second = Cache(packed), pickle.loads(pickle.dumps(Cache(packed)))
     assert len(first.shard_digests) == 8
     for i in [*range(16), 0]:
-        assert np.array_equal(first.read(i, 3), second.read(i, 3))
+        assert np.array_equal(first.read(i, PixelOptions(3)), second.read(i, PixelOptions(3)))
     assert len(first.files) == len(second.files) == 8
 
 
 def test_threads_do_not_share_a_buffer(packed):
     alone, shared = Cache(packed), Cache(packed)
-    expected = [alone.read(i, 3).copy() for i in range(16)]
+    expected = [alone.read(i, PixelOptions(3)).copy() for i in range(16)]
 
     def read(turn: int) -> bool:
         i = turn % 16
-        return np.array_equal(shared.read(i, 3), expected[i])
+        return np.array_equal(shared.read(i, PixelOptions(3)), expected[i])
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)  # the default, 5 ms, lets a reading thread wait for the GIL that long
@@ -351,7 +352,7 @@ def test_packs_a_very_wide_image(tmp_path):
     image.save(tmp_path / "images" / "a.png")
     image.resize((9000, 2)).save(tmp_path / "images" / "b.png")  # 72,000 pixels wide at 16 px
     build(tmp_path / "images", tmp_path / "cache")
-    assert Cache(tmp_path / "cache").read(1, 3).shape == (16, 72000, 3)
+    assert Cache(tmp_path / "cache").read(1, PixelOptions(3)).shape == (16, 72000, 3)
 
 
 def test_refuses_to_resume_with_files_of_other_sizes_and_the_same_names(tmp_path):

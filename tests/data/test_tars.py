@@ -20,6 +20,7 @@ from conftest import weights as weights_of
 from util.data.archives import Archives, scan_archive
 from util.data.batches import DevicePrefetcher, train_loader
 from util.data.folders import Query, image_folder, list_images
+from util.data.pixels import PixelOptions
 from util.data.sources import expand_path, labelled_source, labelled_sources, open_sources
 from util.data.streams import Stream
 from util.data.transforms import pretrain_transform
@@ -107,7 +108,10 @@ def test_labels_equal_those_of_the_class_folders(photos, tmp_path):
         assert packed.classes == ["0", "1", "2"]
         assert packed.labels.tolist() == folder.labels.tolist()
         for i in range(len(folder)):
-            assert_same(np.array(packed.read(i, 3)[0]).tolist(), np.array(folder.read(i, 3)[0]).tolist())
+            assert_same(
+                np.array(packed.read(i, PixelOptions(3))[0]).tolist(),
+                np.array(folder.read(i, PixelOptions(3))[0]).tolist(),
+            )
 
 
 def test_a_run_with_knn_on_shards_equals_the_run_on_the_folder(photos, tmp_path):
@@ -131,7 +135,7 @@ def test_links_and_other_files_in_a_shard_are_ignored(tmp_path):
     source = local(tmp_path / "x.tar")
     assert len(source) == 1
     assert source.name(0) == f"{tmp_path}/x.tar: ../../up.NPY"
-    assert np.array_equal(np.dstack(source.read(0, 3)).ravel(), np.arange(60))
+    assert np.array_equal(np.dstack(source.read(0, PixelOptions(3))).ravel(), np.arange(60))
     assert source.classes == []
 
 
@@ -155,11 +159,11 @@ def test_errors_name_shard_and_member_of_a_bad_image(photos, tmp_path):
 def test_spawned_workers_open_a_limited_number_of_shards_themselves(shards, monkeypatch):
     monkeypatch.setattr("util.data.archives.MAX_OPEN", 2)
     source = Archives(shards)
-    first = [np.array(source.read(i, 3)[0]) for i in range(16)]
+    first = [np.array(source.read(i, PixelOptions(3))[0]) for i in range(16)]
     assert len(source.files) == 2
     copy = pickle.loads(pickle.dumps(source))
     assert copy.files == {}
-    assert all(np.array_equal(np.array(copy.read(i, 3)[0]), first[i]) for i in reversed(range(16)))
+    assert all(np.array_equal(np.array(copy.read(i, PixelOptions(3))[0]), first[i]) for i in reversed(range(16)))
 
 
 def test_the_index_is_saved_and_updated_for_changed_shards_only(photos, shards, monkeypatch):

@@ -18,6 +18,7 @@ import main_features
 from models_convmae import ConvViT
 from models_pixmim import MaskedViT
 from util.data.decode import read_image
+from util.data.pixels import PixelOptions
 from util.data.transforms import eval_transform
 from util.formats.read import read_weights
 from util.formats.resize import resize_weights
@@ -45,7 +46,7 @@ def one_by_one(folder: Path, names: list[str], run: Path, size: tuple[int, int] 
     encoder.load_state_dict(resize_weights(read_weights(run / "last.pth"), size).state, strict=False)
     tokens = []
     for name in names:
-        pixels = eval_transform(size)(read_image(os.fsencode(folder / name), 3), np.random.default_rng(0))
+        pixels = eval_transform(size)(read_image(os.fsencode(folder / name), PixelOptions(3)), np.random.default_rng(0))
         images = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - MEAN) / STD
         with torch.no_grad():
             tokens.append(encoder.forward_features(images[None]))

@@ -141,7 +141,7 @@ def test_the_classes_of_a_foreign_imagenet_classifier_are_known(tmp_path):
     names = ("n01443537", "n15075141")  # numbers 1 and 999 of ImageNet-1k
     class_folders(tmp_path / "a", dict.fromkeys(names, 3), seed=0)
     right = 0
-    source = read_class_folders(str(tmp_path / "a"), "")
+    source = labelled_source([str(tmp_path / "a")], None)
     args = Namespace(
         seed=0, in_chans=3, mean=IMAGENET_MEAN, std=IMAGENET_STD, timeout_minutes=1, num_workers=0, batch_size=1
     )

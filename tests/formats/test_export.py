@@ -27,6 +27,7 @@ from torch.testing import assert_close
 from models_pixmim import MaskedViT, PixMIM
 from util import convert
 from util.data.decode import read_image
+from util.data.pixels import PixelOptions
 from util.data.transforms import eval_transform
 from util.formats.commands import load_command
 from util.formats.configs import hf_processor, timm_config
@@ -418,7 +419,9 @@ def test_the_transformers_preprocessor_equals_the_evaluation_transform(mae, tmp_
     folder = write_format(mae, tmp_path, "hf", args={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     Image.fromarray(pixels).resize((160, 120)).save(tmp_path / "x.png")
-    ours = eval_transform((32, 32))(read_image(os.fsencode(tmp_path / "x.png"), 3), np.random.default_rng(0))
+    ours = eval_transform((32, 32))(
+        read_image(os.fsencode(tmp_path / "x.png"), PixelOptions(3)), np.random.default_rng(0)
+    )
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     theirs = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"][0]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)))

@@ -18,6 +18,7 @@ from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, sp
 
 from util.data.archives import Archives, scan_archive
 from util.data.decode import read_image
+from util.data.pixels import PixelOptions
 
 REFUSAL = "refused|is damaged or no checkpoint|not a readable checkpoint"
 
@@ -112,8 +113,8 @@ def test_pickled_arrays_are_refused_in_folders_and_tars(executed, tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x.npy", "x.npy")
     for read in (
-        lambda: read_image(os.fsencode(tmp_path / "x.npy"), 3),
-        lambda: Archives([tmp_path / "x.tar"]).read(0, 3),
+        lambda: read_image(os.fsencode(tmp_path / "x.npy"), PixelOptions(3)),
+        lambda: Archives([tmp_path / "x.tar"]).read(0, PixelOptions(3)),
     ):
         with pytest.raises(ValueError, match="allow_pickle=False"):
             read()
@@ -131,7 +132,7 @@ def test_postscript_named_jpg_is_not_executed(executed, tmp_path, monkeypatch):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "x.jpg").write_bytes(eps)
     with pytest.raises(OSError, match="cannot identify"):
-        read_image(os.fsencode(tmp_path / "x.jpg"), 3)
+        read_image(os.fsencode(tmp_path / "x.jpg"), PixelOptions(3))
     assert not executed.exists()
     from PIL import Image
 
@@ -168,7 +169,11 @@ def escaping(photos, tmp_path) -> Path:
 def test_tar_members_are_not_extracted_and_links_not_followed(escaping, tmp_path, pretrained):
     before = set(files(tmp_path))
     source = Archives([escaping / "x.tar"])
-    assert [len(source.read(i, 3)) for i in range(len(source))] == [1, 1, 1]  # without the links and the pipe
+    assert [len(source.read(i, PixelOptions(3))) for i in range(len(source))] == [
+        1,
+        1,
+        1,
+    ]  # without the links and the pipe
     call(
         "main_features",
         "--checkpoint",
@@ -195,7 +200,7 @@ def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escap
     np.savez(escaping / "index.npz", shards=["x.tar"], members=np.array(far), **known)
     for i in range(3):
         with pytest.raises((OSError, MemoryError, OverflowError, ValueError)):
-            Archives([escaping / "x.tar"]).read(i, 3)
+            Archives([escaping / "x.tar"]).read(i, PixelOptions(3))
 
 
 # -------------------------------------------------------------------------------------------------------------- sockets

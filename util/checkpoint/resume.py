@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from, whether it belongs to this run, and loading it."""
 
+import json
 import os
 import shlex
 import shutil
@@ -47,6 +48,15 @@ def candidates(folder: Path, resume: str) -> list[Path]:
     if not Path(resume).is_file():
         raise FileNotFoundError(f"--resume {resume}: file not found; use auto, none or a checkpoint")
     return [Path(resume)]
+
+
+def recorded_args(args: Namespace) -> dict:
+    """Arguments in the config.json beside the checkpoint that this command resumes from; {} for a new run."""
+    paths = candidates(Path(args.output_dir), args.resume)
+    try:
+        return json.loads((paths[0].parent / "config.json").read_text())["args"] if paths else {}
+    except (OSError, ValueError, KeyError):  # deleted or damaged: decided again, and compared with the checkpoint
+        return {}
 
 
 def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Path, dict, Progress] | None:

@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image
 
 from util.data.folders import Source
+from util.data.pixels import PixelOptions
 
 FORMAT = "pixmim-cache-1"
+PIXEL_FLAGS = ("bands", "value_range", "alpha")
 ENTRY = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")]
 )
@@ -70,6 +72,7 @@ class Cache(Source):
             if manifest["format"] != FORMAT:
                 raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
             self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
+            self.flags |= {flag: manifest.get(flag) for flag in PIXEL_FLAGS}
             self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
             self.shard_digests = [str(shard["sha256"]) for shard in manifest["shards"]]
             self.index_digest, self.names_digest = str(manifest["index_sha256"]), manifest.get("names")
@@ -77,6 +80,8 @@ class Cache(Source):
             index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index = index.view(np.ndarray)  # still mapped; a memmap is slower to index
             self.check_index(manifest["images"], sizes)
+            cut = self.folder / "tiles.npy"
+            self.tiles = np.load(cut, allow_pickle=False) if cut.exists() else None  # (N, 3): image, top, left
         except (ValueError, KeyError, TypeError, IndexError, EOFError) as error:
             raise ValueError(f"--data_path {folder} is a damaged cache: {error}; build it again") from error
         self.raise_open_limit()
@@ -120,6 +125,8 @@ class Cache(Source):
             )
         asked = vars(args) | {"input_size": list(args.input_size)}
         for flag, cached in self.flags.items():
+            if flag in PIXEL_FLAGS and asked.get(flag) in (None, "auto", ["auto"]):
+                continue  # `resolve_pixels` takes the cache's
             if asked[flag] != cached:
                 raise ValueError(
                     f"--{flag} {asked[flag]}: the cache {self.folder} was built with {cached}; "
@@ -127,7 +134,10 @@ class Cache(Source):
                 )
 
     def name(self, i: int) -> str:
-        return f"image {i} of {self.folder}"
+        if self.tiles is None:
+            return f"image {i} of {self.folder}"
+        image, top, left = self.tiles[i].tolist()
+        return f"tile at row {top}, column {left} of image {image} of {self.folder}"
 
     def summary(self) -> str:
         return f"{self.folder}: a cache of {len(self)} images"
@@ -150,7 +160,7 @@ class Cache(Source):
         for offset, length, _, shard, _, _ in self.index[np.sort(indices)].tolist():
             os.posix_fadvise(self.file(shard), offset, length, os.POSIX_FADV_WILLNEED)
 
-    def read(self, i: int, in_chans: int) -> np.ndarray:
+    def read(self, i: int, options: PixelOptions) -> np.ndarray:
         """Pixels (h, w, C), valid until this thread reads another image: allocating takes longer than reading."""
         offset, length, _, shard, height, width = self.index[i].item()
         if length > len(getattr(self.local, "buffer", b"")):
@@ -158,4 +168,4 @@ class Cache(Source):
         content = memoryview(self.local.buffer)[:length]
         if os.preadv(self.file(shard), [content], offset) < length:
             raise EOFError(f"{shard_path(self.folder, shard)} ended early")
-        return decode_payload(self.payload, content, (height, width, in_chans))
+        return decode_payload(self.payload, content, (height, width, options.in_chans))

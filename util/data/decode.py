@@ -1,42 +1,88 @@
-"""Decoding: one image file -> upright bands of 8-bit pixels."""
+"""Decoding: one image file, recognised by its content -> upright bands of 8-bit pixels."""
 
 import os
 from io import BytesIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow warns at half of its limit; MAX_PIXELS is checked instead
-MAX_PIXELS = 2**28  # of an image; a file of a few bytes may claim more
+from util.data.arrays import read_foreign, read_values
+from util.data.pixels import PixelOptions, Stored, to_bands
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow warns at half of its limit; PixelOptions.max_pixels is checked instead
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # for some others Pillow runs Ghostscript
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".npy")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".npy",
+    ".jp2", ".j2k", ".avif", ".heic", ".heif", ".dcm", ".dicom",
+)  # fmt: skip
+SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF", b"\x93NUMPY",
+)  # fmt: skip
 
 
-def read_image(path: bytes | BytesIO, in_chans: int) -> list[Image.Image]:
-    """[RGB] or [grey] image, upright (EXIF), alpha blended over white; of a (H, W, C) uint8 .npy its C grey bands."""
+def has_image_content(path: bytes) -> bool:
+    """Whether a file without extension, or with one of digits as DICOM's identifiers, begins as an image does."""
+    extension = os.path.splitext(path)[1][1:]
+    if (extension and not extension.isdigit()) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(132)
+    return head.startswith(SIGNATURES) or head[128:] == b"DICM" or head[4:12] in (b"ftypheic", b"ftypavif")
+
+
+def flatten(image: Image.Image, in_chans: int, drop_alpha: bool) -> Image.Image:
+    """RGB or grey image. Alpha is blended over white or dropped."""
+    # Converted only if necessary: copies would add a tenth to the time of decoding.
+    if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode == "RGBA" and not drop_alpha:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if in_chans == 1 and image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")  # Pillow has no conversion from LAB to grey
+    mode = "L" if in_chans == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def colour_values(image: Image.Image, alpha: str) -> Stored:
+    """Channels of an 8-bit image."""
+    if image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    pixels = np.atleast_3d(np.asarray(image))
+    return Stored(pixels, image.mode.startswith("RGB"), alpha if image.mode.endswith("A") else "")
+
+
+def read_image(path: bytes | BytesIO, options: PixelOptions) -> list[Any]:
+    """[RGB] or [grey] image, upright (EXIF), or a grey image for each of another number of channels.
+
+    With options.raw the `Stored` values, or [] for an 8-bit image. Errors name what the image has and the flag that helps.
+    """
     file = path if isinstance(path, BytesIO) else os.fsdecode(path)
-    if file.getvalue().startswith(b"\x93NUMPY") if isinstance(file, BytesIO) else file.lower().endswith(".npy"):
-        pixels = np.atleast_3d(np.load(file))
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != in_chans:
-            raise ValueError(f"holds {pixels.dtype} {pixels.shape}, not uint8 (height, width, {in_chans})")
-        return [Image.fromarray(band) for band in pixels.transpose(2, 0, 1)]
-    if in_chans not in (1, 3):
-        raise ValueError(f"--in_chans {in_chans} needs .npy files of that many channels")
-    image: Image.Image
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        image.load()
-        # In place, and converted only if necessary: copies would add a tenth to the time of decoding.
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):
-            pixels = np.asarray(image)
-            if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError(f"has pixels of mode {image.mode} outside 16 bits")
-            image = Image.fromarray((pixels // 257).astype(np.uint8))
-        if image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        mode = "L" if in_chans == 1 else "RGB"
-        return [image if image.mode == mode else image.convert(mode)]
+    image: Any
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        image = read_foreign(file, options, error)
+    if isinstance(image, Stored):
+        return [image] if options.raw else to_bands(image, options)
+    with image:
+        options.check_size((image.height, image.width))
+        image.filename = (
+            "" if image.format == "TIFF" else image.filename
+        )  # else Pillow maps it and forgets to transpose
+        stored = read_values(image, file, options)
+        tags = getattr(image, "tag_v2", {})
+        if not stored and (not options.raw or tags):
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            alpha = "alpha" if not tags else "band" if 34735 in tags or 33550 in tags else "tiff"  # GeoTIFF
+            in_doubt = alpha == "band" and options.alpha == "auto" and image.mode == "RGBA"
+            if options.keeps_colours and not (options.raw or in_doubt):
+                return [flatten(image, options.in_chans, options.alpha == "drop")]
+            stored = colour_values(image, alpha)
+    if options.raw:
+        return [stored] if stored else []
+    assert stored
+    return to_bands(stored, options)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from util.data.decode import EXTENSIONS, FORMATS, read_image
+from util.data.decode import EXTENSIONS, FORMATS, has_image_content, read_image
+from util.data.pixels import PixelOptions
 from util.data.timeouts import DiskTimeout, time_limit
 
 IMAGE, HIDDEN = "image", "hidden or system"  # kinds of files beside their extensions
@@ -42,9 +43,7 @@ class Source:
 
     labels: np.ndarray  # (N,) integers; all 0 without classes
     classes: list[str]
-    paths: (
-        np.ndarray
-    )  # (N,) bytes: path of each image, for those in archives within the archive; names need not be UTF-8
+    paths: np.ndarray  # (N,) bytes, need not be UTF-8: paths of the images, within archives for those in them; or (0,)
     place: str  # the file or folder that was read, for messages
     root: str  # the folder to which `relative_name` refers
     left_out: LeftOut
@@ -75,9 +74,9 @@ class Source:
         """Path or content of the file of image i."""
         raise NotImplementedError
 
-    def read(self, i: int, in_chans: int) -> list[Image.Image] | np.ndarray:
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image] | np.ndarray:
         """Image i as bands, or resized already as pixels (h, w, C) uint8. An unreadable image raises any exception."""
-        return read_image(self.content(i), in_chans)
+        return read_image(self.content(i), options)
 
     def sizes(self) -> np.ndarray:
         """(N,) size of each image in bytes, by which a cache notices other images of the same name."""
@@ -185,7 +184,8 @@ def list_files(folder: str | Path) -> dict[str, list[bytes]]:
         hidden = [name for name in folders if kind_of(os.fsdecode(name)) == HIDDEN]
         folders[:] = sorted(set(folders) - set(hidden))
         for name in sorted(files + hidden):
-            found[kind_of(os.fsdecode(name))].append(os.path.join(parent, name))
+            path, kind = os.path.join(parent, name), kind_of(os.fsdecode(name))
+            found[IMAGE if kind not in (IMAGE, HIDDEN) and has_image_content(path) else kind].append(path)
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from util.data.folders import Source
+from util.data.pixels import PixelOptions
 from util.data.timeouts import DiskTimeout, time_limit
 from util.rng import CROP, MASK, SampleRng
 
@@ -20,7 +21,7 @@ class Samples(Dataset):
         self, source: Source, transform: Callable, args, *, flip=False, noise_length: int = 0, replace_bad: bool = False
     ):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
-        self.seed, self.in_chans, self.replace_bad = args.seed, args.in_chans, replace_bad
+        self.seed, self.options, self.replace_bad = args.seed, PixelOptions.from_args(args), replace_bad
         self.on_bad_image = getattr(args, "on_bad_image", None)  # visualize.py has no such flag and stops
         self.timeout_s = 60 * args.timeout_minutes
 
@@ -80,7 +81,7 @@ class Samples(Dataset):
             index = candidate % len(self)
             try:
                 with time_limit(self.timeout_s):
-                    return self.transform(self.source.read(index, self.in_chans), rng, out), index
+                    return self.transform(self.source.read(index, self.options), rng, out), index
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 name = self.source.name(index).replace("\n", "\\n")
                 reason = " ".join(str(error).split()) or type(error).__name__

@@ -249,6 +249,7 @@ class Concat(View):
 
     def __init__(self, parts: Sequence[Source]):
         super().__init__(parts, np.concatenate([part.labels for part in parts]))
+        self.paths = np.concatenate([part.paths for part in parts])
         self.ends = np.cumsum([len(part) for part in parts])
 
     def find(self, i: int) -> tuple[Source, int]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from util.checkpoint.state import copy_to_host, write_checkpoint
 from util.data.batches import eval_loader
 from util.data.folders import Source
+from util.data.ranges import resolve_pixels
 from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import load_encoder, pooling
@@ -49,6 +50,7 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         raise ValueError(
             f"--checkpoint {args.checkpoint} has {count} classes, the validation images have {len(val.classes)}"
         )
+    args = resolve_pixels(args, val)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     if weights.source != "pixmim" and world.is_main:
         print(

@@ -23,7 +23,19 @@ from util.run import hash_file
 Encoder = Any
 
 
-MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "crop_pct", "pool")
+MODEL_FLAGS = (
+    "model",
+    "patch_size",
+    "input_size",
+    "in_chans",
+    "mean",
+    "std",
+    "crop_pct",
+    "pool",
+    "bands",
+    "value_range",
+    "alpha",
+)
 
 
 def read_architecture(

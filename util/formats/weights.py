@@ -16,6 +16,7 @@ METHOD: dict[str, Any] = {  # settings of pre-training -> type of their value
     "norm_pix_loss": bool, "mask_ratio": float | int, "mask_unit": int, "lowpass_radius": float | int, "lowpass": str,
     "fuse_layers": list | tuple,
 }  # fmt: skip
+PIXELS: dict[str, Any] = {"bands": list | tuple, "value_range": list | tuple, "alpha": str}
 HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
 
 
@@ -44,6 +45,9 @@ class Weights:
     grid: tuple[int, int] | None = None  # (h, w) patches
     mean: Any = None
     std: Any = None
+    bands: Any = None
+    value_range: Any = None
+    alpha: str | None = None
     crop_pct: float | None = None  # side of the evaluation crop as a share of the resized image
     decoder_dim: int | None = None
     decoder_depth: int | None = None
@@ -69,7 +73,7 @@ class Weights:
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
         facts |= {key: stated.get(key) for key in ("mean", "std", "pool", "classes")}
-        kinds = METHOD | {"crop_pct": float | int}
+        kinds = METHOD | {"crop_pct": float | int} | PIXELS
         facts |= {key: x for key, kind in kinds.items() if isinstance(x := stated.get(key), kind)}
         if own:
             facts |= {key: stated.get(key) for key in OWN}
@@ -106,7 +110,18 @@ class Weights:
     @property
     def settings(self) -> dict[str, Any]:
         """Stated settings that the tensors do not tell, as plain values under MAE's and our names; `read_weights` reads them."""
-        keys = (*METHOD, "num_heads", "decoder_heads", "mean", "std", "crop_pct", "pool", "classes", "input_size")
+        keys = (
+            *METHOD,
+            *PIXELS,
+            "num_heads",
+            "decoder_heads",
+            "mean",
+            "std",
+            "crop_pct",
+            "pool",
+            "classes",
+            "input_size",
+        )
         facts = {key: x for key in keys if key in self.args and (x := getattr(self, key)) is not None}
         size = facts.get("input_size")
         facts |= {"input_size": size[0]} if size and size[0] == size[1] else {}  # a number, as in args of MAE
