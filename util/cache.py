@@ -114,6 +114,7 @@ class Builder:
             "images": len(self.source),
             "files": files.hexdigest(),  # names and sizes
             "pillow": PIL.__version__,
+            "classes": self.source.classes,
             "names": self.source.digest() if args.tile is None else None,
         }
 
