@@ -6,4 +6,5 @@ health         Checks of a pre-training run: example images before the first ste
 knn            Weighted k-nearest-neighbour accuracy of an encoder.
 probes         Linear probes on a frozen encoder.
 scores         Accuracy of classifiers, exact over all ranks.
+segmentation   Semantic segmentation: linear heads, patch neighbours, DPT; sliding windows and IoU.
 """
