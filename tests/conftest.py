@@ -97,7 +97,10 @@ def masked(tmp_path_factory) -> Path:
         for kind in ("images", "masks"):
             (folder / split / kind).mkdir(parents=True)
         for n in range(count):
-            image, mask = np.array(smooth(rng, 22 + 3 * n, 30 - 2 * n, (60, 90, 120))), np.zeros((30 - 2 * n, 22 + 3 * n), np.uint8)
+            image, mask = (
+                np.array(smooth(rng, 22 + 3 * n, 30 - 2 * n, (60, 90, 120))),
+                np.zeros((30 - 2 * n, 22 + 3 * n), np.uint8),
+            )
             y, x = rng.integers(0, 12, 2)
             image[y : y + 8, x : x + 8], mask[y : y + 8, x : x + 8] = (230, 200, 60), 1
             mask[-1] = 255
