@@ -342,8 +342,8 @@ def test_two_ranks_equal_one(pretrained, masked, tmp_path):
         (["--crop_pct", 0.5], "--crop_pct 0.5: segmentation uses whole images"),
         (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more; --model vit_pico is none"),
         (
-            ["--finetune", "--model", "vit_tiny", "--input_size", 24, 16],
-            "--input_size 24 16: DPT needs a multiple of twice the patch size, 16",
+            ["--finetune", "--model", "vit_tiny", "--input_size", 48, 32],
+            "--input_size 48 32, --patch_size 8: DPT needs sides of a multiple of 32",
         ),
         (["--model", "convvit_pico", "--layers", 1], "--layers: ConvMAE has one stage"),
         (["--input_size", 20], "20 x 20 is not a multiple of the patch size 8"),
@@ -375,7 +375,7 @@ def test_a_dpt_has_every_tensor_of_the_encoder_and_layer_decay():
     options = {
         "model": "vit_tiny",
         "patch_size": 16,
-        "input_size": (32, 48),
+        "input_size": (32, 64),
         "in_chans": 1,
         "mean": [0.5],
         "std": [0.5],
@@ -403,7 +403,7 @@ def test_a_dpt_has_every_tensor_of_the_encoder_and_layer_decay():
 @pytest.mark.filterwarnings("ignore")
 def test_finetune_trains_the_untrained_encoder_beside_it_and_resumes(masked, tmp_path, monkeypatch):
     pytest.importorskip("segmentation_models_pytorch")
-    sizes = ["--model", "vit_tiny", "--patch_size", 8, "--input_size", 16]
+    sizes = ["--model", "vit_tiny", "--patch_size", 16, "--input_size", 32]
     segment(tmp_path / "encoder", masked, "--checkpoint", "none", *sizes, *TRAIN, "--epochs", 1, "--seed", 1)
     words = ["--checkpoint", tmp_path / "encoder" / "segmenter.pth", "--finetune", *TRAIN]
     found = segment(tmp_path / "a", masked, *words)

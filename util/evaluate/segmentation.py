@@ -109,9 +109,11 @@ def build_dpt(args: Namespace, encoder: Encoder, num_classes: int, drop_path: fl
         raise ValueError("--finetune needs a package: pip install segmentation-models-pytorch") from error
     if len(getattr(encoder, "blocks", ())) < 4:
         raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more; --model {args.model} is none")
-    if any(side % (2 * encoder.patch) for side in args.input_size):
+    if encoder.patch not in (4, 8, 16, 32) or any(side % 32 for side in args.input_size):
         size = " ".join(map(str, args.input_size))
-        raise ValueError(f"--input_size {size}: DPT needs a multiple of twice the patch size, {2 * encoder.patch}")
+        raise ValueError(
+            f"--input_size {size}, --patch_size {encoder.patch}: DPT needs sides of a multiple of 32 and patches of 4, 8, 16 or 32"
+        )
     weights = Weights.from_state(copy_to_host(encoder.state_dict()), args_to_dict(args))
     with TemporaryDirectory() as folder:
         write_weights(Path(folder, "vit"), weights, select_tensors(weights, "timm"), "timm", folder=True)
