@@ -132,6 +132,8 @@ def build_adamw(model: Any, run: Run) -> torch.optim.AdamW:
         groups = param_groups_layer_decay(
             encoder, args.weight_decay, encoder.no_weight_decay(), layer_decay=args.layer_decay
         )
+        for group in groups:
+            group["lr_scale"] *= args.layer_decay  # the decoder is the layer after the last block
         groups += param_groups_weight_decay(decoder, args.weight_decay)
     else:
         groups = []

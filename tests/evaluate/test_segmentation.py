@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -402,7 +403,9 @@ def test_a_dpt_has_every_tensor_of_the_encoder_and_layer_decay():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_finetune_trains_the_untrained_encoder_beside_it_and_resumes(masked, tmp_path, monkeypatch):
-    pytest.importorskip("segmentation_models_pytorch")
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    small = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 8}
+    monkeypatch.setattr(smp, "DPT", partial(smp.DPT, **small))
     sizes = ["--model", "vit_tiny", "--patch_size", 16, "--input_size", 32]
     segment(tmp_path / "encoder", masked, "--checkpoint", "none", *sizes, *TRAIN, "--epochs", 1, "--seed", 1)
     words = ["--checkpoint", tmp_path / "encoder" / "segmenter.pth", "--finetune", *TRAIN]
