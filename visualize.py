@@ -1,4 +1,4 @@
-"""Pictures of a model: reconstruction, attention, feature components, spectrum, masks, low-pass filters."""
+"""Pictures of a model: reconstruction, attention, feature components, spectrum, masks, low-pass filters, segmentation."""
 
 import argparse
 from argparse import Namespace
@@ -25,19 +25,23 @@ from util.args import (
 )
 from util.data.batches import load_batch
 from util.data.folders import Folder, list_images
+from util.data.masks import mask_folder
 from util.data.ranges import resolve_pixels
 from util.data.samples import Samples
 from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
+from util.evaluate.segmentation import Confusion, load_segmenter, mask_loader, predict_images
 from util.formats.keys import pixmim_names
 from util.formats.resize import resize_weights
 from util.formats.weights import Weights
 from util.plots.features import draw_attention, draw_components
 from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
+from util.plots.segmentation import draw_segmentation
 from util.rng import MASK, generator
 
 MASKS = 6
+WORST = 5  # images of val with the lowest mIoU, in --segment
 RADII = (10, 20, 40, 80, 112)  # defaults of --filter at 224 px
 
 
@@ -48,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --pca, --masks "
              "and --filter work; none = an untrained --model")
     parser.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
-    parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images")
+    parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images; --segment: the --data_path of main_segment.py")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
     parser.add_argument("--count", type=number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -56,6 +60,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--pca", action="store_true", help="draw the first three principal components of the patch features as colours")
     add("--spectrum", action="store_true", help="draw a chart of the power per frequency of input, target, prediction and error")
     add("--masks", action="store_true", help=f"draw each image under {MASKS} masks")
+    add("--segment", action="store_true",
+        help=f"draw image, mask and prediction of images of val by a segmenter.pth, and the {WORST} of the lowest mIoU")
     add("--filter", nargs="*", type=number(float, 1), metavar="R",
         help="draw each image under low-pass filters of these radii in bins, and what they remove; without radii: 10 20 40 80 "
              "112 scaled from 224 px to --input_size, and the model's radius")
@@ -163,17 +169,53 @@ def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: t
     return draw_spectrum(reconstruction) if args.spectrum else draw_reconstruction(reconstruction)
 
 
+def draw_segments(args: Namespace, weights: Weights | None) -> tuple[np.ndarray, int]:
+    """--segment: (picture, number of images) of --count images of val at even steps, then those of the lowest mIoU."""
+    given = {"data_path": args.images, "batch_size": 16, "amp": "off", "num_workers": 0}
+    world = init_world(args.device, "off")
+    model, args = load_segmenter(Namespace(**vars(args) | given), build_encoder, weights, world)
+    val = mask_folder(args, "val")
+    args = resolve_pixels(args, val)
+    count, chosen, worst = min(args.count, len(val)), [], []
+    wanted = {i * len(val) // count for i in range(count)}
+    for found in predict_images(args, world, model, mask_loader(args, world, val)):
+        if (found.truth < 0).all():
+            continue
+        score = Confusion(len(val.classes), world.device)
+        score.add(found.truth, found.classes[0])
+        miou = score.result(world, val.classes)["miou"]
+        chosen += [(miou, found)] if found.image in wanted else []
+        worst = sorted([*worst, (miou, found)], key=lambda pair: pair[0])[:WORST]
+    labels = [f"{kind}{miou:.1f}" for kind, part in (("", chosen), ("worst: ", worst)) for miou, _ in part]
+    shown = [found for _, found in (*chosen, *worst)]
+    columns = (
+        [x.numpy(force=True) for x in column]
+        for column in zip(*((f.pixels, f.truth, f.classes[0]) for f in shown), strict=True)
+    )
+    return draw_segmentation(*columns, labels, val.classes), len(shown)
+
+
+def save_picture(args: Namespace, pixels: np.ndarray, count: int) -> None:
+    picture = Image.fromarray(pixels)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
+    print(f"{args.output}: {count} images, {picture.width} x {picture.height}")
+
+
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
     of_encoder = args.attention or args.pca
-    if not (of_encoder or args.masks or args.filter is not None or (weights and weights.has_decoder)):
+    if not (of_encoder or args.segment or args.masks or args.filter is not None or (weights and weights.has_decoder)):
         raise ValueError(
             f"--checkpoint {args.checkpoint} has no decoder: the reconstruction and --spectrum need a pre-training checkpoint "
             "with one; --attention, --pca, --masks and --filter do not"
         )
-    if weights and not of_encoder and args.filter is None:
+    if weights and not (of_encoder or args.segment) and args.filter is None:
         print_assumptions(args)
     args = resolve_defaults(args)
+    if args.segment:
+        save_picture(args, *draw_segments(args, weights))
+        return
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
     args = resolve_pixels(args, source)
@@ -185,10 +227,7 @@ def main() -> None:
     else:
         draw = draw_encoder if of_encoder else draw_method
         pixels = draw(args, weights, batch, device)
-    picture = Image.fromarray(pixels)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.output)
-    print(f"{args.output}: {len(source)} images, {picture.width} x {picture.height}")
+    save_picture(args, pixels, len(source))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,26 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def masked(tmp_path_factory) -> Path:
+    """train/ and val/ with 6 and 3 images of a coloured ground with a square, and masks: 0 ground, 1 square, 255 at an edge."""
+    folder, rng = tmp_path_factory.mktemp("masked"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True)
+        for n in range(count):
+            image, mask = (
+                np.array(smooth(rng, 22 + 3 * n, 30 - 2 * n, (60, 90, 120))),
+                np.zeros((30 - 2 * n, 22 + 3 * n), np.uint8),
+            )
+            y, x = rng.integers(0, 12, 2)
+            image[y : y + 8, x : x + 8], mask[y : y + 8, x : x + 8] = (230, 200, 60), 1
+            mask[-1] = 255
+            Image.fromarray(image).save(folder / split / "images" / f"{n}.png")
+            Image.fromarray(mask).save(folder / split / "masks" / f"{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pretrained(tmp_path_factory, photos) -> Path:
     """Output folder of a finished run: 2 epochs of 2 steps of 8 images. Copy it before changing it."""
     torch.set_num_threads(1)

@@ -164,14 +164,15 @@ EXCLUDED = {"-h", "--help", "--compile", "--push_to_hub"}  # take minutes; need 
 MAXIMUM = 10**9
 RANGES = {
     (int, 0, 256): "num_workers",
-    (int, 0, MAXIMUM): "freeze_encoder_epochs freeze_layers fuse_layers image_every knn_every max_skipped",
+    (int, 0, MAXIMUM): "freeze_encoder_epochs freeze_layers short_side fuse_layers image_every knn_every max_skipped",
     (int, 0, 2**63 - 1): "seed",
+    (int, 0, 65535): "ignore_index",
     (int, 1, 10**6): "epochs",
     (
         int,
         1,
         MAXIMUM,
-    ): "accum_iter bands batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k log_every "
+    ): "accum_iter bands bank_patches batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k layers log_every "
     "mask_unit patch_size save_every stream_samples",
     (int, 4, MAXIMUM): "decoder_dim",
     (float, 0, 0.99): "drop_path",
@@ -195,7 +196,11 @@ VALUE_COUNTS = {
     "filter": (0, 99),
     "images": (1, 99),
     "value_range": (1, 99),
+    "layers": (1, 99),
+    "classes": (1, 99),
+    "palette": (1, 99),
 }
+LISTS = {("main_linprobe", "blr"), ("main_segment", "blr"), ("main_segment", "k")}  # numbers elsewhere
 KEYWORDS = {"lowpass_radius": "auto"}  # accepted besides numbers
 RANGE_WORDS = ("auto", "full", "percentile")
 REFUSED = object()
@@ -206,12 +211,14 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     dest = action.dest
     if action.nargs == 0:
         return REFUSED if values else True
-    low, high = (1, 99) if (name, dest) == ("main_linprobe", "blr") else VALUE_COUNTS.get(dest, (1, 1))
+    low, high = (1, 99) if (name, dest) in LISTS else VALUE_COUNTS.get(dest, (1, 1))
     if not low <= len(values) <= high or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values):
         return REFUSED  # a word that begins with a dash and is not a number is another flag
     if dest == "value_range":
         return accepted_range(values)
-    if action.choices is None and action.type not in (None, Path, picture):
+    if dest == "palette":
+        values = [value.lower() if re.fullmatch("[0-9a-fA-F]{6}", value) else REFUSED for value in values]
+    elif action.choices is None and action.type not in (None, Path, picture):
         values = [value if value == KEYWORDS.get(dest) else number_of(value, *NUMBERS[dest]) for value in values]
     wrong_choice = action.choices is not None and values[0] not in action.choices
     wrong_suffix = action.type is picture and Path(values[0]).suffix not in (".png", ".jpg", ".jpeg")
@@ -259,7 +266,16 @@ def command_lines(name: str):
     return st.lists(st.one_of(flags), min_size=1, max_size=4)
 
 
-MAINS = ["main_pretrain", "main_linprobe", "main_finetune", "main_knn", "main_features", "visualize", "util.convert"]
+MAINS = [
+    "main_pretrain",
+    "main_linprobe",
+    "main_finetune",
+    "main_segment",
+    "main_knn",
+    "main_features",
+    "visualize",
+    "util.convert",
+]
 
 
 @pytest.fixture
@@ -358,7 +374,7 @@ def test_every_flag_accepts_only_its_documented_values(name, monkeypatch):
 @pytest.mark.parametrize("name", MAINS)
 @pytest.mark.timeout(max(300, 20 * EXAMPLES))
 @pytest.mark.filterwarnings("ignore")
-def test_random_command_lines_run_or_fail_with_one_line(name, photos, pretrained, folder, tmp_path_factory):
+def test_random_command_lines_run_or_fail_with_one_line(name, photos, masked, pretrained, folder, tmp_path_factory):
     last = str(pretrained / "last.pth")
     common = ["--checkpoint", last, "--data_path", str(photos), *DEVICE]
     short = ["--epochs", "1", "--batch_size", "8", "--warmup_epochs", "0"]
@@ -366,6 +382,7 @@ def test_random_command_lines_run_or_fail_with_one_line(name, photos, pretrained
         "main_pretrain": [*PRETRAIN, *short, "--data_path", str(photos)],
         "main_linprobe": [*common, *short],
         "main_finetune": [*common, *short],
+        "main_segment": [*common[:2], "--data_path", str(masked), *DEVICE, *short],
         "main_knn": common,
         "main_features": [*common, "--output", str(folder / "x.npy")],
         "visualize": [

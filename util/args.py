@@ -195,11 +195,11 @@ def add_pixel_arguments(group) -> None:
                             "but channel in GeoTIFFs (default: as in --checkpoint, else auto)")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: bool = True):
-    """Flags of the data; `splits`: of labels and splits, too."""
+def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: bool = True, packed: bool = True):
+    """Flags of the data. `splits`: of labels and splits, too; `packed`: of tables and tar shards, too."""
     group = parser.add_argument_group("data")
-    add_source_arguments(group, layout, splits)
-    if splits:
+    add_source_arguments(group, layout, splits, packed)
+    if splits and packed:
         group.add_argument("--val_path", nargs="+", metavar="PATH",
                            help="validation images, as --data_path (default: val/, valid/ or test/ in --data_path)")
         group.add_argument("--label_column", metavar="NAME", help="column of a table with the class (default: label, class, category or target)")
@@ -212,9 +212,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: boo
     return group
 
 
-def add_source_arguments(group, layout: str, splits: bool = True) -> None:
+def add_source_arguments(group, layout: str, splits: bool = True, packed: bool = True) -> None:
     """Flags that name images, for a parser or a group of it."""
-    group.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help=f"{layout}; several are joined")
+    group.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help=layout + ("; several are joined" if packed else ""))
+    if not packed:
+        return
     group.add_argument("--image_column", metavar="NAME",
                        help="column of a .csv, .tsv or .parquet with the images or their paths (default: image, file_name or path, for example)")
     if splits:

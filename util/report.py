@@ -37,21 +37,27 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def data_name(args: dict) -> str:
+    """Last names of --data_path; earlier versions recorded one path."""
+    paths = args["data_path"] if isinstance(args["data_path"], list) else [args["data_path"]]
+    return "+".join(Path(path).name for path in paths)
+
+
 def settings(args: dict, world_size: int = 1) -> dict[str, Any]:
     """Flags that tell runs apart, with their defaults; for a training also data and effective batch."""
     found = {name: x for name, x in vars(resolve_defaults(Namespace(**args))).items() if name not in IGNORED}
     if "epochs" in args:  # data and batch are replaced by those that the checkpoint records
         batch = args["effective_batch"] or args["batch_size"] * args["accum_iter"] * world_size
-        found = {"batch": batch, "data": Path(args["data_path"]).name} | found
+        found = {"batch": batch, "data": data_name(args)} | found
     return found
 
 
 def interpret(record: dict) -> tuple[dict, dict, list[int]]:
     """(Settings of the row, settings of the column, seeds); an error if `print_result` has not written the record."""
     args, result, origin = record["args"], record["result"], record["args"]["origin"]
-    file, data, evaluated = args["checkpoint"], Path(args["data_path"]).name, args.get("eval", False)
+    file, data, evaluated = args["checkpoint"], data_name(args), args.get("eval", False)
     column = {} if evaluated else settings(args, record["world_size"])
-    random = origin is None or "epochs" in args or args["train_fraction"] < 1
+    random = origin is None or "epochs" in args or args.get("train_fraction", 1) < 1
     seeds = [args["seed"]] if random and not evaluated else []
     if origin and origin["args"].get("input_size", args["input_size"]) != args["input_size"]:
         column["other_input_size"] = args["input_size"]

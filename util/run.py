@@ -10,6 +10,7 @@ OUTPUT_DIR holds
     epoch-NNNN.pth          kept every --save_every epochs and at the end
     bad_images.txt          unreadable images, replaced in training, left out of evaluations (--on_bad_image skip)
     classifier.pth          the trained classifier (probe and fine-tuning)
+    segmenter.pth           the trained segmenter
     last.pth.damaged        a checkpoint whose checksum was wrong, set aside on resume
     debug-STEP.pth          batch and weights of one step (debug_step.py)
     .lock                   held while a process writes here
@@ -136,9 +137,9 @@ def is_restart(folder: Path) -> bool:
     return any(written.get(launcher) == name for launcher, name in now.items())
 
 
-def start_run(args: Namespace) -> Run:
-    """Join the ranks, check OUTPUT_DIR, seed the initial weights."""
-    world = init_world(args.device, args.amp, args.timeout_minutes)
+def start_run(args: Namespace, world: World | None = None) -> Run:
+    """Join the ranks unless they have joined in `world`, check OUTPUT_DIR, seed the initial weights."""
+    world = world or init_world(args.device, args.amp, args.timeout_minutes)
     batch_size, accum_iter = args.batch_size, args.accum_iter
     if args.effective_batch:
         batch_size, accum_iter = split_effective_batch(args.effective_batch, batch_size, world.size)

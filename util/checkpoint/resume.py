@@ -21,7 +21,7 @@ from util.run import Run, args_to_dict
 FREE = {
     "checkpoint", "data_path", "val_path", "verbose_data", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
     "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
-    "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin",
+    "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin", "untrained",
 }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """Running means and variances of the batch norms. They differ from rank to rank."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
 
 

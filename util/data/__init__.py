@@ -6,6 +6,7 @@ batches        Loaders (processes or threads), and batches copied to the device 
 cache          Packed cache of resized images: format and reading. `util/cache.py` builds it.
 decode         Decoding: one image file, recognised by its content -> upright bands of 8-bit pixels.
 folders        Image folders: images and what is left out, splits, classes; the interface of every image source.
+masks          Images with segmentation masks: folders, decoding of masks, crops of both.
 pixels         Pixels: values as stored -> 8-bit bands, by --bands, --value_range and --alpha.
 ranges         The value range of a data set, decided by a sample of its images.
 samplers       Samplers: which images a rank loads, and in which order.

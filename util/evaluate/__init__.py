@@ -7,4 +7,5 @@ knn            Weighted k-nearest-neighbour accuracy of an encoder.
 probes         Linear probes on a frozen encoder.
 robustness     Classifiers on ImageNet-A, -R, -Sketch and -C.
 scores         Accuracy of classifiers, exact over all ranks.
+segmentation   Semantic segmentation: linear heads, patch neighbours, DPT; sliding windows and IoU.
 """

@@ -5,5 +5,6 @@ curves         Chart of pre-training runs from their log.jsonl: loss, gradient n
 features       Image grids of an encoder: attention of the class token, principal components of the patch features.
 grids          Labelled grids of images.
 reconstruction Image grids of the pre-training task: reconstruction, masks, low-pass filters.
+segmentation   Image grids of a segmentation: image, mask, prediction, with a legend of the classes.
 spectrum       Radial power spectrum of images and its chart.
 """

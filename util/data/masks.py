@@ -1,0 +1,162 @@
+"""Images with segmentation masks: folders, decoding of masks, crops of both.
+
+A mask travels as one more band of its image: 0 = ignored, k + 1 = class k, so that whatever pads a band with zeros ignores it.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from util.data.decode import read_image
+from util.data.folders import Folder, list_images
+from util.data.pixels import PixelOptions
+
+MAX_CLASSES = 255  # a band has 8 bits
+ADE20K = {"train": "training", "val": "validation"}
+SCALES = (0.5, 2.0)  # of training crops
+
+
+def read_mask(path: str, palette: Sequence[int] | None) -> np.ndarray:
+    """(h, w) int32: the class numbers in a mask file, or the position of each colour in the palette of 0xRRGGBB."""
+    with Image.open(path) as mask:
+        if palette is None:
+            if mask.mode not in ("1", "L", "P", "I", "I;16"):
+                raise ValueError(
+                    f"its mask {path} holds colours ({mask.mode}), not class numbers; name them by --palette"
+                )
+            return np.asarray(mask).astype(np.int32)
+        colours = np.asarray(mask.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+    order = np.argsort(palette)
+    found = order[np.searchsorted(palette, colours, sorter=order).clip(max=len(palette) - 1)].astype(np.int32)
+    if (wrong := np.asarray(palette)[found] != colours).any():
+        raise ValueError(f"its mask {path} has the colour {colours[wrong][0]:06x}, which --palette lacks")
+    return found
+
+
+class MaskFolder(Folder):
+    """Image files with a mask each.
+
+    ignore_index: number in the masks that is ignored; first: that of class 0, numbers below it are ignored.
+    """
+
+    def __init__(
+        self, paths: list[bytes], masks: list[str], classes: list[str], palette: Any, ignore_index: int, first: int
+    ):
+        super().__init__(paths, os.path.dirname(os.fsdecode(paths[0])))
+        self.masks, self.classes, self.palette = masks, classes, palette
+        self.ignore_index, self.first = ignore_index, first
+
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image]:
+        """The bands of image i and its mask as class + 1. ValueError for unknown classes and for another size."""
+        bands, path = read_image(self.paths[i], options), self.masks[i]
+        numbers = read_mask(path, self.palette)
+        if bands[0].size != numbers.shape[::-1]:
+            width, height = bands[0].size
+            raise ValueError(
+                f"its mask {path} has {numbers.shape[1]} x {numbers.shape[0]} pixels, not {width} x {height}"
+            )
+        mask = np.where(numbers == self.ignore_index, 0, numbers - self.first + 1)
+        if mask.max() > len(self.classes):
+            raise ValueError(
+                f"its mask {path} has class {mask.max() - 1 + self.first}, but there are {len(self.classes)} classes "
+                f"(--classes; --ignore_index {self.ignore_index} is ignored)"
+            )
+        return [*bands, Image.fromarray(mask.clip(min=0).astype(np.uint8))]
+
+
+def count_classes(masks: list[str], palette: Sequence[int] | None, ignore_index: int) -> int:
+    """Largest class number in these masks, plus one."""
+
+    def largest(path: str) -> int:
+        numbers = read_mask(path, palette)
+        return int(numbers.max(initial=-1, where=numbers != ignore_index))
+
+    with ThreadPoolExecutor() as pool:
+        return max(pool.map(largest, masks)) + 1
+
+
+def mask_folder(args: Namespace, split: str, classes: Sequence[str] | None = None) -> MaskFolder:
+    """Images and masks of DIR/split, or of ADE20K's published folder, with these classes.
+
+    None = --classes, ADE20K's, the palette's or as many as the masks have. Args: data_path, classes, palette, ignore_index.
+    """
+    if len(args.data_path) > 1:
+        raise ValueError(f"--data_path {' '.join(args.data_path)}: segmentation reads one folder")
+    root = Path(args.data_path[0])
+    ade = (root / "annotations").is_dir()
+    places = ("images", "annotations" if ade else "masks")
+    images, masks = (root / kind / ADE20K[split] if ade else root / split / kind for kind in places)
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--data_path: there is no folder {folder}; images and masks have the same names")
+    paths = list_images(images)
+    if not paths:
+        raise ValueError(f"--data_path: {images} holds no image")
+    found = [masks / Path(os.path.relpath(os.fsdecode(path), images)).with_suffix(".png") for path in paths]
+    if missing := [path for path in found if not path.is_file()]:
+        raise ValueError(
+            f"--data_path: {len(missing)} of {len(paths)} images in {images} have no mask, such as {missing[0]}"
+        )
+    names = [str(path) for path in found]
+    palette = args.palette and [int(colour, 16) for colour in args.palette]
+    classes = classes or args.classes
+    if classes is None and ade:
+        table = root / "objectInfo150.txt"  # tab-separated, a head line, the name in the last column
+        lines = table.read_text().splitlines()[1:] if table.is_file() else map(str, range(1, 151))
+        classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+    classes = [*map(str, classes or range(count_classes(names, palette, args.ignore_index)))]
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        raise ValueError(f"--data_path: {masks} has {len(classes)} classes; expected 2 to {MAX_CLASSES} (--classes)")
+    return MaskFolder(paths, names, classes, palette, args.ignore_index, int(ade))
+
+
+def fit_size(height: int, width: int, args: Namespace) -> tuple[int, int]:
+    """(H, W) to which an image is resized: short side --short_side (0 = unchanged), at least --input_size in both directions."""
+    side = min(args.input_size) if args.short_side is None else args.short_side
+    scale = max(side / min(height, width) if side else 1.0, args.input_size[0] / height, args.input_size[1] / width)
+    return max(round(height * scale), args.input_size[0]), max(round(width * scale), args.input_size[1])
+
+
+class MultiScaleCrop:
+    """Bands -> (H, W, C + 1) uint8: a window at a random place and of a random scale, 1/2 to 2 times `fit_size`.
+
+    A window that is larger than the image is filled with zeros. Images are resized bilinearly, masks to the nearest.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args = args
+
+    def __call__(
+        self, bands: Sequence[Image.Image], rng: np.random.Generator, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        (width, height), (scale, *place) = bands[0].size, rng.random(3)
+        zoom = fit_size(height, width, self.args)[0] / height * SCALES[0] * (SCALES[1] / SCALES[0]) ** scale
+        h, w = (max(1, round(side / zoom)) for side in self.args.input_size)
+        top, left = (round(draw * (n - side)) for draw, n, side in zip(place, (height, width), (h, w), strict=True))
+        filters = [Image.Resampling.BILINEAR] * (len(bands) - 1) + [Image.Resampling.NEAREST]
+        size = self.args.input_size[::-1]
+        cropped = [
+            band.crop((left, top, left + w, top + h)).resize(size, f) for band, f in zip(bands, filters, strict=True)
+        ]
+        return np.concatenate([np.atleast_3d(np.asarray(band)) for band in cropped], axis=2, out=out)
+
+
+def stack_bands(bands: Sequence[Image.Image], rng: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """Bands -> (h, w, C + 1) uint8, unchanged: the transform of evaluation, for batches of one image."""
+    return np.concatenate([np.atleast_3d(np.asarray(band)) for band in bands], axis=2, out=out)
+
+
+def split_masks(batch: dict) -> tuple[dict, Tensor]:
+    """(batch without the band of the masks, classes (B, H, W) int64, -1 = ignored), flipped where `Normalize` flips images."""
+    images, masks = batch["images"][..., :-1], batch["images"][..., -1].long() - 1
+    if "flip" in batch:
+        masks = torch.where(batch["flip"].view(-1, 1, 1), masks.flip(2), masks)
+    return batch | {"images": images}, masks
