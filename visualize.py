@@ -171,6 +171,8 @@ def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: t
 
 def draw_segments(args: Namespace, weights: Weights | None) -> tuple[np.ndarray, int]:
     """--segment: (picture, number of images) of --count images of val at even steps, then those of the lowest mIoU."""
+    if len(args.images) != 1:
+        raise ValueError(f"--segment --images {' '.join(args.images)}: name one folder, as for main_segment.py")
     given = {"data_path": args.images, "batch_size": 16, "amp": "off", "num_workers": 0}
     world = init_world(args.device, "off")
     model, args = load_segmenter(Namespace(**vars(args) | given), build_encoder, weights, world)

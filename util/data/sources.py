@@ -7,16 +7,17 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from util.data.archives import Archives
 from util.data.cache import Cache, is_cache
 from util.data.folders import IMAGE, Folder, Query, Source, find_split, folder_source, kind_of, list_files, split_folder
+from util.data.pixels import PixelOptions
 from util.data.streams import Stream, import_webdataset, is_stream
 from util.data.tables import TABLES, open_parquet, open_table, order_classes
 from util.dist import rank_from_env
@@ -235,9 +236,9 @@ class View(Source):
         part, inside = self.find(i)
         return part.location(inside)
 
-    def content(self, i: int) -> bytes | BytesIO:
+    def read(self, i: int, options: PixelOptions) -> list[Image.Image] | np.ndarray:
         part, inside = self.find(i)
-        return part.content(inside)
+        return part.read(inside, options)
 
     def close(self) -> None:
         for part in self.parts:
