@@ -33,7 +33,15 @@ from util.data.streams import is_stream
 from util.data.tars import Tars, iter_files, local_tars
 from util.data.transforms import eval_transform
 from util.dist import init_world
-from util.evaluate.encoder import encode_batches, features, load_encoder, patch_features, pooling, read_architecture
+from util.evaluate.encoder import (
+    encode_batches,
+    features,
+    load_encoder,
+    patch_features,
+    pool_name,
+    pooling,
+    read_architecture,
+)
 from util.evaluate.scores import print_result
 from util.files import lock_file, write_atomic
 from util.meters import log_bad_images
@@ -185,8 +193,7 @@ def main() -> None:
         raise ValueError(f"main_features.py supports one rank, not {world.size}: start it with python, not torchrun")
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device).eval()
     source, names = find_images(args.data_path)
-    pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
-    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
+    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool_name(encoder)}
 
     def encode(first: int) -> Iterator[tuple[np.ndarray, list[int], int]]:
         loader = eval_loader(args, world, source, eval_transform(args.input_size, args.crop_pct), first)

@@ -171,7 +171,7 @@ RANGES = {
         int,
         1,
         MAXIMUM,
-    ): "accum_iter batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k log_every "
+    ): "accum_iter batch_size count decoder_depth decoder_heads effective_batch ep_queries in_chans input_size k layers log_every "
     "mask_unit patch_size save_every stream_samples",
     (int, 4, MAXIMUM): "decoder_dim",
     (float, 0, 0.99): "drop_path",
@@ -193,8 +193,11 @@ VALUE_COUNTS = {
     "fuse_layers": (1, 99),
     "filter": (0, 99),
     "images": (1, 99),
+    "k": (1, 99),
+    "temperature": (1, 99),
+    "layers": (1, 99),
 }
-KEYWORDS = {"lowpass_radius": "auto"}  # accepted besides numbers
+KEYWORDS = {"lowpass_radius": "auto", "layers": "all"}  # accepted besides numbers
 REFUSED = object()
 
 
@@ -203,12 +206,13 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     dest = action.dest
     if action.nargs == 0:
         return REFUSED if values else True
-    low, high = (1, 99) if (name, dest) == ("main_linprobe", "blr") else VALUE_COUNTS.get(dest, (1, 1))
+    several = name == "main_linprobe" and dest in ("blr", "pool")
+    low, high = (1, 99) if several else VALUE_COUNTS.get(dest, (1, 1))
     if not low <= len(values) <= high or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values):
         return REFUSED  # a word that begins with a dash and is not a number is another flag
     if action.choices is None and action.type not in (None, Path, picture):
         values = [value if value == KEYWORDS.get(dest) else number_of(value, *NUMBERS[dest]) for value in values]
-    wrong_choice = action.choices is not None and values[0] not in action.choices
+    wrong_choice = action.choices is not None and not {*values} <= {*action.choices}
     wrong_suffix = action.type is picture and Path(values[0]).suffix not in (".png", ".jpg", ".jpeg")
     if REFUSED in values or wrong_choice or wrong_suffix:
         return REFUSED
