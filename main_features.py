@@ -30,7 +30,15 @@ from util.data.ranges import resolve_pixels
 from util.data.sources import indexed_source
 from util.data.transforms import eval_transform
 from util.dist import init_world
-from util.evaluate.encoder import encode_batches, features, load_encoder, patch_features, pooling, read_architecture
+from util.evaluate.encoder import (
+    encode_batches,
+    features,
+    load_encoder,
+    patch_features,
+    pool_name,
+    pooling,
+    read_architecture,
+)
 from util.evaluate.scores import print_result
 from util.files import lock_file, write_atomic
 from util.meters import log_bad_images
@@ -161,8 +169,7 @@ def main() -> None:
     source = indexed_source(args, split=None)
     args = resolve_pixels(args, source)
     names = [source.relative_name(i) for i in range(len(source))]
-    pool = "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
-    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool}
+    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool_name(encoder)}
 
     def encode(first: int) -> Iterator[tuple[np.ndarray, list[int], int]]:
         loader = eval_loader(args, world, source, eval_transform(args.input_size, args.crop_pct), first)

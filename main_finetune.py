@@ -36,7 +36,7 @@ from util.run import Run, start_run
 
 def get_parser() -> argparse.ArgumentParser:
     schedule = {"batch_size": 128, "epochs": 100, "warmup_epochs": 5, "blr": 5e-4, "min_lr": 1e-6, "weight_decay": 0.05}
-    parser = classifier_parser(__doc__, ENCODERS, "output/finetune", pool=False, **schedule)
+    parser = classifier_parser(__doc__, ENCODERS, "output/finetune", pools=(), **schedule)
     # fmt: off
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--layer_decay", type=number(float, 0.01, 1), default=0.65,

@@ -1,6 +1,10 @@
 """python main_knn.py --checkpoint output/pixmim/last.pth --data_path DIR: k-NN accuracy of a frozen encoder."""
 
 import argparse
+from argparse import Namespace
+from pathlib import Path
+
+from PIL import Image
 
 from models import ENCODERS, build_encoder
 from util.args import (
@@ -13,16 +17,18 @@ from util.args import (
     add_results_argument,
     add_subset_arguments,
     number,
+    picture,
     run_main,
 )
 from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images
 from util.dist import init_world
-from util.evaluate.encoder import knn_layer, load_encoder, pooling, read_architecture
-from util.evaluate.knn import knn
+from util.evaluate.encoder import Encoder, encoder_blocks, knn_layer, load_encoder, pooling, read_architecture
+from util.evaluate.knn import Setting, knn
 from util.evaluate.scores import print_result
+from util.plots.charts import draw_lines
 
-LAYERS = ("before_norm", "after_norm")
+NORMS = ("before_norm", "after_norm")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -33,32 +39,59 @@ def get_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, ENCODERS)
     add_device_arguments(parser)
     add_results_argument(parser)
+    # fmt: off
     add = parser.add_argument_group("kNN").add_argument
     add("--batch_size", type=number(int, 1), default=256, help="images per rank and forward pass")
-    add("--knn_features", choices=["auto", *LAYERS], default="auto",
+    add("--knn_features", choices=["auto", *NORMS], default="auto",
         help="features before or after the encoder's final norm; auto = after_norm for classifiers, else before_norm. Both are printed, "
-             "the chosen one last")  # fmt: skip
-    add("--k", type=number(int, 1), default=20, help="number of neighbours that vote")
-    add(
-        "--temperature",
-        type=number(float, 1e-3),
-        default=0.07,
-        help="a vote has the weight exp(cosine similarity / temperature)",
-    )
+             "the chosen one last")
+    add("--k", type=number(int, 1), nargs="+", default=[20], help="numbers of neighbours that vote; the result is that of 20 if listed, else of the first")
+    add("--temperature", type=number(float, 1e-3), nargs="+", default=[0.07],
+        help="a vote has the weight exp(cosine similarity / temperature); the result is that of 0.07 if listed, else of the first")
+    add("--layers", type=number(int, 1, or_word="all"), nargs="+", default=[], metavar="N|all",
+        help="also measure the features after these blocks, counted from 1; all = each block")
+    add("--layers_chart", type=picture, metavar="FILE", help="chart of the accuracy of --layers to write, .png or .jpg")
+    # fmt: on
     return parser
+
+
+def find_layers(args: Namespace, encoder: Encoder) -> list[int]:
+    """Blocks that --layers names; ValueError if the encoder lacks one, or if there are none for --layers_chart."""
+    depth = len(encoder_blocks(encoder))
+    layers = [*range(1, depth + 1)] if "all" in args.layers else sorted({*args.layers})
+    if layers and layers[-1] > depth:
+        raise ValueError(f"--layers {layers[-1]}: the encoder has {depth} blocks")
+    if args.layers_chart and not layers:
+        raise ValueError(f"--layers_chart {args.layers_chart} requires --layers, such as --layers all")
+    return layers
+
+
+def write_chart(path: str, results: dict[Setting, dict], layers: list[int], ks: list[int], temperature: float) -> None:
+    """--layers_chart: a line for each k."""
+    lines = {f"k = {k}": (layers, [results[n, k, temperature]["acc1"] for n in layers]) for k in ks}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(draw_lines(lines, "kNN top-1 accuracy in %, before the final norm", "block")).save(path)
 
 
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool)).to(world.device)
+    layers, chosen = find_layers(args, encoder), knn_layer(weights, args.knn_features)
     train, val = labelled_sources(args.data_path, args)
     args = resolve_pixels(args, train)
-    sources, chosen = (select_training_images(train, args), val), knn_layer(weights, args.knn_features)
-    other = next(layer for layer in LAYERS if layer != chosen)
-    results = knn(args, world, encoder, sources, (other, chosen), args.k, args.temperature)
-    print_result(world, results[0], args)
-    print_result(world, {**results[1], f"acc1_{other}": results[0]["acc1"]}, args)  # the last line is the result
+    sources = select_training_images(train, args), val
+    other = next(layer for layer in NORMS if layer != chosen)
+    results = knn(args, world, encoder, sources, [*layers, other, chosen], args.k, args.temperature)
+    k, t = (usual if usual in given else given[0] for usual, given in ((20, args.k), (0.07, args.temperature)))
+    if args.layers_chart and world.is_main:
+        write_chart(args.layers_chart, results, layers, args.k, t)
+    # the last line is the result
+    for setting, result in sorted(results.items(), key=lambda item: item[0] == (chosen, k, t)):
+        layer = setting[0] if setting[0] in NORMS else f"block_{setting[0]}"
+        row = {"knn_features": layer, "k": setting[1], "temperature": setting[2], **result}
+        both = {f"acc1_{other}": results[other, k, t]["acc1"]} if setting == (chosen, k, t) else {}
+        print_result(world, row | both, args)
     world.close()
 
 

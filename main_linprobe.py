@@ -1,10 +1,9 @@
-"""python main_linprobe.py --checkpoint FILE --data_path DIR: train linear classifiers on frozen features.
+"""python main_linprobe.py --checkpoint FILE --data_path DIR: train linear and attentive classifiers on frozen features.
 
-Several --blr train one classifier each in the same pass. The defaults are MAE's for ViT-B/16 on 8 devices.
+Each --pool is combined with each --blr; all heads train in the same pass. The defaults are MAE's for ViT-B/16 on 8 devices.
 """
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -13,7 +12,7 @@ from timm.optim import Lars
 
 from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
-from util.args import classifier_parser, run_main
+from util.args import classifier_parser, number, run_main
 from util.checkpoint.resume import recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
@@ -22,15 +21,15 @@ from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images, write_list
 from util.data.transforms import Normalize, eval_transform, probe_transform
 from util.evaluate.classifier import evaluate_classifier, save_classifier, val_interpolation
-from util.evaluate.encoder import load_encoder, pooling, read_architecture
-from util.evaluate.probes import Probe
-from util.evaluate.scores import print_result, validate
+from util.evaluate.encoder import load_encoder, pool_name, pooling, read_architecture
+from util.evaluate.probes import Probe, order_pools
+from util.evaluate.scores import best_of, print_result, validate
 from util.run import Run, start_run
 
 
 def get_parser() -> argparse.ArgumentParser:
     schedule = {"batch_size": 2048, "epochs": 90, "warmup_epochs": 10, "blr": [0.1], "min_lr": 0.0, "weight_decay": 0.0}
-    parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", pool=True, **schedule)
+    parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", ("token", "mean", "ep"), **schedule)
     add = parser.add_argument_group("probe").add_argument
     add(
         "--probe_as",
@@ -38,22 +37,29 @@ def get_parser() -> argparse.ArgumentParser:
         help="protocol: facebookresearch/mae's, or mmselfsup's, where LARS also adapts the bias and val is resized bilinearly "
         "(default: mae; with --eval as the classifier was trained)",
     )
+    add(
+        "--ep_queries",
+        type=number(int, 1),
+        default=32,
+        help="number of queries of --pool ep; divides the encoder's width",
+    )
     return parser
 
 
 def build_lars(model: Probe, run: Run) -> Lars:
     """LARS of facebookresearch/mae, with neither weight decay nor trust ratio for biases, or the release's with both."""
     release, decay, groups = run.args.probe_as == "mmselfsup", run.args.weight_decay, []
-    for head, blr in zip(model.heads, run.args.blr, strict=True):
-        scale = blr / (max(run.args.blr) or 1.0)
-        groups.append({"params": [head.weight], "always_adapt": True, "lr_scale": scale})
-        groups.append({"params": [head.bias], "always_adapt": release, "lr_scale": scale})
+    for head in model.heads:
+        scale = head.blr / (max(run.args.blr) or 1.0)
+        matrices, biases = ([p for p in head.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+        groups.append({"params": matrices, "always_adapt": True, "lr_scale": scale})
+        groups.append({"params": biases, "always_adapt": release, "lr_scale": scale})
     optimizer = Lars(groups, run.lr, momentum=0.9, weight_decay=decay if release else 0, trust_coeff=0.001)
     if decay and not release:
         # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
         def add_decay(*_) -> None:
-            for head in model.heads:
-                head.weight.grad.add_(head.weight.detach(), alpha=decay)
+            for matrix in (p for p in model.heads.parameters() if p.ndim > 1):
+                matrix.grad.add_(matrix.detach(), alpha=decay)
 
         optimizer.register_step_pre_hook(add_decay)
     return optimizer
@@ -64,8 +70,11 @@ def probe_loss(normalize: Normalize) -> LossFn:
 
     def loss(model, batch):
         logits = model(normalize(batch)).float()
-        heads = logits.shape[1]
-        return F.cross_entropy(logits.flatten(0, 1), batch["label"].repeat_interleave(heads)) * heads
+        labels = batch["label"].repeat_interleave(logits.shape[1])
+        losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+        return (
+            losses.view(logits.shape[:2]).mean(0).sum()
+        )  # the gradient of a head is the same bits whatever the others
 
     return loss
 
@@ -76,14 +85,27 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     train, val = labelled_sources(args.data_path, args)
     args = resolve_pixels(args, train, recorded_args(args))
     train = select_training_images(train, args)
-    encoder = load_encoder(args, build_encoder, weights, **pooling(weights, args.pool))
+    asked = [args.pool] if isinstance(args.pool, str) else args.pool or []  # a string if read from --checkpoint
+    options = [pooling(weights, pool) for pool in asked if pool != "ep"] or [pooling(weights)]  # the encoder has each
+    encoder = load_encoder(args, build_encoder, weights, **options[0])
+    pools = order_pools(weights, asked or [pool_name(encoder)])
     run = begin(args)
     if run.world.is_main:
         write_list(run.folder, train)
-    model = Probe(encoder, len(train.classes), len(args.blr)).to(run.world.device)
+    model = Probe(encoder, len(train.classes), pools, args.blr, args.ep_queries, args.seed).to(run.world.device)
     loader = train_loader(run, train, probe_transform(args.input_size), flip=True)
     loss_fn = probe_loss(Normalize(args, run.world.device))
     return prepare_training(run, model, build_lars(model, run), loss_fn, loader), val
+
+
+def format_table(results: list[dict], best: dict) -> str:
+    """The results of all heads as a table, in which a star marks the one that is reported."""
+    columns = ("pool", "blr", "acc1", "acc5", "mean_class_acc", "loss")
+    rows = [("", *columns), *(("*" if x is best else "", *(f"{x[name]}" for name in columns)) for x in results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = f"* --pool {best['pool']}, fixed by the training of the encoder, with its best --blr on val: classifier.pth"
+    return "\n".join([*lines, rule])
 
 
 def main() -> None:
@@ -96,21 +118,22 @@ def main() -> None:
     val_loader = eval_loader(
         args, run.world, val, eval_transform(args.input_size, args.crop_pct, val_interpolation(args.probe_as))
     )
-    saver = Saver(state)
+    saver, protocol = Saver(state), model.heads[0].pool
     progress = saver.resume()
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)
         model.average_statistics(run.world)
         saver.after_epoch(progress)
-        results = validate(run, model, val_loader, len(val.classes), epoch + 1)
+        results = validate(run, model, val_loader, len(val.classes), epoch + 1, protocol)
     saver.close()
-    for blr, result in zip(args.blr, results, strict=True):
-        run.log.info(f"--blr {blr:g}: {json.dumps(result)}")
-    best = max(range(len(results)), key=lambda i: results[i]["acc1"])
-    save_classifier(run, model.classifier(best), val.classes)
+    best = best_of(results, protocol)
+    if len(results) > 1:
+        run.log.info(format_table(results, best))
+    pool = protocol if args.pool and protocol != "ep" else None
+    save_classifier(run, model.classifier(results.index(best)), val.classes, pool)
     run.close()
-    print_result(run.world, {**results[best], "blr": args.blr[best], "selected_on": "val"}, args)
+    print_result(run.world, {**best, "selected_on": "val"}, args)
 
 
 if __name__ == "__main__":

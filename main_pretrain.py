@@ -167,8 +167,7 @@ def main() -> None:
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):
-            (result,) = knn(args, run.world, model.encoder, labelled, [knn_layer(None)], run=run)
-            layer = result.pop("knn_features")
+            [((layer, *_), result)] = knn(args, run.world, model.encoder, labelled, [knn_layer(None)], run=run).items()
             run.log.scalars({"epoch": done, "knn_features": layer, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.info(f"epoch {done}  kNN {layer} {json.dumps(result)}")
     saver.close()

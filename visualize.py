@@ -31,11 +31,12 @@ from util.data.samples import Samples
 from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
+from util.evaluate.probes import Probe
 from util.evaluate.segmentation import Confusion, load_segmenter, mask_loader, predict_images
 from util.formats.keys import pixmim_names
 from util.formats.resize import resize_weights
 from util.formats.weights import Weights
-from util.plots.features import draw_attention, draw_components
+from util.plots.features import draw_attention, draw_components, draw_queries
 from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
 from util.plots.segmentation import draw_segmentation
 from util.rng import MASK, generator
@@ -49,14 +50,15 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     # fmt: off
     parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
-        help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --pca, --masks "
-             "and --filter work; none = an untrained --model")
+        help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --ep_attention, "
+             "--pca, --masks and --filter work; none = an untrained --model")
     parser.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images; --segment: the --data_path of main_segment.py")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
     parser.add_argument("--count", type=number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--attention", action="store_true", help="draw the attention of the last block's class token, per head, instead of the reconstruction")
+    add("--ep_attention", action="store_true", help="draw the attention of each query of a classifier of main_linprobe.py --pool ep")
     add("--pca", action="store_true", help="draw the first three principal components of the patch features as colours")
     add("--spectrum", action="store_true", help="draw a chart of the power per frequency of input, target, prediction and error")
     add("--masks", action="store_true", help=f"draw each image under {MASKS} masks")
@@ -135,12 +137,20 @@ def draw_mask_noise(model: PixMIM, args: Namespace, count: int, epoch: int) -> T
 
 
 def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: torch.device) -> np.ndarray:
-    """--attention or --pca, of any encoder and at any --input_size."""
+    """--attention, --ep_attention or --pca, of any encoder and at any --input_size."""
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights)).to(device).eval()
+    images = Normalize(args, device)(batch)
+    if args.ep_attention:
+        if weights is None or "ep.queries" not in weights.state:
+            raise ValueError(
+                f"--ep_attention: --checkpoint {args.checkpoint} is no classifier of main_linprobe.py --pool ep"
+            )
+        maps = Probe.from_classifier(encoder, weights.state).to(device).attention_maps(images)
+        return draw_queries(maps, scale_to_pixels(batch))
     if args.attention and not encoder.num_prefix_tokens:
         raise ValueError(f"--attention: --model {args.model} has no class token; use --pca")
     draw = draw_attention if args.attention else draw_components
-    return draw(encoder, Normalize(args, device)(batch), scale_to_pixels(batch))
+    return draw(encoder, images, scale_to_pixels(batch))
 
 
 def draw_filter_radii(args: Namespace, pixels: Tensor) -> np.ndarray:
@@ -206,11 +216,11 @@ def save_picture(args: Namespace, pixels: np.ndarray, count: int) -> None:
 
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
-    of_encoder = args.attention or args.pca
+    of_encoder = args.attention or args.ep_attention or args.pca
     if not (of_encoder or args.segment or args.masks or args.filter is not None or (weights and weights.has_decoder)):
         raise ValueError(
             f"--checkpoint {args.checkpoint} has no decoder: the reconstruction and --spectrum need a pre-training checkpoint "
-            "with one; --attention, --pca, --masks and --filter do not"
+            "with one; --attention, --ep_attention, --pca, --masks and --filter do not"
         )
     if weights and not (of_encoder or args.segment) and args.filter is None:
         print_assumptions(args)

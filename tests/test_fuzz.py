@@ -172,7 +172,7 @@ RANGES = {
         int,
         1,
         MAXIMUM,
-    ): "accum_iter bands bank_patches batch_size count decoder_depth decoder_heads effective_batch in_chans input_size k layers log_every "
+    ): "accum_iter bands bank_patches batch_size count decoder_depth decoder_heads effective_batch ep_queries in_chans input_size k layers log_every "
     "mask_unit patch_size save_every stream_samples",
     (int, 4, MAXIMUM): "decoder_dim",
     (float, 0, 0.99): "drop_path",
@@ -196,12 +196,13 @@ VALUE_COUNTS = {
     "filter": (0, 99),
     "images": (1, 99),
     "value_range": (1, 99),
-    "layers": (1, 99),
     "classes": (1, 99),
     "palette": (1, 99),
+    "k": (1, 99),
+    "layers": (1, 99),
 }
-LISTS = {("main_linprobe", "blr"), ("main_segment", "blr"), ("main_segment", "k")}  # numbers elsewhere
-KEYWORDS = {"lowpass_radius": "auto"}  # accepted besides numbers
+LISTS = {("main_linprobe", "blr"), ("main_linprobe", "pool"), ("main_segment", "blr"), ("main_knn", "temperature")}
+KEYWORDS = {"main_knn --layers": "all", "main_pretrain --lowpass_radius": "auto", "visualize --lowpass_radius": "auto"}
 RANGE_WORDS = ("auto", "full", "percentile")
 REFUSED = object()
 
@@ -219,8 +220,10 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     if dest == "palette":
         values = [value.lower() if re.fullmatch("[0-9a-fA-F]{6}", value) else REFUSED for value in values]
     elif action.choices is None and action.type not in (None, Path, picture):
-        values = [value if value == KEYWORDS.get(dest) else number_of(value, *NUMBERS[dest]) for value in values]
-    wrong_choice = action.choices is not None and values[0] not in action.choices
+        values = [
+            value if value == KEYWORDS.get(f"{name} --{dest}") else number_of(value, *NUMBERS[dest]) for value in values
+        ]
+    wrong_choice = action.choices is not None and not {*values} <= {*action.choices}
     wrong_suffix = action.type is picture and Path(values[0]).suffix not in (".png", ".jpg", ".jpeg")
     if REFUSED in values or wrong_choice or wrong_suffix:
         return REFUSED

@@ -16,15 +16,15 @@ from util.lr_sched import set_lr
 
 
 class SlowLARS:
-    """LARS for one weight and bias: of facebookresearch/mae (util/lars.py), or of the release of PixMIM (mmselfsup 1.0.0).
+    """LARS for the parameters of a head: of facebookresearch/mae (util/lars.py), or of the release of PixMIM (mmselfsup 1.0.0).
 
     MAE leaves 1-d parameters alone; its trust ratio has the norm of gradient and decay together. The release adapts and
     decays the bias too, and adds the two norms.
     """
 
-    def __init__(self, weight, bias, release: bool, decay: float):
-        self.parameters, self.release, self.decay = [weight, bias], release, decay
-        self.momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    def __init__(self, parameters, release: bool, decay: float):
+        self.parameters, self.release, self.decay = parameters, release, decay
+        self.momenta = [torch.zeros_like(p) for p in parameters]
 
     def step(self, gradients, lr: float) -> None:
         for p, momentum, gradient in zip(self.parameters, self.momenta, gradients, strict=True):
@@ -41,25 +41,28 @@ class SlowLARS:
 
 @pytest.mark.parametrize("decay", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
-def test_lars_matches_its_origin_at_every_step_for_every_head(probe_as, decay, tmp_path):
+@pytest.mark.parametrize("pools", [["token"], ["ep"]])
+def test_lars_matches_its_origin_at_every_step_for_every_head(pools, probe_as, decay, tmp_path):
     rates = [0.1, 0.025]
     run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=decay)
     run = run._replace(lr=max(rates) * 512 / 256)
-    model, release = Probe(ENCODERS["vit_tiny"](img_size=16), 7, 2), probe_as == "mmselfsup"
+    model, release = Probe(ENCODERS["vit_tiny"](img_size=16), 7, pools, rates, 4), probe_as == "mmselfsup"
     optimizer = main_linprobe.build_lars(model, run)
-    slow = [SlowLARS(h.weight.detach().clone(), h.bias.detach().clone(), release, decay) for h in model.heads]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4  # no parameter of the encoder
+    slow = [SlowLARS([p.detach().clone() for p in head.parameters()], release, decay) for head in model.heads]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {*map(id, trained)} == {id(p) for p in model.heads.parameters()}  # no parameter of the encoder
     for step in range(6):
         share = 1 - step / 10  # the learning rate changes while momentum is kept
         set_lr(optimizer, run.lr * share, 0)
         for head, other, blr in zip(model.heads, slow, rates, strict=True):
             # step 3 has no gradient
-            gradients = [torch.randn_like(p) * (step != 3) for p in (head.weight, head.bias)]
-            head.weight.grad, head.bias.grad = (gradient.clone() for gradient in gradients)
+            gradients = [torch.randn_like(p) * (step != 3) for p in head.parameters()]
+            for p, gradient in zip(head.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
             other.step(gradients, blr * 512 / 256 * share)
         optimizer.step()
     for head, other in zip(model.heads, slow, strict=True):
-        for mine, theirs in zip((head.weight, head.bias), other.parameters, strict=True):
+        for mine, theirs in zip(head.parameters(), other.parameters, strict=True):
             assert_close(mine.detach(), theirs, rtol=1e-5, atol=1e-7)
 
 

@@ -40,11 +40,11 @@ def test_flops_of_a_step_are_three_times_those_of_the_forward_matrix_products(fl
 
 
 def test_flops_of_a_frozen_encoder_are_forward_only_and_counting_keeps_batch_norm_statistics():
-    probe = Probe(ENCODERS["vit_tiny"](img_size=32), 5, 1).train()
-    before = probe.bn.running_mean.clone()
+    probe = Probe(ENCODERS["vit_tiny"](img_size=32), 5, ["token"], [0.1]).train()
+    before = probe.heads[0].bn.running_mean.clone()
     flops = image_flops(probe, lambda batch: probe(batch["images"]), {"images": torch.randn(4, 3, 32, 32)}, "off")
     assert flops == products(5, 192, 12) + 2 * 4 * 768 * 192 + 2 * 192 * 5
-    assert torch.equal(probe.bn.running_mean, before)
+    assert torch.equal(probe.heads[0].bn.running_mean, before)
     assert probe.training
 
 

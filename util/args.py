@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(expand(sys.argv[1:] if args is None else list(args)), namespace)
 
 
-def number(kind: type, low: float, high: float = 10**9, *, or_auto: bool = False) -> Callable:
-    """argparse type: an int or float in [low, high], or with `or_auto` also "auto". nan and inf are rejected."""
+def number(kind: type, low: float, high: float = 10**9, *, or_word: str = "") -> Callable:
+    """argparse type: an int or float in [low, high], or `or_word`. nan and inf are rejected."""
 
     def convert(text: str):
-        if or_auto and text == "auto":
+        if or_word and text == or_word:
             return text
         value = kind(text)
         if not low <= value <= high:
@@ -147,7 +147,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: s
 def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     """Flags of the pre-training method; `defaults` override METHOD."""
     group = parser.add_argument_group("method")
-    group.add_argument("--lowpass_radius", type=number(float, 0, or_auto=True),
+    group.add_argument("--lowpass_radius", type=number(float, 0, or_word="auto"),
                        help="cut-off of the target in frequency bins; 0 = raw pixels (MAE); auto = 40 at 224 px, "
                             "in proportion to the shorter side")
     group.add_argument("--lowpass", choices=["reference", "centered"],
@@ -165,8 +165,8 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     return group
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True):
-    """Flags of the weights and of the image feature."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, pools: Sequence[str] = ("token", "mean")):
+    """Flags of the weights and of the image feature, which is one of `pools`; with "ep" several can be given."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--checkpoint", required=True, metavar="FILE|none",
                        help="weights in any format that util/convert.py reads; none = untrained --model")
@@ -175,9 +175,10 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pool: bool = True)
                             "the file's are repeated; in torchgeo-bench (issue 85) repeating RGB weights made 16 of 17 results worse, "
                             "by 3.9 points on average (default: other channels are refused)")
     group.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
-    if pool:
-        group.add_argument("--pool", choices=["token", "mean"],
-                           help="image feature: class token or mean of the patch tokens (default: as the checkpoint was "
+    if pools:
+        ep = ", or ep = efficient probing of the patch tokens; several train side by side" if "ep" in pools else ""
+        group.add_argument("--pool", choices=pools, nargs="+" if ep else None,
+                           help=f"image feature: class token or mean of the patch tokens{ep} (default: as the checkpoint was "
                                 "probed, else the class token if there is one)")
     return group
 
@@ -283,7 +284,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
                             "Overrides accum_iter; batch_size becomes the maximum per forward pass")
     group.add_argument("--epochs", type=number(int, 1, 10**6), help="number of epochs")
     group.add_argument("--warmup_epochs", type=number(float, 0), help="epochs of linear warm-up of the learning rate from 0")
-    several = "; several values train several probes at once" if isinstance(blr, list) else ""
+    several = "; several values train several probes at once, --min_lr is that of the largest" if isinstance(blr, list) else ""
     group.add_argument("--blr", type=number(float, 0), default=blr, nargs="+" if several else None,
                        help=f"base learning rate; peak learning rate = blr x effective batch / 256{several}")
     group.add_argument("--min_lr", type=number(float, 0), help="learning rate at the end of the schedule, not scaled by the batch")
@@ -292,12 +293,12 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
     return group
 
 
-def classifier_parser(description: str, encoders, output_dir: str, pool: bool, **schedule) -> Parser:
+def classifier_parser(description: str, encoders, output_dir: str, pools: Sequence[str], **schedule) -> Parser:
     """Parser with the flags that probing and fine-tuning share."""
     parser = Parser(description)
     add_data_arguments(parser, CLASSES)
     add_subset_arguments(parser)
-    add_checkpoint_arguments(parser, pool)
+    add_checkpoint_arguments(parser, pools)
     add_model_arguments(parser, encoders)
     add_schedule_arguments(parser, **schedule)
     add_device_arguments(parser)

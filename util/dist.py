@@ -36,6 +36,14 @@ class World(NamedTuple):
             torch_dist.all_reduce(values)
         return values
 
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Tensors of all ranks, equal in shape, in rank order: (ranks, *shape), on every rank."""
+        parts = [values]
+        if self.size > 1:
+            parts = [torch.empty_like(values) for _ in range(self.size)]
+            torch_dist.all_gather(parts, values.contiguous())
+        return torch.stack(parts)
+
     def gather(self, value: Any) -> list:
         """The picklable values of all ranks, in rank order, on every rank."""
         if self.size == 1:

@@ -26,7 +26,7 @@ from util.data.transforms import Normalize, eval_transform
 from util.dist import World
 from util.evaluate.classifier import save_classifier
 from util.evaluate.encoder import features, pooling
-from util.evaluate.knn import extract_features, knn_votes
+from util.evaluate.knn import extract_features, knn_votes, nearest
 from util.evaluate.probes import Probe
 from util.evaluate.scores import Score
 from util.formats.keys import rename, to_timm
@@ -82,7 +82,8 @@ def slow_knn(train, labels, query, classes: int, k: int, temperature: float) -> 
 @pytest.mark.parametrize("k", [1, 5, 100])
 def test_knn_votes_equal_a_loop_over_all_neighbours(k):
     train, labels, queries = torch.randn(30, 8), torch.randint(0, 4, (30,)), torch.randn(6, 8)
-    votes = knn_votes(F.normalize(train), labels, F.normalize(queries), 4, k, 0.07)
+    cosines, found = nearest(ALONE, F.normalize(train), torch.arange(30), F.normalize(queries), min(k, 30))
+    votes = knn_votes(cosines, labels[found], 4, 0.07)
     for query, mine in zip(queries.numpy(), votes, strict=True):
         slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
         assert_close(
@@ -117,7 +118,7 @@ def test_knn_accuracy_equals_a_loop_over_single_features(pool, asked, pretrained
     expected = {}
     for layer, ((train, labels), (queries, truth)) in sets.items():
         votes = np.array([slow_knn(train, labels, query, 3, 3, 0.5) for query in queries])
-        expected[layer] = {"knn_features": layer} | count_scores(votes, truth)
+        expected[layer] = {"knn_features": layer, "k": 3, "temperature": 0.5} | count_scores(votes, truth)
         expected[layer].pop("loss")  # votes are not logits
     flags = ["--pool", pool, "--k", 3, "--temperature", 0.5, "--knn_features", asked]
     words = ["main_knn", "--checkpoint", pretrained / "last.pth", "--data_path", photos, *DEVICE, *flags]
@@ -135,8 +136,8 @@ def test_a_rank_without_images_has_empty_features_of_the_right_width(photos):
     encoder = ENCODERS["vit_tiny"](img_size=16, patch_size=8)
     source = labelled_sources(str(photos))[1]
     loader = eval_loader(args, World(9, 10, CPU), source, eval_transform((16, 16)))
-    features, labels = extract_features(args, ALONE, encoder, loader, ["before_norm"])
-    assert (features.shape, labels.shape) == ((0, 1, 192), (0,))
+    features, labels, index = extract_features(args, ALONE, encoder, loader, ["before_norm"])
+    assert (features.shape, labels.shape, index.shape) == ((0, 1, 192), (0,), (0,))
 
 
 def test_an_untrained_encoder_requires_model(photos):
@@ -264,16 +265,16 @@ def probed(pretrained, photos, tmp_path_factory):
 
 def test_a_probe_trains_only_its_heads_and_statistics(probed, pretrained):
     after, before = weights(probed[0])["model"], weights(pretrained)["model"]
-    fresh = {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
-    fresh |= {f"heads.{i}.{x}" for i in range(3) for x in ("weight", "bias")}
+    parts = ("head.weight", "head.bias", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
+    fresh = {f"heads.{i}.{x}" for i in range(3) for x in parts}
     assert after.keys() - fresh == to_timm(before).keys()
     for name in after.keys() - fresh:
         assert torch.equal(after[name], before[name])
     assert not torch.equal(
-        after["heads.0.weight"], after["heads.2.weight"]
+        after["heads.0.head.weight"], after["heads.2.head.weight"]
     )  # equal initial weights, other learning rates
-    assert after["bn.num_batches_tracked"] == 2 * 2
-    assert after["heads.1.bias"].norm() > 0
+    assert after["heads.0.bn.num_batches_tracked"] == 2 * 2
+    assert after["heads.1.head.bias"].norm() > 0
 
 
 def test_parallel_probes_equal_separate_probes(probed, pretrained, photos, tmp_path):
@@ -282,12 +283,12 @@ def test_parallel_probes_equal_separate_probes(probed, pretrained, photos, tmp_p
         probe(tmp_path / str(i), photos, pretrained / "last.pth", "--blr", blr)
         alone = weights(tmp_path / str(i))["model"]
         for part in ("weight", "bias"):
-            assert_close(together[f"heads.{i}.{part}"], alone[f"heads.0.{part}"], rtol=1e-4, atol=1e-6)
+            assert torch.equal(together[f"heads.{i}.head.{part}"], alone[f"heads.0.head.{part}"])
 
 
 def test_the_best_learning_rate_is_reported_and_saved(probed, photos):
     folder, best = probed
-    assert list(best) == ["acc1", "acc5", "mean_class_acc", "loss", "n", "blr", "selected_on"]
+    assert list(best) == ["acc1", "acc5", "mean_class_acc", "loss", "n", "pool", "blr", "selected_on"]
     assert best["n"] == 9
     assert best["blr"] in (0.1, 3, 30)
     assert [x["epoch"] for x in records(folder, "val_acc1")] == [1, 2]
@@ -314,7 +315,7 @@ def test_two_ranks_probe_as_one_though_one_has_no_validation_image(pretrained, p
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
     one = ["--batch_size", 16, "--epochs", 1, "--blr", 1, 3]  # the same images per step on one rank
     probe(tmp_path / "one", tmp_path, pretrained / "last.pth", *one)
-    means = [weights(tmp_path / name)["model"]["bn.running_mean"] for name in ("out", "one")]
+    means = [weights(tmp_path / name)["model"]["heads.0.bn.running_mean"] for name in ("out", "one")]
     assert_close(*means, rtol=1e-5, atol=1e-6)
 
 
@@ -323,9 +324,9 @@ def test_the_folded_classifier_in_timm_equals_the_probe(pool, pretrained, photos
     probe(tmp_path, photos, pretrained / "last.pth", "--pool", pool, "--blr", 3)
     options = TIMM | PICO | ({"global_pool": "avg", "fc_norm": False} if pool == "mean" else {})
     encoder = MaskedViT(**options | {"num_classes": 0}, num_heads=3)
-    ours = Probe(encoder, 3, 1).eval()
+    ours = Probe(encoder, 3, [pool], [3]).eval()
     state = weights(tmp_path)["model"]
-    ours.load_state_dict({k if k.split(".")[0] in ("bn", "heads") else f"encoder.{k}": v for k, v in state.items()})
+    ours.load_state_dict({k if k.startswith("heads.") else f"encoder.{k}": v for k, v in state.items()})
     theirs = timm.create_model(
         "vit_tiny_patch16_224", **options, checkpoint_path=str(tmp_path / "classifier.pth")
     ).eval()
@@ -388,7 +389,8 @@ def test_classifiers_are_copied_to_the_cpu_before_saving(tmp_path, monkeypatch):
 def test_knn_votes_do_not_overflow_at_low_temperatures():
     train = F.normalize(torch.randn(30, 8), dim=1)
     labels = torch.arange(30) % 3
-    votes = knn_votes(train, labels, train, 3, k=5, temperature=1e-3)
+    cosines, found = nearest(ALONE, train, torch.arange(30), train, 5)
+    votes = knn_votes(cosines, labels[found], 3, temperature=1e-3)
     assert votes.isfinite().all()
     assert torch.equal(votes.argmax(1), labels)  # at this temperature only the nearest, the query itself, counts
 

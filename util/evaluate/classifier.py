@@ -12,6 +12,7 @@ from util.data.ranges import resolve_pixels
 from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import load_encoder, pooling
+from util.evaluate.probes import Probe
 from util.evaluate.robustness import MaskedClasses, evaluate_corruptions, find_images
 from util.evaluate.scores import evaluate, print_result
 from util.formats.commands import load_command
@@ -20,10 +21,13 @@ from util.formats.weights import Weights
 from util.run import Run, args_to_dict
 
 
-def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str]) -> None:
-    """Write OUTPUT_DIR/classifier.pth, in timm's names, for `timm.create_model(..., checkpoint_path=)` and --eval."""
+def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str], pool: str | None = None) -> None:
+    """Write OUTPUT_DIR/classifier.pth, in timm's names, for `timm.create_model(..., checkpoint_path=)` and --eval.
+
+    `pool`: feature of the classifier, "token" or "mean"; None = the encoder's default, or learned.
+    """
     if run.world.is_main:
-        args = args_to_dict(run.args) | {"classes": classes, "batch": run.batch}
+        args = args_to_dict(run.args) | {"classes": classes, "batch": run.batch, "pool": pool}
         state = to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
         if target := default_format(state):
@@ -56,7 +60,10 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         print(
             f"--checkpoint {args.checkpoint}: the order of its {count} classes is assumed to be that of the sorted folder names"
         )
-    model = load_encoder(args, build_encoder, weights, num_classes=count, **pooling(weights)).to(world.device)
+    attentive = "ep.queries" in weights.state
+    options = {"num_classes": 0 if attentive else count, **pooling(weights)}
+    model = load_encoder(args, build_encoder, weights, **options)
+    model = (Probe.from_classifier(model, weights.state) if attentive else model).to(world.device)
     interpolation = val_interpolation(vars(args).get("probe_as") or weights.args.get("probe_as"))
     transform = eval_transform(args.input_size, 1.0 if tree else args.crop_pct, interpolation)
 

@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,7 +127,9 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
     if old != model.grid and old[0] * old[1] + prefix == state["pos_embed"].shape[1]:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid, prefix)
     fresh = {name for name in own if name.split(".")[0] in ("fc_norm", "head")}
-    unused = {name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm", *model.pretraining_only)}
+    unused = {
+        name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm", "ep", *model.pretraining_only)
+    }
     problems = {
         "missing": set(own) - set(state) - fresh,
         "unknown": set(state) - set(own) - unused,
@@ -154,9 +156,19 @@ def pooling(weights: Weights | None, pool: str | None = None) -> dict:
     return {"global_pool": pool} if pool else {}
 
 
+def pool_name(encoder: Encoder) -> str:
+    """--pool of an encoder: "token" or "mean"."""
+    return "token" if getattr(encoder, "global_pool", "avg") == "token" else "mean"
+
+
 def features(encoder: Encoder, images: Tensor) -> Tensor:
     """Features (B, D) of images (B, C, H, W): class token or mean of the patch tokens (see `pooling`)."""
     return encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+
+
+def is_finetuned(weights: Weights | None) -> bool:
+    """Whether labels have trained the encoder: it has a head, and is no probe of this project."""
+    return bool(weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args)
 
 
 def knn_layer(weights: Weights | None, asked: str = "auto") -> str:
@@ -165,12 +177,37 @@ def knn_layer(weights: Weights | None, asked: str = "auto") -> str:
     Untrained encoders and own probes, whose encoder is frozen, count as the latter. Class token of MAE ViT-B: 35.6 before
     the norm, 16.1 after it (logs of efficient-probing, arXiv:2506.10178).
     """
-    tuned = weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args
-    return asked if asked != "auto" else "after_norm" if tuned else "before_norm"
+    return asked if asked != "auto" else "after_norm" if is_finetuned(weights) else "before_norm"
 
 
-def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
-    """Features (B, D) of images (B, C, H, W) before and after the final norm; equal if the encoder has none."""
+def encoder_blocks(encoder: Encoder) -> nn.Sequential:
+    """Transformer blocks; of ConvMAE those of its last stage."""
+    return encoder.blocks3 if hasattr(encoder, "blocks3") else encoder.blocks
+
+
+def forward_blocks(encoder: Encoder, images: Tensor, layers: Iterable[int]) -> tuple[Any, dict[int, Tensor]]:
+    """(Output of `forward_features`, {layer: tokens (B, prefix + L, D) after this block}) of one pass; layers count from 1."""
+    tokens: dict[int, Tensor] = {}
+    blocks = encoder_blocks(encoder)
+    hooks = [
+        blocks[n - 1].register_forward_hook(lambda _, __, output, n=n: tokens.__setitem__(n, output)) for n in layers
+    ]
+    x = encoder.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return x, tokens
+
+
+def pool_tokens(encoder: Encoder, tokens: Tensor, pool: str) -> Tensor:
+    """Tokens (B, prefix + L, D) -> class token or mean of the patch tokens (B, D)."""
+    return tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(1)
+
+
+def layer_features(encoder: Encoder, images: Tensor, layers: Sequence[str | int]) -> list[Tensor]:
+    """Features (B, D) of images (B, C, H, W) in each layer, by one pass.
+
+    "before_norm", "after_norm": of the final norm; equal if the encoder has none. n: after block n, counted from 1.
+    """
     inputs: list[Tensor] = []
     norms = [getattr(encoder, name, nn.Identity()) for name in ("norm", "fc_norm")]
     hooks = [
@@ -178,11 +215,15 @@ def features_around_norm(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
         for norm in norms
         if not isinstance(norm, nn.Identity)
     ]
-    after = features(encoder, images)
+    x, tokens = forward_blocks(encoder, images, [layer for layer in layers if isinstance(layer, int)])
+    after = encoder.forward_head(x, pre_logits=True)
     for hook in hooks:
         hook.remove()
     x = inputs[-1] if inputs else after
-    return {"before_norm": x if x.ndim == 2 else encoder.forward_head(x, pre_logits=True), "after_norm": after}
+    before = x if x.ndim == 2 else encoder.forward_head(x, pre_logits=True)
+    found: dict[str | int, Tensor] = {n: pool_tokens(encoder, x, pool_name(encoder)) for n, x in tokens.items()}
+    found |= {"before_norm": before, "after_norm": after}
+    return [found[layer] for layer in layers]
 
 
 def encode_batches(

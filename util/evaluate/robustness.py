@@ -31,10 +31,10 @@ class MaskedClasses(nn.Module):
         self.model, self.absent = model, absent
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images)
+        logits = self.model(images).flatten(0, -2).unsqueeze(1)  # an attentive probe has (B, 1, classes)
         masked = logits.clone()
-        masked[:, self.absent] = -torch.inf
-        return torch.stack([masked, logits], dim=1)
+        masked[..., self.absent] = -torch.inf
+        return torch.cat([masked, logits], dim=1)
 
 
 def class_names(weights: Weights) -> list[str] | None:

@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,11 +75,26 @@ def evaluate(
     return [score.result(world) | bad for score in scores]
 
 
-def validate(run: Run, model: nn.Module, loader: DevicePrefetcher, num_classes: int, epoch: int) -> list[dict]:
-    """Results of `evaluate`; logs those of the best head."""
+def best_of(results: list[dict], pool: str | None = None) -> dict:
+    """The result with the highest top-1 accuracy, of the heads of this pooling."""
+    return max((result for result in results if result.get("pool") == pool), key=lambda result: result["acc1"])
+
+
+def validate(
+    run: Run, model: Any, loader: DevicePrefetcher, num_classes: int, epoch: int, pool: str | None = None
+) -> list[dict]:
+    """Results of `evaluate`; logs those of the best head of this pooling, and of all heads if there are several.
+
+    The result of a `ProbeHead` also has its `pool` and `blr`.
+    """
     results = evaluate(run.args, run.world, model, loader, num_classes, run)
-    best = max(results, key=lambda result: result["acc1"])
-    run.log.scalars({"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}})
+    if pool:
+        results = [
+            result | {"pool": head.pool, "blr": head.blr} for result, head in zip(results, model.heads, strict=True)
+        ]
+    best = best_of(results, pool)
+    record = {"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}}
+    run.log.scalars(record | ({"heads": results} if len(results) > 1 else {}))
     run.log.info(f"epoch {epoch}  val {json.dumps(best)}")
     return results
 

@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     """One tensor: its name in each repository (N = number of the block), its shape, the encoders (hosts) that have it.
 
     D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G = D, F of the decoder. ConvMAE's stages:
-    widths X, Y, hidden widths U, V, strides Q, R, S. M = layers fused by MFF.
+    widths X, Y, hidden widths U, V, strides Q, R, S. M = layers fused by MFF, J = queries of efficient probing.
     """
 
     mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, timm
@@ -34,6 +34,8 @@ TENSORS = (
     Rule("mask_token", "neck.mask_token", "decoder.mask_token", "1 1 E", ALL),
     Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
     Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
+    Rule("ep.queries", None, None, "J D", ALL),  # classifiers of efficient probing
+    Rule("ep.value.weight", None, None, "D D", ALL),
 )
 LAYERS = (  # shape of the weight; the bias has the size of its first dimension
     Rule(
@@ -147,9 +149,9 @@ def family(state: State) -> str | None:
 
 
 def default_format(state: State) -> str | None:
-    """Default format for a classifier of this host; None if RULES do not cover it."""
+    """Default format for a classifier of this host; None if RULES do not cover it, or for efficient probing."""
     host = family(state)
-    return FORMATS[host][0] if host else None
+    return FORMATS[host][0] if host and "ep.queries" not in state else None
 
 
 def pixmim_names(state: State) -> State:
@@ -171,7 +173,7 @@ def to_timm(state: State) -> State:
 
 def to_mae(state: State) -> State:
     """All tensors in the names of facebookresearch/mae or Alpha-VL/ConvMAE."""
-    if family(state) != "convvit" or "head.weight" not in state or "fc_norm.weight" in state:
+    if family(state) != "convvit" or "head.weight" not in state or {"fc_norm.weight", "ep.queries"} & state.keys():
         return dict(state)
     width = state["head.weight"].shape[1]  # a probe of ConvMAE: in its repository the norm after pooling has parameters
     kept = {key: value for key, value in state.items() if key not in ("norm.weight", "norm.bias")}
@@ -236,7 +238,7 @@ def expected_shapes(state: State) -> dict[str, str]:
     parts = {key.split(".")[0] for key in state}
     decoder, pooled = any(map(DECODER.fullmatch, parts)), "fc_norm" in parts
     absent = {"norm"} if pooled else {"fc_norm"}
-    absent |= {"head"} - parts
+    absent |= {"head", "ep"} - parts
     expected: dict[str, str] = {}
     for name, _, _, shape, hosts in RULES:
         part = name.split(".")[0]

@@ -27,6 +27,11 @@ def select_tensors(weights: Weights, target: str, encoder_only: bool = False) ->
         raise ValueError(
             f"{unknown}: no rule maps it; add the host's tensors to RULES in util/formats/keys.py, or use the file unconverted"
         )
+    if "ep.queries" in state:
+        raise ValueError(
+            f"--to {target}: no other repository has the efficient probing of this classifier (ep.queries, ep.value); evaluate it "
+            "by main_linprobe.py --eval, or convert the checkpoint that it probes"
+        )
     if target not in FORMATS[host]:
         formats = " or ".join(FORMATS[host])
         raise ValueError(f"--to {target} cannot hold a {host}: {WHY[host]}; use --to {formats}")

@@ -1,4 +1,4 @@
-"""Image grids of an encoder: attention of the class token, principal components of the patch features."""
+"""Image grids of an encoder: attention of the class token or of efficient probing, components of the patch features."""
 
 from typing import Any
 
@@ -64,6 +64,18 @@ def draw_attention(encoder: Any, images: Tensor, pixels: Tensor) -> np.ndarray:
     labels = [*(f"head {i + 1}" for i in range(maps.shape[1] - 1)), "mean of heads"]
     heads = {label: colorize_maps(maps[:, i]) for i, label in enumerate(labels)}
     return draw_columns({"input": to_uint8(pixels), **heads})
+
+
+def draw_queries(maps: Tensor, pixels: Tensor) -> np.ndarray:
+    """Grid (H', W', 3) uint8, a column per image: the image, the mean of the queries' attention (B, Q, h, w), each query.
+
+    Each map is divided by its maximum.
+    """
+    maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
+    maps = enlarge_maps(maps / maps.amax((2, 3), keepdim=True), pixels.shape[-1] // maps.shape[-1])
+    rows = np.stack([to_uint8(pixels), *(colorize_maps(maps[:, i]) for i in range(maps.shape[1]))])
+    labels = ["input", "mean", *(f"query {i}" for i in range(1, maps.shape[1]))]
+    return draw_columns({f"image {n + 1}": rows[:, n] for n in range(rows.shape[1])}, labels)
 
 
 def draw_components(encoder: Any, images: Tensor, pixels: Tensor) -> np.ndarray:
