@@ -72,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--ignore_index", type=number(int, 0, 65535), help="class number of pixels that are ignored (default: 255)")
     group.add_argument("--short_side", type=number(int, 0),
                        help="short side of the resized images in pixels; 0 = unchanged (default: the shorter side of --input_size)")
-    add_checkpoint_arguments(parser, pool=False)
+    add_checkpoint_arguments(parser, pools=())
     add_model_arguments(parser, ENCODERS)
     add = parser.add_argument_group("segmentation").add_argument
     add("--method", choices=["linear", "knn"], default="linear", help="linear = train heads; knn = vote of the nearest training patches")

@@ -194,7 +194,7 @@ VALUE_COUNTS = {
     "std": (1, 99),
     "fuse_layers": (1, 99),
     "filter": (0, 99),
-    "images": (1, 99),
+    **dict.fromkeys(("images", "data_path", "val_path", "knn_path"), (1, 99)),
     "value_range": (1, 99),
     "classes": (1, 99),
     "palette": (1, 99),

@@ -223,7 +223,7 @@ def add_source_arguments(group, layout: str, splits: bool = True, packed: bool =
     if splits:
         group.add_argument("--split_column", metavar="NAME", help="column of a table that tells train from val (default: split)")
     group.add_argument("--tar_key", metavar="KEY",
-                       help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all")
+                       help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all (default: the only one)")
     group.add_argument("--verbose_data", action="store_true", help="list each class and each file that is left out")
 
 

@@ -22,6 +22,7 @@ from util.args import resolve_defaults
 from util.data.batches import DevicePrefetcher, train_loader
 from util.data.cache import Cache
 from util.data.folders import Query, image_folder, list_images
+from util.data.pixels import PixelOptions
 from util.data.sources import indexed_source, labelled_sources, open_sources, pretrain_source
 from util.data.transforms import pretrain_transform
 
@@ -148,7 +149,7 @@ KINDS = {
 
 
 def pixels(source, i: int) -> np.ndarray:
-    return np.dstack([np.asarray(band) for band in source.read(i, 3)])
+    return np.dstack([np.asarray(band) for band in source.read(i, PixelOptions(3))])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -423,7 +424,7 @@ def test_a_parquet_says_its_price_and_names_its_rows(photos, tmp_path, capsys):
     broken[1]["image"] = {"bytes": None, "path": None}
     parquet.write_table(pyarrow.Table.from_pylist(broken, table.schema), path)
     with pytest.raises(ValueError, match="column image is empty"):
-        open_sources(str(path), Query(), "--data_path").read(1, 3)
+        open_sources(str(path), Query(), "--data_path").read(1, PixelOptions(3))
 
 
 # --------------------------------------------------------------------------------------------------------------- archives
