@@ -20,7 +20,7 @@ from util.formats.weights import Weights
 Encoder = Any
 
 
-MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "mean", "std", "crop_pct", "pool")
+MODEL_FLAGS = ("model", "patch_size", "input_size", "in_chans", "class_tokens", "mean", "std", "crop_pct", "pool")
 
 
 def read_architecture(
