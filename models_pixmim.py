@@ -66,9 +66,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 def take_patches(images: Tensor, patch: int, index: Tensor) -> Tensor:
     """Patches `index` (B, N) of images (B, C, H, W): (B, N, P). The others are not read."""
-    x = (
-        images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
-    )  # (B, h, w, p, p, C), a view
+    # (B, h, w, p, p, C), a view
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
     rows = torch.arange(len(images), device=images.device).unsqueeze(1)
     return x[rows, index // x.shape[2], index % x.shape[2]].flatten(2)
 
@@ -195,13 +194,13 @@ class MaskedViT(VisionTransformer):
     """timm's VisionTransformer with the same state dict, MAE's initialisation and the method `encode`.
 
     With `reg_tokens` N - 1 it has N class tokens, as Pixio: global_pool "token" is their mean (timm's: the first alone).
-    ValueError for the options of timm that `encode` would ignore, such as an embedding norm.
+    ValueError for the options of timm that `encode` would ignore, such as dynamic_img_size.
     """
 
     pretraining_only: tuple[str, ...] = ()
     supported = (  # options of timm; a subclass whose `encode` uses others adds them
-        "img_size", "patch_size", "in_chans", "reg_tokens", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
-        "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "final_norm", "fc_norm",
+        "img_size", "patch_size", "in_chans", "reg_tokens", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
+        "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "final_norm", "fc_norm",
         "pool_include_prefix", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "norm_layer",
         "act_layer", "block_fn", "mlp_layer",
     )  # fmt: skip
@@ -358,7 +357,8 @@ class PixMIM(nn.Module):
 
     `target` maps images (B, C, H, W) to target images: LowPass for PixMIM, nn.Identity for the host alone (MAE).
     `decoder` is "self" (MAE) or "cross" (CrossMAE; with `fuse_levels` its blocks read all levels of a MaskedViT).
-    `predict_ratio` is the share of all patches that is predicted; None = every removed patch.
+    `predict_ratio` is the share of all patches that is predicted; None = every removed patch. `learned_positions` trains
+    the parameter `pos_embed` of encoder and decoder.
     """
 
     def __init__(  # noqa: PLR0913 - the names of the flags

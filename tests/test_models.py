@@ -24,7 +24,6 @@ from models_pixmim import (
     patch_statistics,
     patchify,
     sincos_pos_embed,
-    take,
     unpatchify,
 )
 
