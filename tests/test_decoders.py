@@ -527,8 +527,8 @@ def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_and_the_run_says_
     words = [*DEVICE, *SIZES, "--data_path", photos, "--checkpoint"]
     for name, flags, kind in (
         ("self", ["--decoder", "cross", "--fuse_levels"], "self"),
-        ("crossmae", ["--decoder", "self", "--no-fuse_levels"], "cross"),
-        ("lsmae", ["--no-fuse_levels"], "cross"),
+        ("crossmae", ["--decoder", "self", "--no-fuse_levels"], "cross --fuse_levels"),
+        ("lsmae", ["--no-fuse_levels"], "cross --fuse_levels"),
     ):
         said = call("main_pretrain", *words, trained(name) / "last.pth", *flags, "--output_dir", tmp_path / name)
         assert any(f"of another kind (--decoder {kind})" in line and "random" in line for line in said)

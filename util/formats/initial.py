@@ -118,12 +118,13 @@ def initial_state(
             f"--checkpoint {args.checkpoint}, a {weights.family}, does not fit --model {args.model}: {len(wrong)} tensors, such as "
             + ", ".join(f"{name} {list(own[name].shape)} (the file: {found})" for name, found in shapes.items())
         )
-    if not decoder <= fits | optional:
+    kinds = [(x.decoder or "self", bool(x.fuse_levels)) for x in (weights, args)]
+    if not decoder <= fits | optional or kinds[0] != kinds[1]:
         fits -= decoder
         why = "missing; facebookresearch/mae has one in mae_pretrain_*_full.pth"
         if weights.has_decoder:
-            same = (weights.decoder, bool(weights.fuse_levels)) == (args.decoder, args.fuse_levels)
-            why = "of another size" if same else f"of another kind (--decoder {weights.decoder})"
+            kind = f"--decoder {weights.decoder}" + " --fuse_levels" * kinds[0][1]
+            why = "of another size" if kinds[0] == kinds[1] else f"of another kind ({kind})"
         report.append(f"the decoder of the file is {why}: the new run starts with a random one")
     report.insert(0, describe("from the file", fits, own))
     if fresh := own.keys() - fits:
