@@ -45,7 +45,7 @@ from util.formats.weights import Weights
 from util.plots.reconstruction import log_pictures, reconstruct
 from util.run import Run, is_due, start_run
 
-DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
+DECODER = ("decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels", "pos_embed")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -75,9 +75,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--crop_interpolation", choices=["auto", "bilinear", "bicubic"], default="auto",
         help="interpolation of the crop; auto = bilinear for src (as the release), bicubic for rrc (as MAE)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
-    add_schedule_arguments(
+    add("--drop_path", type=number(float, 0, 0.99), default=0.0, help="drop-path rate of the encoder's last block, rising linearly from 0")
+    add = add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
-    )
+    ).add_argument
+    add("--lr_scale_by_prediction", action="store_true",
+        help="multiply the peak learning rate by --predict_ratio / --mask_ratio, as CrossMAE's code does")
     add_device_arguments(parser)
     add = add_run_arguments(parser, output_dir="output/pretrain").add_argument
     add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")

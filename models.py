@@ -14,9 +14,17 @@ ENCODERS = models_pixmim.ENCODERS | models_convmae.ENCODERS | models_mff.ENCODER
 
 
 def build_encoder(args: Namespace, **options) -> nn.Module:
-    """The encoder that --model, --patch_size, --input_size and --in_chans describe; `options` are timm's."""
-    patch = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    return ENCODERS[args.model](img_size=args.input_size, in_chans=args.in_chans, **patch, **options)
+    """The encoder that the model flags describe; `options` are timm's."""
+    encoder = ENCODERS[args.model]
+    if args.patch_size is not None:
+        options["patch_size"] = args.patch_size
+    if args.class_tokens:
+        if "reg_tokens" not in getattr(getattr(encoder, "func", encoder), "supported", ()):
+            raise ValueError(
+                f"--class_tokens {args.class_tokens}: --model {args.model} has no class tokens; use vit_* or mff_vit_*"
+            )
+        options["reg_tokens"] = args.class_tokens - 1
+    return encoder(img_size=args.input_size, in_chans=args.in_chans, **options)
 
 
 def build_target(args: Namespace) -> nn.Module:
@@ -35,7 +43,7 @@ def build_target(args: Namespace) -> nn.Module:
 
 def build_model(args: Namespace) -> PixMIM:
     """The initialised PixMIM model that the model and method flags describe."""
-    options = {}
+    options = {"drop_path_rate": args.drop_path}
     if args.fuse_layers:
         if "fuse_layers" not in signature(ENCODERS[args.model]).parameters:
             raise ValueError(f"--fuse_layers: --model {args.model} does not fuse layers; use an mff_* model")
@@ -43,11 +51,15 @@ def build_model(args: Namespace) -> PixMIM:
     model = PixMIM(
         build_encoder(args, **options),
         build_target(args),
+        decoder=args.decoder,
         decoder_dim=args.decoder_dim,
         decoder_depth=args.decoder_depth,
         decoder_heads=args.decoder_heads,
+        fuse_levels=args.fuse_levels,
+        learned_positions=args.pos_embed == "learned",
         mask_ratio=args.mask_ratio,
         mask_unit=args.mask_unit,
+        predict_ratio=args.predict_ratio,
         norm_pix_loss=args.norm_pix_loss,
     )
     model.set_grad_checkpointing(args.grad_checkpointing)

@@ -23,6 +23,7 @@ from models_pixmim import (
     patchify,
     sincos_pos_embed,
     take,
+    take_patches,
     transformer_block,
     unpatchify,
 )
@@ -160,9 +161,10 @@ class ConvViT(nn.Module):
         """Outputs of the two convolution stages, (B, V, 4, 4, D1) and (B, V, 2, 2, D2), and of the ViT, (B, V, D)."""
         if tuple(side // self.patch for side in images.shape[-2:]) != self.grid:
             raise ValueError(f"images of {tuple(images.shape[-2:])} px do not fit the grid of {self.grid} patches")
-        patches, positions = patchify(images, self.patch), self.pos_embed
-        if keep is not None:
-            patches, positions = take(patches, keep), positions[0][keep]
+        if keep is None:
+            patches, positions = patchify(images, self.patch), self.pos_embed
+        else:
+            patches, positions = take_patches(images, self.patch, keep), self.pos_embed[0][keep]
         x = self.patch_embed1(patches.unflatten(2, (self.patch, self.patch, -1)))
         x = first = self.convolve(self.blocks1, x, keep)
         x = second = self.convolve(self.blocks2, self.patch_embed2(x), keep)

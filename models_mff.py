@@ -36,7 +36,7 @@ class MFFViT(MaskedViT):
         self.proj_weights = nn.Parameter(torch.ones(len(self.fuse_layers), 1, 1, 1))
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): weighted sum of the fused layers, after the final norm."""
+        """(B, C, H, W) -> (B, prefix + V, D): weighted sum of the fused layers, after the final norm."""
         x = self.embed_visible(images, mask)
         share = self.proj_weights.flatten().softmax(0)
         projections = (*self.proj_layers, nn.Identity())

@@ -2,29 +2,31 @@
 
 Contents: patches and masks, the low-pass target, masked ViT, decoder, loss. Needs torch and timm only: copy this file alone.
 
-Letters: B batch, C channels, H W pixels, h w patches, L = h * w, V visible and R removed patches, D width,
-P = p * p * C values of a patch in (row, column, channel) order, U mask units.
+Letters: B batch, C channels, H W pixels, h w patches, L = h * w, V visible and R predicted patches, D width, E width of
+the decoder, P = p * p * C values of a patch in (row, column, channel) order, U mask units.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Size = tuple[int, int]
 
 
 class PatchMask(NamedTuple):
-    """Visible and removed patches of each image; patches are numbered row by row."""
+    """Visible, removed and predicted patches of each image; patches are numbered row by row."""
 
     keep: Tensor  # (B, V) int64, visible patches in the order of the encoder's tokens
-    drop: Tensor  # (B, R) int64, removed patches in the order of the prediction
-    restore: Tensor  # (B, L) int64, [visible | removed] -> raster order
-    removed: Tensor  # (B, L) bool, True = to be reconstructed
+    predict: Tensor  # (B, R) int64, removed patches in the order of the prediction: all of them, or some
+    removed: Tensor  # (B, L) bool, True = not visible
 
 
 class MaskedEncoder(Protocol):
@@ -62,15 +64,27 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def take_patches(images: Tensor, patch: int, index: Tensor) -> Tensor:
+    """Patches `index` (B, N) of images (B, C, H, W): (B, N, P). The others are not read."""
+    # (B, h, w, p, p, C), a view
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    rows = torch.arange(len(images), device=images.device).unsqueeze(1)
+    return x[rows, index // x.shape[2], index % x.shape[2]].flatten(2)
+
+
 def mask_units(grid: Size, unit: int) -> int:
     """Number of mask units U: blocks of unit x unit patches, clipped at the edges."""
     return -(-grid[0] // unit) * -(-grid[1] // unit)
 
 
-def mask_from_noise(noise: Tensor, ratio: float, grid: Size, unit: int = 1) -> PatchMask:
+def mask_from_noise(
+    noise: Tensor, ratio: float, grid: Size, unit: int = 1, predict_ratio: float | None = None
+) -> PatchMask:
     """Mask that keeps the int(L * (1 - ratio)) patches with the smallest noise (B, U), as MAE does.
 
-    Patches of a unit share its noise and are kept in raster order, so the number kept is the same for every grid.
+    Patches of a unit share its noise and are kept in raster order, so the number kept is the same for every grid. With
+    `predict_ratio`, a share of all patches, the next int(L * (ratio - predict_ratio)) patches are neither visible nor
+    predicted, as in CrossMAE.
     """
     h, w = grid
     if unit > 1:  # noise of the units -> noise of the patches
@@ -79,9 +93,11 @@ def mask_from_noise(noise: Tensor, ratio: float, grid: Size, unit: int = 1) -> P
     if noise.shape[1] != h * w:
         raise ValueError(f"noise for {noise.shape[1]} patches does not fit a grid of {h} x {w}")
     visible = int(h * w * (1 - ratio))
+    skipped = 0 if predict_ratio is None else int(h * w * (ratio - predict_ratio))
     order = noise.argsort(dim=1, stable=True)
-    restore = order.argsort(dim=1)
-    return PatchMask(order[:, :visible], order[:, visible:], restore, restore >= visible)
+    keep = order[:, :visible]
+    removed = torch.ones_like(order, dtype=torch.bool).scatter(1, keep, False)
+    return PatchMask(keep, order[:, visible + skipped :], removed)
 
 
 # ----------------------------------------------------------------------------------------------------------- the target
@@ -162,7 +178,7 @@ def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> No
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
     for name, p in module.named_parameters():
-        if name in ("cls_token", "mask_token"):
+        if name in ("cls_token", "reg_token", "mask_token"):
             nn.init.normal_(p, std=0.02)
 
 
@@ -175,13 +191,14 @@ def transformer_block(dim: int, heads: int, drop_path: float = 0.0) -> Block:
 class MaskedViT(VisionTransformer):
     """timm's VisionTransformer with the same state dict, MAE's initialisation and the method `encode`.
 
-    ValueError for the options of timm that `encode` would ignore, such as register tokens.
+    With `reg_tokens` N - 1 it has N class tokens, as Pixio: global_pool "token" is their mean (timm's: the first alone).
+    ValueError for the options of timm that `encode` would ignore, such as dynamic_img_size.
     """
 
     pretraining_only: tuple[str, ...] = ()
     supported = (  # options of timm; a subclass whose `encode` uses others adds them
-        "img_size", "patch_size", "in_chans", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
-        "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "final_norm", "fc_norm",
+        "img_size", "patch_size", "in_chans", "reg_tokens", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
+        "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "final_norm", "fc_norm",
         "pool_include_prefix", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "norm_layer",
         "act_layer", "block_fn", "mlp_layer",
     )  # fmt: skip
@@ -208,32 +225,43 @@ class MaskedViT(VisionTransformer):
         return self.patch_embed.patch_size[0]
 
     def embed_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches, before the first block."""
+        """(B, C, H, W) -> (B, prefix + V, D): class tokens and visible patches, before the first block."""
         if images.shape[-2:] != self.patch_embed.img_size:
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} px do not fit an encoder for {self.patch_embed.img_size} px"
             )
         proj = self.patch_embed.proj
-        x = take(patchify(images, self.patch), mask.keep)
+        x = take_patches(images, self.patch, mask.keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
         x = x + self.pos_embed[0, self.num_prefix_tokens :][mask.keep]
-        prefix = self.cls_token + self.pos_embed[:, : self.num_prefix_tokens]
+        prefix = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
+        prefix = prefix + self.pos_embed[:, : self.num_prefix_tokens]
         return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
+    def levels(self, images: Tensor, mask: PatchMask) -> list[Tensor]:
+        """(B, C, H, W) -> tokens (B, prefix + V, D) before the first block and after each, not normalised."""
+        levels = [self.embed_visible(images, mask)]
+        for block in self.blocks:
+            x = levels[-1]
+            levels.append(checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x))
+        return levels
+
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + V, D): class token and visible patches after the final norm. Removed patches are not read."""
-        x = self.embed_visible(images, mask)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return self.norm(x)
+        """(B, C, H, W) -> (B, prefix + V, D): tokens after the final norm. Removed patches are not read."""
+        return self.norm(self.levels(images, mask)[-1])
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """(B, prefix + L, D) -> (B, D) as in timm, but "token" is the mean of all class tokens."""
+        if (pool_type or self.global_pool) == "token":
+            return x[:, : self.num_prefix_tokens].mean(dim=1)
+        return super().pool(x, pool_type)
 
 
 class Decoder(nn.Module):
-    """(B, prefix + V, D), mask -> (B, R, P): pixel values of the removed patches."""
+    """(B, prefix + V, D), mask -> (B, R, P): self-attention among the visible and the predicted patches, as in MAE."""
 
     def __init__(self, grid: Size, in_dim: int, dim: int, depth: int, heads: int, out_dim: int, num_prefix_tokens: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"decoder width {dim} is not a multiple of its {heads} attention heads")
         self.num_prefix_tokens = num_prefix_tokens
         self.grad_checkpointing = False
         self.embed = nn.Linear(in_dim, dim)
@@ -246,11 +274,69 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: PatchMask) -> Tensor:
         x = self.embed(tokens)
-        prefix, visible = x.split([self.num_prefix_tokens, x.shape[1] - self.num_prefix_tokens], dim=1)
-        hidden = self.mask_token.to(x.dtype).expand(*mask.drop.shape, -1)
-        x = torch.cat([prefix, take(torch.cat([visible, hidden], dim=1), mask.restore)], dim=1) + self.pos_embed
+        hidden = self.mask_token.to(x.dtype).expand(*mask.predict.shape, -1)
+        first = torch.arange(self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+        place = torch.cat([first, torch.cat([mask.keep, mask.predict], dim=1) + self.num_prefix_tokens], dim=1)
+        place, raster = place.sort(dim=1)  # the other patches have no token
+        x = take(torch.cat([x, hidden], dim=1), raster) + self.pos_embed[0][place]
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return self.pred(self.norm(take(x[:, self.num_prefix_tokens :], mask.drop)))
+        return self.pred(self.norm(take(x, raster.argsort(dim=1)[:, tokens.shape[1] :])))
+
+
+class CrossBlock(nn.Module):
+    """Transformer block whose queries (B, R, E) attend to tokens (B, N, D) of the encoder instead of each other."""
+
+    def __init__(self, dim: int, in_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        layers = {"q": nn.Linear(dim, dim), "kv": nn.Linear(in_dim, 2 * dim), "proj": nn.Linear(dim, dim)}
+        self.cross_attn = nn.ModuleDict(layers)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        q = self.cross_attn["q"](self.norm1(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.cross_attn["kv"](tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.cross_attn["proj"](attend(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossDecoder(nn.Module):
+    """(B, prefix + V, D), mask -> (B, R, P) by cross-attention alone, as in CrossMAE (arXiv:2401.14391).
+
+    Predicted patches do not see each other, so a prediction does not depend on which others are made. With `levels` the
+    tokens are a list of as many levels of the encoder, and each block reads its own weighted sum of them.
+    """
+
+    def __init__(
+        self, grid: Size, in_dim: int, dim: int, depth: int, heads: int, out_dim: int, num_prefix_tokens: int,
+        levels: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grad_checkpointing = False
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.fusion = nn.Linear(levels, depth, bias=False) if levels else None
+        self.norms = nn.ModuleList(nn.LayerNorm(in_dim, eps=1e-6) for _ in range(depth if levels else 0))
+        self.blocks = nn.ModuleList(CrossBlock(dim, in_dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, out_dim)
+        init_like_mae(self)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(dim, grid, num_prefix_tokens), requires_grad=False)
+
+    def read(self, tokens: Tensor | list[Tensor]) -> list[Tensor]:
+        """Tokens (B, prefix + V, D) that each block attends to."""
+        if self.fusion is None:
+            return [tokens] * len(self.blocks)
+        levels = torch.stack(tokens)
+        sums = (self.fusion.weight @ levels.flatten(1)).unflatten(1, levels.shape[1:])  # (depth, B, prefix + V, D)
+        return [norm(x) for norm, x in zip(self.norms, sums, strict=True)]
+
+    def forward(self, tokens: Tensor | list[Tensor], mask: PatchMask) -> Tensor:
+        x = self.mask_token + self.pos_embed[0, self.num_prefix_tokens :][mask.predict]
+        for block, read in zip(self.blocks, self.read(tokens), strict=True):
+            x = checkpoint(block, x, read, use_reentrant=False) if self.grad_checkpointing else block(x, read)
+        return self.pred(self.norm(x))
 
 
 # ------------------------------------------------------------------------------------------------------------- the method
@@ -263,37 +349,62 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PixMIM(nn.Module):
-    """Masked autoencoder: mean squared error between predicted and target patches, over the removed patches.
+    """Masked autoencoder: mean squared error between predicted and target patches, over the predicted patches.
 
     `target` maps images (B, C, H, W) to target images: LowPass for PixMIM, nn.Identity for the host alone (MAE).
+    `decoder` is "self" (MAE) or "cross" (CrossMAE; with `fuse_levels` its blocks read all levels of a MaskedViT).
+    `predict_ratio` is the share of all patches that is predicted; None = every removed patch. `learned_positions` trains
+    the parameter `pos_embed` of encoder and decoder.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the names of the flags
         self,
         encoder: MaskedEncoder,
         target: nn.Module,
         *,
+        decoder: str = "self",
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
+        fuse_levels: bool = False,
+        learned_positions: bool = False,
         mask_ratio: float = 0.75,
         mask_unit: int = 1,
+        predict_ratio: float | None = None,
         norm_pix_loss: bool = True,
     ):
         super().__init__()
-        self.encoder, self.target = encoder, target
-        self.mask_ratio, self.mask_unit, self.norm_pix_loss = mask_ratio, mask_unit, norm_pix_loss
-        length = encoder.grid[0] * encoder.grid[1]
-        visible = int(length * (1 - mask_ratio))
-        if not 0 < visible < length:
-            raise ValueError(f"a mask ratio of {mask_ratio} leaves {visible} of {length} patches visible")
-        if mask_unit > min(encoder.grid):
-            raise ValueError(f"mask units of {mask_unit} patches are larger than the grid {encoder.grid}")
-        values = encoder.patch**2 * encoder.in_chans
-        prefix = encoder.num_prefix_tokens
-        self.decoder = Decoder(
-            encoder.grid, encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads, values, prefix
-        )
+        self.encoder, self.target, self.fuse_levels = encoder, target, fuse_levels
+        self.mask_ratio, self.mask_unit, self.predict_ratio = mask_ratio, mask_unit, predict_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.check_mask()
+        if decoder_dim % decoder_heads:
+            raise ValueError(f"decoder width {decoder_dim} is not a multiple of its {decoder_heads} attention heads")
+        sizes = (encoder.grid, encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads)
+        ends = (encoder.patch**2 * encoder.in_chans, encoder.num_prefix_tokens)
+        if fuse_levels and (decoder != "cross" or type(encoder).encode is not MaskedViT.encode):
+            raise ValueError("--fuse_levels needs --decoder cross and a vit_* model; use --no-fuse_levels")
+        if fuse_levels:
+            encoder.norm.requires_grad_(False)  # not used: it stays (1, 0)
+        levels = len(encoder.blocks) + 1 if fuse_levels else 0
+        self.decoder = CrossDecoder(*sizes, *ends, levels) if decoder == "cross" else Decoder(*sizes, *ends)
+        if learned_positions:  # as Pixio: rows of the class tokens too
+            for part in (encoder, self.decoder):
+                nn.init.trunc_normal_(part.pos_embed, std=0.02)
+                part.pos_embed.requires_grad_()
+
+    def check_mask(self) -> None:
+        """ValueError if the mask leaves nothing to see or to predict."""
+        grid, ratio, part = self.encoder.grid, self.mask_ratio, self.predict_ratio
+        visible = int(grid[0] * grid[1] * (1 - ratio))
+        if not 0 < visible < grid[0] * grid[1]:
+            raise ValueError(f"a mask ratio of {ratio} leaves {visible} of {grid[0] * grid[1]} patches visible")
+        if self.mask_unit > min(grid):
+            raise ValueError(f"mask units of {self.mask_unit} patches are larger than the grid {grid}")
+        if part is not None and not 0 < part <= ratio:
+            raise ValueError(
+                f"--predict_ratio {part}: predict more than 0 and at most --mask_ratio {ratio} of all patches"
+            )
 
     @property
     def noise_length(self) -> int:
@@ -306,33 +417,56 @@ class PixMIM(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: Tensor, mask: PatchMask) -> tuple[Tensor, Tensor, Tensor]:
-        """Target (B, R, P) of the removed patches, float32, and the mean and std by which it was normalised.
+        """Target (B, R, P) of the predicted patches, float32, and the mean and std by which it was normalised.
 
         With norm_pix_loss those of each patch, (B, R, 1), else 0 and 1.
         """
-        target = take(patchify(self.target(images).float(), self.encoder.patch), mask.drop)
+        target = take_patches(self.target(images).float(), self.encoder.patch, mask.predict)
         mean, std = patch_statistics(target) if self.norm_pix_loss else (target.new_zeros(1), target.new_ones(1))
         return (target - mean) / std, mean, std
 
+    def encode(self, images: Tensor, mask: PatchMask) -> Tensor | list[Tensor]:
+        """What the decoder reads: tokens (B, prefix + V, D), or with fuse_levels a list of them."""
+        return self.encoder.levels(images, mask) if self.fuse_levels else self.encoder.encode(images, mask)
+
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, PatchMask]:
-        """Normalised images (B, C, H, W), noise (B, U) -> loss (), prediction (B, R, P) of the patches `mask.drop`, mask."""
+        """Normalised images (B, C, H, W), noise (B, U) -> loss (), prediction (B, R, P) of `mask.predict`, mask."""
         if noise is None:
             noise = torch.rand(len(images), self.noise_length, device=images.device)
-        mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
-        prediction = self.decoder(self.encoder.encode(images, mask), mask).float()
+        mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit, self.predict_ratio)
+        prediction = self.decoder(self.encode(images, mask), mask).float()
         target, _, _ = self.targets(images, mask)
         return F.mse_loss(prediction, target), prediction, mask
+
+    def predict_removed(self, images: Tensor, noise: Tensor) -> tuple[Tensor, PatchMask]:
+        """Prediction of every removed patch and its mask, in passes of at most as many patches as in training."""
+        mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
+        passes = math.ceil(self.mask_ratio / (self.predict_ratio or self.mask_ratio))
+        tokens, parts = self.encode(images, mask), mask.predict.tensor_split(passes, dim=1)
+        predictions = [self.decoder(tokens, mask._replace(predict=part)) for part in parts]
+        return torch.cat(predictions, dim=1).float(), mask
 
 
 # ------------------------------------------------------------------------------------------------------- speed on CPUs
 
 
+def use_products(x: Tensor, length: int) -> bool:
+    """True where explicit matrix products are faster than fused attention: on a CPU in half precision, if short."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and length <= 256
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of queries (B, heads, R, d) to keys and values (B, heads, N, d): (B, heads, R, d)."""
+    if use_products(q, k.shape[2]):
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class ShortAttention(Attention):
-    """timm's attention; on a CPU in half precision, short sequences use explicit matrix products, which are faster there."""
+    """timm's attention, by explicit matrix products where they are faster."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        explicit = x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and x.shape[1] <= 256
-        if not explicit or self.gate is not None or attn_mask is not None or is_causal:
+        if not use_products(x, x.shape[1]) or self.gate is not None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask, is_causal)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = self.attn_drop((self.q_norm(q) * self.scale @ self.k_norm(k).mT).softmax(dim=-1))

@@ -76,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
         "heads 32 wide."
     )
     add_device_arguments(parser, amp=False)
-    parser.set_defaults(grad_checkpointing=False)
+    parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser
 
 

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Attention
 
 from benchmarks.baseline_mae import masked_loss
-from models_pixmim import MaskedViT, PixMIM, ShortAttention, mask_from_noise, take
+from models_pixmim import Decoder, MaskedViT, PixMIM, ShortAttention, mask_from_noise, take
 
 
 class ProjectAll(MaskedViT):
@@ -22,8 +22,12 @@ class PredictAll(PixMIM):
 
     def forward(self, images, noise=None):
         mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
-        every = mask._replace(drop=torch.arange(mask.restore.shape[1], device=images.device).expand_as(mask.restore))
-        prediction = self.decoder(self.encoder.encode(images, mask), every).float()
+        decoder, first = self.decoder, self.encoder.num_prefix_tokens
+        x = decoder.embed(self.encode(images, mask))
+        patches = torch.cat([x[:, first:], decoder.mask_token.to(x.dtype).expand(*mask.predict.shape, -1)], dim=1)
+        patches = take(patches, torch.cat([mask.keep, mask.predict], dim=1).argsort(dim=1))  # in raster order
+        x = decoder.blocks(torch.cat([x[:, :first], patches], dim=1) + decoder.pos_embed)
+        prediction = decoder.pred(decoder.norm(x))[:, first:].float()
         return masked_loss(prediction, self.target(images), self.encoder.patch, mask.removed), prediction, mask
 
 
@@ -36,8 +40,14 @@ ABLATIONS = {  # name -> (optimised class, common class)
 
 def applicable_ablations(model: PixMIM) -> list[str]:
     """Names of the optimisations that this model uses."""
-    kinds = {type(module) for module in model.modules()}
+    kinds = {type(module) for module in model.modules()} - (set() if is_plain(model) else {MaskedViT, PixMIM})
     return [name for name, (optimised, _) in ABLATIONS.items() if optimised in kinds]
+
+
+def is_plain(model: PixMIM) -> bool:
+    """Whether the model has one class token or none, and MAE's decoder that predicts every removed patch."""
+    one_token = model.encoder.num_prefix_tokens <= 1
+    return one_token and type(model.decoder) is Decoder and model.predict_ratio is None
 
 
 def ablate(model: PixMIM, name: str) -> PixMIM:

@@ -4,6 +4,7 @@
 
 - ours without one optimisation: attention (timm's), optimizer (foreach, not fused), projection (of all patches),
   prediction (of all patches), read-back (of the loss in each step); compiled: ours with torch.compile;
+- full decoder: the same encoder with 8 blocks of self-attention, all removed patches, one class token (if ours differs);
 - baseline, baseline fp32 (plain ViTs only): MAE as commonly implemented (baseline_mae.py), on normalised images;
 - parts of ours: matmuls (only the matrix products of its linear layers), target (only the target of the loss).
 
@@ -24,7 +25,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from benchmarks.ablations import ablate, applicable_ablations
+from benchmarks.ablations import ablate, applicable_ablations, is_plain
 from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_step
 from benchmarks.products import Products
 from benchmarks.results import append, spread
@@ -32,6 +33,7 @@ from engine_pretrain import optimizer_step, pretrain_loss
 from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
 from util.args import (
+    METHOD,
     PRETRAIN,
     Parser,
     add_device_arguments,
@@ -75,8 +77,15 @@ def all_steps(args, model: PixMIM, normalize: Normalize) -> dict[str, Step]:
         "read-back": lambda batch: ours(batch).item(),
         "target": lambda batch: model.target(batch["normalised"]),
     }
+    full = model
+    if not is_plain(model):
+        plain = {
+            name: METHOD[name] for name in ("predict_ratio", "decoder", "decoder_depth", "fuse_levels", "pos_embed")
+        }
+        full = build_model(argparse.Namespace(**vars(args) | plain | {"class_tokens": None})).to(normalize.mean.device)
+        steps["full decoder"] = make(full)
     if type(model.encoder) is MaskedViT:  # the other encoders have no baseline
-        baseline = baseline_of(model)
+        baseline = baseline_of(full)
         optimizer = baseline_optimizer(baseline)
         steps["baseline"] = partial(baseline_step, baseline, optimizer, amp=args.amp)
         if args.amp != "off":
@@ -156,7 +165,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
     add("--compile", action="store_true", help="include the compiled model")
     add("--append", type=Path, metavar="FILE", help="Markdown table to which a row per batch size is added")
-    parser.set_defaults(grad_checkpointing=False)
+    parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser
 
 

@@ -201,10 +201,13 @@ def test_loss_is_the_mean_over_removed_patches():
     model = perturb(PixMIM(small_encoder(), nn.Identity(), decoder_dim=16, decoder_depth=1, decoder_heads=2))
     images = torch.randn(2, 3, *SIZE)
     loss, prediction, mask = model(images, torch.rand(2, 15))
-    patches = take(patchify(images, PATCH), mask.drop)
+    patches = take(patchify(images, PATCH), mask.predict)
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     assert loss.item() == pytest.approx((prediction - target).square().mean().item(), rel=1e-6)
-    assert torch.equal(prediction, model(scribble(images, mask, PATCH, GRID), torch.zeros(2, 15) + mask.restore)[1])
+    assert torch.equal(
+        prediction,
+        model(scribble(images, mask, PATCH, GRID), torch.cat([mask.keep, mask.predict], 1).argsort(1).float())[1],
+    )
 
 
 @pytest.mark.parametrize(

@@ -172,11 +172,11 @@ RANGES = {
         int,
         1,
         MAXIMUM,
-    ): "accum_iter bands bank_patches batch_size count decoder_depth decoder_heads effective_batch ep_queries in_chans input_size k layers log_every "
+    ): "accum_iter bands bank_patches batch_size class_tokens count decoder_depth decoder_heads effective_batch ep_queries in_chans input_size k layers log_every "
     "mask_unit patch_size save_every stream_samples",
     (int, 4, MAXIMUM): "decoder_dim",
     (float, 0, 0.99): "drop_path",
-    (float, 0, 1): "mask_ratio reprob smoothing",
+    (float, 0, 1): "mask_ratio predict_ratio reprob smoothing",
     (float, 0, MAXIMUM): "blr cutmix lowpass_radius min_lr mixup save_minutes warmup_epochs weight_decay",
     (float, 0.01, 1): "crop_pct layer_decay",
     (float, 1e-9, 1): "train_fraction",

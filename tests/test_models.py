@@ -24,7 +24,6 @@ from models_pixmim import (
     patch_statistics,
     patchify,
     sincos_pos_embed,
-    take,
     unpatchify,
 )
 
@@ -137,7 +136,7 @@ OPTIONS = {  # every parameter of timm's VisionTransformer -> values that are no
     "img_size": [(32, 32)], "patch_size": [4, (8, 4)], "in_chans": [5], "num_classes": [7], "global_pool": ["avg", "map"],
     "embed_dim": [12], "depth": [3], "num_heads": [2], "mlp_ratio": [2.0], "qkv_bias": [False], "qk_norm": [True],
     "scale_attn_norm": [True], "scale_mlp_norm": [True], "proj_bias": [False], "init_values": [0.1],
-    "class_token": [False], "pos_embed": ["none"], "no_embed_class": [True], "reg_tokens": [3], "pre_norm": [True],
+    "class_token": [False], "pos_embed": ["none"], "no_embed_class": [True], "reg_tokens": [1, 3], "pre_norm": [True],
     "final_norm": [False], "fc_norm": [True], "pool_include_prefix": [True], "dynamic_img_size": [True],
     "dynamic_img_pad": [True], "drop_rate": [0.5], "pos_drop_rate": [0.5], "patch_drop_rate": [0.5],
     "proj_drop_rate": [0.5], "attn_drop_rate": [0.5], "drop_path_rate": [0.5], "weight_init": ["jax"],
@@ -382,17 +381,16 @@ def test_the_number_of_removed_patches_is_exact(grid, ratio, unit):
     mask = mask_from_noise(torch.rand(4, mask_units(grid, unit)), ratio, grid, unit)
     removed = length - int(length * (1 - ratio))
     assert (mask.removed.sum(1) == removed).all()
-    assert mask.drop.shape == (4, removed)
+    assert mask.predict.shape == (4, removed)
     assert mask.keep.shape == (4, length - removed)
 
 
 @pytest.mark.parametrize("unit", [1, 2])
-def test_keep_drop_restore_and_removed_are_consistent(unit):
+def test_visible_and_removed_patches_are_consistent(unit):
     grid = (5, 7)
     mask = mask_from_noise(torch.rand(3, mask_units(grid, unit)), 0.6, grid, unit)
-    patches = torch.randn(3, 35, 4)
-    assert torch.equal(take(torch.cat([take(patches, mask.keep), take(patches, mask.drop)], 1), mask.restore), patches)
-    assert mask.removed.gather(1, mask.drop).all()
+    assert torch.equal(torch.cat([mask.keep, mask.predict], 1).sort(1).values, torch.arange(35).expand(3, -1))
+    assert mask.removed.gather(1, mask.predict).all()
     assert not mask.removed.gather(1, mask.keep).any()
 
 
@@ -423,7 +421,7 @@ def slow_loss(model: PixMIM, images: Tensor, prediction: Tensor, mask) -> float:
     target = patchify(model.target(images).double(), model.encoder.patch)
     losses = []
     for b in range(len(images)):
-        for place, patch in enumerate(mask.drop[b].tolist()):
+        for place, patch in enumerate(mask.predict[b].tolist()):
             values = target[b, patch]
             if model.norm_pix_loss:
                 spread = (values - values.mean()).square().sum() / (len(values) - 1)

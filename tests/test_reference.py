@@ -98,10 +98,10 @@ def test_outputs_and_gradients_match_the_reference(case, tmp_path):
         torch.testing.assert_close(share, answers["fusion_weights"], rtol=0, atol=1e-6)
 
     if isinstance(answers["pred"], Tensor):
-        whole = take(answers["pred"], mask.drop)
+        whole = take(answers["pred"], mask.predict)
         torch.testing.assert_close(prediction, whole, rtol=1e-4, atol=1e-4)
     else:  # extracts store masked patches in raster order
-        raster = take(prediction, mask.drop.argsort(1)).flatten(0, 1)
+        raster = take(prediction, mask.predict.argsort(1)).flatten(0, 1)
         torch.testing.assert_close(sample(raster)["values"], answers["pred"]["values"], rtol=1e-4, atol=1e-4)
 
     column = "mm" if weights.source == "mm" else "mae"

@@ -16,7 +16,8 @@ from typing import Any
 
 METHOD = {
     "lowpass_radius": "auto", "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
-    "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "fuse_layers": None,
+    "predict_ratio": None, "decoder": "self", "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "fuse_levels": False,
+    "fuse_layers": None, "pos_embed": "sincos",
 }  # fmt: skip
 PRETRAIN = {"model": "vit_base", "input_size": (224, 224), "in_chans": 3}  # without --checkpoint
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -135,6 +136,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: s
     group.add_argument("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
                        help=f"side of the input in pixels, or height and width{sources[1]}")
     group.add_argument("--in_chans", type=number(int, 1), help=f"number of image channels{sources[2]}")
+    group.add_argument("--class_tokens", type=number(int, 1),
+                       help="number of class tokens, whose mean is the image feature; 8 = Pixio (default: as in --checkpoint, else 1; "
+                            "ConvMAE has none)")
     group.add_argument("--mean", type=number(float, -(10**9)), nargs="+",
                        help="mean of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
     group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
@@ -154,11 +158,21 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
                        help="low-pass filter: reference = the release's, half a bin off centre; centered = zero phase")
     group.add_argument("--mask_ratio", type=number(float, 0, 1), help="share of patches removed, 0 to 1")
     group.add_argument("--mask_unit", type=number(int, 1), help="side of the blocks in which patches are removed, in patches; 2 = LSMAE")
+    group.add_argument("--predict_ratio", type=number(float, 0, 1),
+                       help="share of all patches that is predicted, drawn from the removed ones (default: every removed patch)")
     group.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction,
                        help="normalise each target patch by its own mean and standard deviation")
+    group.add_argument("--decoder", choices=["self", "cross"],
+                       help="attention of the decoder: self = among visible and predicted patches (MAE); cross = of predicted patches to "
+                            "the encoder's tokens (CrossMAE) (default: as in --checkpoint, else self)")
     for name, least, what in (("dim", 4, "width"), ("depth", 1, "number of blocks"), ("heads", 1, "number of attention heads")):
         group.add_argument(f"--decoder_{name}", type=number(int, least),
                            help=f"decoder: {what} (default: as in --checkpoint, else {METHOD[f'decoder_{name}']})")
+    group.add_argument("--fuse_levels", action=argparse.BooleanOptionalAction,
+                       help="--decoder cross: each block reads its own weighted sum of the outputs of all encoder blocks, as CrossMAE "
+                            "(default: as in --checkpoint, else off)")
+    group.add_argument("--pos_embed", choices=["sincos", "learned"],
+                       help="position embeddings: sincos = fixed (MAE); learned = trained (Pixio) (default: as in --checkpoint, else sincos)")
     group.add_argument("--fuse_layers", type=number(int, 0), nargs="+",
                        help="layers that an MFF encoder fuses, counted from 0 (default: 0 2 4 6 8 11 of 12 layers)")
     parser.set_defaults(**METHOD | defaults)
@@ -178,7 +192,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pools: Sequence[st
     if pools:
         ep = ", or ep = efficient probing of the patch tokens; several train side by side" if "ep" in pools else ""
         group.add_argument("--pool", choices=pools, nargs="+" if ep else None,
-                           help=f"image feature: class token or mean of the patch tokens{ep} (default: as the checkpoint was "
+                           help=f"image feature: class token (the mean of several) or mean of the patch tokens{ep} (default: as the checkpoint was "
                                 "probed, else the class token if there is one)")
     return group
 

@@ -147,6 +147,8 @@ def start_run(args: Namespace, world: World | None = None) -> Run:
     restarted = world.gather(world.is_main and is_restart(folder))[0]
     blr = max(args.blr) if isinstance(args.blr, list) else args.blr
     lr = peak_lr(blr, batch_size * accum_iter * world.size)
+    if getattr(args, "lr_scale_by_prediction", False):
+        lr *= (args.predict_ratio or args.mask_ratio) / args.mask_ratio
     resume, origin = "auto" if restarted else args.resume, getattr(args, "origin", None)
     log, sha = Log(folder, world.is_main), origin and origin["sha256"]
     run = Run(args, world, log, folder, batch_size, accum_iter, lr, resume, sha)

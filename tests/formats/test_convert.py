@@ -206,22 +206,22 @@ def test_batch_norm_of_a_linear_probe_is_folded_into_the_head(family, mae, tmp_p
 
 def test_sizes_of_a_vit_are_read_from_its_shapes(mae):
     assert tensor_sizes(mae) == {
-        "family": "vit", "embed_dim": 192, "depth": 2, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16, "class_token": True,
-        "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
+        "family": "vit", "embed_dim": 192, "depth": 2, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16, "class_tokens": 1,
+        "num_classes": 0, "pooled": False, "decoder": "self", "fuse_levels": False, "decoder_dim": 64, "decoder_depth": 1,
     }  # fmt: skip
     assert "decoder_dim" not in tensor_sizes(to_timm(mae))
 
 
 @pytest.mark.parametrize(("host", "sizes"), [
-    ("convvit", {"embed_dim": (8, 16, 192), "depth": (1, 2, 2), "class_token": False}),
-    ("mff_vit", {"embed_dim": 192, "depth": 3, "class_token": True}),
+    ("convvit", {"embed_dim": (8, 16, 192), "depth": (1, 2, 2), "class_tokens": 0}),
+    ("mff_vit", {"embed_dim": 192, "depth": 3, "class_tokens": 1}),
 ])  # fmt: skip
 def test_family_and_sizes_of_convmae_and_mff_are_read_from_their_shapes(host, sizes):
     state = state_of(host)
     assert family(state) == host
     assert tensor_sizes(state) == sizes | {
         "family": host, "patch_size": 8, "in_chans": 3, "mlp_ratio": 4.0, "num_patches": 16,
-        "num_classes": 0, "pooled": False, "decoder_dim": 64, "decoder_depth": 1,
+        "num_classes": 0, "pooled": False, "decoder": "self", "fuse_levels": False, "decoder_dim": 64, "decoder_depth": 1,
     }  # fmt: skip
 
 

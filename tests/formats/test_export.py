@@ -383,7 +383,7 @@ def test_transformers_gives_our_loss_and_prediction(model, mae, tmp_path):
     output = theirs.eval()(IMAGES, noise=noise)
     assert torch.equal(output.mask.bool(), mask.removed)
     assert are_close(output.loss, loss)
-    assert are_close(output.logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
+    assert are_close(output.logits.gather(1, mask.predict[..., None].expand_as(prediction)), prediction)
     for raw in (False, True):  # control: the loss of raw pixels differs
         theirs.config.norm_pix_loss = not raw
         assert are_close(theirs(IMAGES, noise=noise).loss, loss) != raw
@@ -398,7 +398,7 @@ def test_zeroed_decoder_tensors_change_the_prediction_of_transformers(model, mae
             write_format(mae | {name: mae[name] * 0}, tmp_path, "hf")
         )
         logits = theirs.eval()(IMAGES, noise=noise).logits
-        assert not are_close(logits.gather(1, mask.drop[..., None].expand_as(prediction)), prediction)
+        assert not are_close(logits.gather(1, mask.predict[..., None].expand_as(prediction)), prediction)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # transformers leaves a file open

@@ -20,7 +20,9 @@ from util.formats.initial import adapt_channels, initial_state, move_positions, 
 from util.formats.keys import mae_names, pixmim_names
 
 START = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--image_every", "0"]
-AS_IN_FILE = Namespace(checkpoint="x.pth", model="x", init_channels="new", resample_patches=False)
+AS_IN_FILE = Namespace(
+    checkpoint="x.pth", model="x", init_channels="new", resample_patches=False, decoder="self", fuse_levels=False
+)
 CASES = [f"extract/{name}" for name in EXTRACTS]
 CASES += [pytest.param("shared/mm_mae", marks=pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared"))]
 

@@ -30,8 +30,11 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str], pool
         args = args_to_dict(run.args) | {"classes": classes, "batch": run.batch, "pool": pool}
         state = to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
-        if target := default_format(state):
-            run.log.info(f"load with: {load_command(Weights.from_state(state, args), target, path)}")
+        weights = Weights.from_state(state, args)
+        if (
+            target := default_format(state)
+        ) and not weights.averages_tokens:  # timm's reads the first class token alone
+            run.log.info(f"load with: {load_command(weights, target, path)}")
 
 
 def val_interpolation(probe_as: str | None) -> str:

@@ -24,18 +24,8 @@ Encoder = Any
 
 
 MODEL_FLAGS = (
-    "model",
-    "patch_size",
-    "input_size",
-    "in_chans",
-    "mean",
-    "std",
-    "crop_pct",
-    "pool",
-    "bands",
-    "value_range",
-    "alpha",
-)
+    "model", "patch_size", "input_size", "in_chans", "class_tokens", "mean", "std", "crop_pct", "pool", "bands", "value_range", "alpha",
+)  # fmt: skip
 
 
 def read_architecture(

@@ -51,6 +51,9 @@ def _mae_line(weights: Weights, out: Path | str) -> str:
     options = {"img_size": _size_code(weights)} | {
         key: getattr(weights, key) for key in ("patch_size", "depth", "num_heads", "in_chans", "mlp_ratio", "embed_dim")
     }
+    if weights.fuse_levels:
+        options |= _decoder_options(weights) | {"weight_fm": True, "use_input": True}
+        return _load_line("models_cross.MaskedAutoencoderViT", options, out)
     if weights.decoder_dim:
         return _load_line("models_mae.MaskedAutoencoderViT", options | _decoder_options(weights), out)
     options |= {"num_classes": weights.num_classes, "global_pool": weights.pooled, "qkv_bias": True}

@@ -24,6 +24,7 @@ def timm_model(weights: Weights) -> tuple[str, dict[str, Any]]:
     usual |= {"in_chans": 3, "mlp_ratio": 4, "embed_dim": width}
     names = {"input_size": "img_size"}
     options = {names.get(key, key): x for key, usually in usual.items() if (x := getattr(weights, key)) != usually}
+    options |= {"reg_tokens": weights.class_tokens - 1} if weights.class_tokens > 1 else {}
     options |= {"num_classes": weights.num_classes}
     options |= {"global_pool": "avg"} if weights.pooled or weights.averages_normed else {}
     return entry, options | ({"fc_norm": False} if weights.averages_normed else {})
@@ -103,6 +104,9 @@ def hf_config(weights: Weights) -> dict[str, Any]:
             "norm_pix_loss": weights.norm_pix_loss is not False,
             "mask_ratio": 0.75 if weights.mask_ratio is None else weights.mask_ratio,
         }
+    if weights.class_tokens > 1:
+        own = {"n_cls_tokens": weights.class_tokens, "mlp_ratio": round(weights.mlp_ratio)}
+        return config | own | {"model_type": "pixio", "architectures": ["PixioModel"]}
     config |= {"model_type": "vit", "architectures": ["ViTModel"], "encoder_stride": weights.patch_size}
     if weights.num_classes:
         names = _labels(weights) or [f"LABEL_{i}" for i in range(weights.num_classes)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.formats.keys import DECODER, FUSION, State, join_names
+from util.formats.keys import DECODER, FINAL_NORM, FUSION, State, join_names
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
 
@@ -83,8 +83,10 @@ def adapt(weights: Weights, encoder: Any, args: Namespace, sincos: Callable) -> 
     old = weights.grid or encoder.grid
     if old != encoder.grid:
         for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
-            state[name] = move_positions(state[name], old, encoder.grid, int(weights.class_token), sincos)
-        changes.append(f"position embeddings: {old[0]} x {old[1]} -> {encoder.grid[0]} x {encoder.grid[1]} patches")
+            state[name] = move_positions(state[name], old, encoder.grid, weights.class_tokens, sincos)
+        learned = ", learned ones resampled" if weights.pos_embed == "learned" else ""
+        new = encoder.grid
+        changes.append(f"position embeddings: {old[0]} x {old[1]} -> {new[0]} x {new[1]} patches{learned}")
     return state, changes
 
 
@@ -103,6 +105,8 @@ def initial_state(
     is missing or of another shape.
     """
     state, report = adapt(weights, encoder, args, sincos)
+    if args.fuse_levels and not weights.fuse_levels:  # the final norm is not used and not trained: it stays (1, 0)
+        state = {name: value for name, value in state.items() if name not in FINAL_NORM}
     fits = {name for name, value in state.items() if name in own and own[name].shape == value.shape}
     optional = {name for name in own if FUSION.fullmatch(name) or name.startswith("norm.")}
     if args.init_channels == "new" and weights.in_chans not in (None, encoder.in_chans):
@@ -114,13 +118,13 @@ def initial_state(
             f"--checkpoint {args.checkpoint}, a {weights.family}, does not fit --model {args.model}: {len(wrong)} tensors, such as "
             + ", ".join(f"{name} {list(own[name].shape)} (the file: {found})" for name, found in shapes.items())
         )
-    if not decoder <= fits | optional:
+    kinds = [(x.decoder or "self", bool(x.fuse_levels)) for x in (weights, args)]
+    if not decoder <= fits | optional or kinds[0] != kinds[1]:
         fits -= decoder
-        why = (
-            "of another size"
-            if weights.has_decoder
-            else "missing; facebookresearch/mae has one in mae_pretrain_*_full.pth"
-        )
+        why = "missing; facebookresearch/mae has one in mae_pretrain_*_full.pth"
+        if weights.has_decoder:
+            kind = f"--decoder {weights.decoder}" + " --fuse_levels" * kinds[0][1]
+            why = "of another size" if kinds[0] == kinds[1] else f"of another kind ({kind})"
         report.append(f"the decoder of the file is {why}: the new run starts with a random one")
     report.insert(0, describe("from the file", fits, own))
     if fresh := own.keys() - fits:

@@ -16,10 +16,11 @@ class Rule(NamedTuple):
     """One tensor: its name in each repository (N = number of the block), its shape, the encoders (hosts) that have it.
 
     D width, T tokens, C channels, P patch side, F hidden width, K classes; E, G = D, F of the decoder. ConvMAE's stages:
-    widths X, Y, hidden widths U, V, strides Q, R, S. M = layers fused by MFF, J = queries of efficient probing.
+    widths X, Y, hidden widths U, V, strides Q, R, S. M = layers fused by MFF, I = queries of efficient probing.
+    A = class tokens after the first. J, L = blocks of CrossMAE's decoder, levels of the encoder that they read.
     """
 
-    mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, timm
+    mae: str  # facebookresearch/mae, Alpha-VL/ConvMAE, TonyLianLong/CrossMAE, timm
     mm: str | None  # mmselfsup, mmcls, mmpretrain; mmsegmentation without "backbone."
     hf: str | None  # transformers 4.x; {query,key,value} are three tensors there
     shape: str
@@ -30,12 +31,14 @@ VIT, MFF, CONV = ("vit", "mff_vit"), ("mff_vit",), ("convvit",)
 ALL = (*VIT, *CONV)
 TENSORS = (
     Rule("cls_token", "backbone.cls_token", "vit.embeddings.cls_token", "1 1 D", VIT),
+    Rule("reg_token", None, None, "1 A D", VIT),
     Rule("pos_embed", "backbone.pos_embed", "vit.embeddings.position_embeddings", "1 T D", ALL),
     Rule("mask_token", "neck.mask_token", "decoder.mask_token", "1 1 E", ALL),
     Rule("decoder_pos_embed", "neck.decoder_pos_embed", "decoder.decoder_pos_embed", "1 T E", ALL),
     Rule("proj_weights", "backbone.proj_weights", None, "M 1 1 1", MFF),
-    Rule("ep.queries", None, None, "J D", ALL),  # classifiers of efficient probing
+    Rule("ep.queries", None, None, "I D", ALL),  # classifiers of efficient probing
     Rule("ep.value.weight", None, None, "D D", ALL),
+    Rule("wfm.linear.weight", None, None, "J L", ("vit",)),
 )
 LAYERS = (  # shape of the weight; the bias has the size of its first dimension
     Rule(
@@ -55,6 +58,7 @@ LAYERS = (  # shape of the weight; the bias has the size of its first dimension
     Rule("stage1_output_decode", None, None, "D X 4 4", CONV),
     Rule("stage2_output_decode", None, None, "D Y 2 2", CONV),
     Rule("proj_layers.N", "backbone.proj_layers.N", None, "D D", MFF),
+    Rule("dec_norms.N", None, None, "D", ("vit",)),
     Rule("norm", "backbone.ln1", "vit.layernorm", "D", ALL),
     Rule("fc_norm", "backbone.ln2", None, "D", ALL),
     Rule("head", "head.fc", "classifier", "K D", ALL),
@@ -83,6 +87,8 @@ def _expand() -> Iterator[Rule]:
     decoder, second = str.maketrans("DF", "EG"), str.maketrans("XU", "YV")
     blocks = [Rule(f"blocks1.N.{layer}", None, None, shape, CONV) for layer, shape in CONV_BLOCK]
     blocks += [Rule(f"blocks2.N.{layer}", None, None, shape.translate(second), CONV) for layer, shape in CONV_BLOCK]
+    cross = (("q", "E E"), ("kv", "2E D"), ("proj", "E E"))
+    blocks += [Rule(f"decoder_blocks.N.cross_attn.{layer}", None, None, shape, ALL) for layer, shape in cross]
     for ours, mm, hf, shape in BLOCK:
         blocks.append(Rule(f"blocks.N.{ours}", f"backbone.layers.N.{mm}", f"vit.encoder.layer.N.{hf}", shape, VIT))
         blocks.append(Rule(f"blocks3.N.{ours}", None, None, shape, CONV))
@@ -98,10 +104,11 @@ RULES = tuple(_expand())
 DROPPED = re.compile(
     r"target_generator\.low_pass_filter|data_preprocessor\.(mean|std)|(vit\.)?pooler\.dense\.(weight|bias)"
 )
-DECODER = re.compile(r"mask_token|decoder_.*")
+DECODER = re.compile(r"mask_token|decoder_.*|(wfm|dec_norms)(\..*)?")
 # of MFF and ConvMAE: used in pre-training only
 FUSION = re.compile(r"(proj_layers|stage[12]_output_decode)\..*|proj_weights")
 THIRDS = "{query,key,value}"
+FINAL_NORM = ("norm.weight", "norm.bias")
 HF_NAMES = (  # transformers 5.x and models without a head -> 4.x
     (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -156,14 +163,20 @@ def default_format(state: State) -> str | None:
 
 def pixmim_names(state: State) -> State:
     """State in facebookresearch/mae's names -> in names of PixMIM's modules, `encoder.*` and `decoder.*`."""
-    decoder = {key: f"decoder.{key.removeprefix('decoder_')}" for key in state if DECODER.fullmatch(key)}
-    return {decoder.get(key, f"encoder.{key}"): value for key, value in state.items()}
+    named = {}
+    for key, value in state.items():
+        inner = re.sub(r"^dec(oder)?_", "", key.replace("wfm.linear.", "fusion."))
+        named[f"decoder.{inner}" if DECODER.fullmatch(key) else f"encoder.{key}"] = value
+    return named
 
 
 def mae_names(state: State) -> State:
     """State in names of PixMIM's modules -> in facebookresearch/mae's names; the inverse of `pixmim_names`."""
-    bare = {key: re.sub(r"^(encoder|decoder(?=\.mask_token))\.", "", key) for key in state}
-    return {re.sub(r"^decoder\.", "decoder_", bare[key]): value for key, value in state.items()}
+    named = {}
+    for key, value in state.items():
+        name = re.sub(r"^(encoder|decoder(?=\.mask_token))\.", "", key.replace("decoder.fusion.", "wfm.linear."))
+        named[re.sub(r"^decoder\.", "decoder_", re.sub(r"^decoder\.norms\.", "dec_norms.", name))] = value
+    return named
 
 
 def to_timm(state: State) -> State:
@@ -172,11 +185,13 @@ def to_timm(state: State) -> State:
 
 
 def to_mae(state: State) -> State:
-    """All tensors in the names of facebookresearch/mae or Alpha-VL/ConvMAE."""
+    """All tensors in the names of facebookresearch/mae, Alpha-VL/ConvMAE or CrossMAE, which has no final norm."""
+    if "wfm.linear.weight" in state:
+        return {key: value for key, value in state.items() if key not in FINAL_NORM}
     if family(state) != "convvit" or "head.weight" not in state or {"fc_norm.weight", "ep.queries"} & state.keys():
         return dict(state)
     width = state["head.weight"].shape[1]  # a probe of ConvMAE: in its repository the norm after pooling has parameters
-    kept = {key: value for key, value in state.items() if key not in ("norm.weight", "norm.bias")}
+    kept = {key: value for key, value in state.items() if key not in FINAL_NORM}
     return kept | {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width)}
 
 
@@ -197,8 +212,11 @@ def from_mmseg(state: State) -> State:
 
 
 def to_hf(state: State) -> State:
-    """All tensors in the names of transformers 4.x, which 5.x reads too."""
+    """All tensors in the names of transformers 4.x, which 5.x reads too. Class tokens are one tensor, as in its Pixio."""
     named: State = {}
+    if "reg_token" in state:
+        tokens = torch.cat([state["cls_token"], state["reg_token"]], dim=1)
+        state = {key: value for key, value in state.items() if key != "reg_token"} | {"cls_token": tokens}
     for key, value in state.items():
         name = str(rename(key, "mae", "hf"))
         parts = value.chunk(3) if THIRDS in name else (value,)
@@ -236,14 +254,18 @@ def expected_shapes(state: State) -> dict[str, str]:
     """Name -> shape of every tensor of the parts in the state: encoder, decoder, norm or fc_norm, head."""
     host = family(state)
     parts = {key.split(".")[0] for key in state}
+    cross = any(".cross_attn." in key for key in state)
+    other = r"decoder_embed.*|decoder_blocks\.N\.attn.*" if cross else r".*\.cross_attn.*"  # of the other decoder
+    other += "" if {"wfm", "dec_norms"} & parts else r"|(wfm|dec_norms)\..*"
     decoder, pooled = any(map(DECODER.fullmatch, parts)), "fc_norm" in parts
     absent = {"norm"} if pooled else {"fc_norm"}
-    absent |= {"head", "ep"} - parts
+    absent |= {"head", "ep", "reg_token"} - parts
     expected: dict[str, str] = {}
     for name, _, _, shape, hosts in RULES:
         part = name.split(".")[0]
         pretraining = DECODER.fullmatch(part) or FUSION.fullmatch(name)
-        if host in hosts and part not in absent and (decoder or part in parts or not pretraining):
+        wanted = host in hosts and part not in absent and not re.fullmatch(other, name)
+        if wanted and (decoder or part in parts or not pretraining):
             count = max(1, _depth(state, part)) if "N" in name else 1
             if part == "proj_layers" and "proj_weights" in state:
                 count = state["proj_weights"].numel() - 1
@@ -271,6 +293,7 @@ def tensor_sizes(state: State) -> dict[str, Any]:
     host = family(state)
     stages = ("1", "2", "3") if host == "convvit" else ("",)
     kernels = [state[f"patch_embed{stage}.proj.weight"] for stage in stages]
+    class_tokens = ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
     widths, depths = tuple(map(len, kernels)), tuple(_depth(state, f"blocks{stage}") for stage in stages)
     sizes = {
         "family": host,
@@ -279,11 +302,13 @@ def tensor_sizes(state: State) -> dict[str, Any]:
         "patch_size": math.prod(kernel.shape[-1] for kernel in kernels),
         "in_chans": kernels[0].shape[1],
         "mlp_ratio": state[f"blocks{stages[-1]}.0.mlp.fc1.weight"].shape[0] / width,
-        "num_patches": tokens - ("cls_token" in state),
-        "class_token": "cls_token" in state,
+        "num_patches": tokens - class_tokens,
+        "class_tokens": class_tokens,
         "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
         "pooled": "fc_norm.weight" in state,
     }
     if "mask_token" in state:
+        cross = any(".cross_attn." in key for key in state)
+        sizes |= {"decoder": "cross" if cross else "self", "fuse_levels": "wfm.linear.weight" in state}
         sizes |= {"decoder_dim": state["mask_token"].shape[-1], "decoder_depth": _depth(state, "decoder_blocks")}
     return sizes

@@ -22,6 +22,8 @@ class _Features(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         tokens = self.model.forward_features(images)
         features = self.model.forward_head(tokens, pre_logits=True)
+        if self.model.global_pool == "token":  # timm's: the first class token alone
+            features = tokens[:, : self.model.num_prefix_tokens].mean(1)
         return (features, tokens, self.model.head(features)) if self.model.num_classes else (features, tokens)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from util.args import default_crop_pct
 from util.formats.keys import (
     DROPPED,
+    FINAL_NORM,
     State,
     expected_shapes,
     family,
@@ -33,7 +34,12 @@ BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # in a config of mmengine
 SETTING = re.compile(r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b")
-OUR_NAMES = {"mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss", "decoder_num_heads": "decoder_heads"}
+OUR_NAMES = {
+    "kept_mask_ratio": "predict_ratio",
+    "mask_downsampling": "mask_unit",
+    "norm_pix": "norm_pix_loss",
+    "decoder_num_heads": "decoder_heads",
+}
 WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")  # DistributedDataParallel, torch.compile, Lightning
 PATCHES = re.compile(r"((?:(?:module|_orig_mod|model|backbone|encoder|vit)\.)+)patch_embed1?\.proj\.weight")
 EMA = {"model": "model_ema", "state_dict": "state_dict_ema"}  # facebookresearch/mae's forks, timm
@@ -317,6 +323,15 @@ def _map_names(path: Path, state: State, source: str) -> State:
             "expected PixMIM, MAE, ConvMAE, mmselfsup, mmpretrain, mmsegmentation's backbone, transformers' or timm's ViT"
         )
     mapped = {name: state[key] for name, key in native.items()}
+    tokens = mapped.get("cls_token")
+    if tokens is not None and tokens.ndim == 3 and tokens.shape[1] > 1 and "reg_token" not in mapped:  # Pixio
+        mapped |= {"cls_token": tokens[:, :1], "reg_token": tokens[:, 1:]}
+        native["reg_token"] = native["cls_token"]
+    if "wfm.linear.weight" in mapped and not {*FINAL_NORM} & {*mapped}:
+        width = mapped["pos_embed"].shape[-1] if "pos_embed" in mapped else 0
+        mapped |= dict(zip(FINAL_NORM, (torch.ones(width), torch.zeros(width)), strict=True))
+        native |= {name: name for name in FINAL_NORM}
+        _report(path, "CrossMAE has no final norm: read as weight 1, bias 0")
     expected = expected_shapes(mapped)
     problems = {
         "unknown": unknown + [native[name] for name in mapped if name not in expected],

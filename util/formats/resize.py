@@ -45,6 +45,6 @@ def resize_weights(weights: Weights, size: tuple[int, int]) -> Weights:
     old = weights.grid or new
     for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
         if old != new:
-            resampled = resample_pos_embed(state[name].float(), old, new, int(weights.class_token))
+            resampled = resample_pos_embed(state[name].float(), old, new, weights.class_tokens)
             state[name] = resampled.to(state[name].dtype)
     return weights.with_state(state, input_size=[*size])

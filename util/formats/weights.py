@@ -14,7 +14,7 @@ from util.formats.keys import State, family, tensor_sizes
 
 METHOD: dict[str, Any] = {  # settings of pre-training -> type of their value
     "norm_pix_loss": bool, "mask_ratio": float | int, "mask_unit": int, "lowpass_radius": float | int, "lowpass": str,
-    "fuse_layers": list | tuple,
+    "fuse_layers": list | tuple, "predict_ratio": float | int, "pos_embed": str,
 }  # fmt: skip
 PIXELS: dict[str, Any] = {"bands": list | tuple, "value_range": list | tuple, "alpha": str}
 HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
@@ -39,7 +39,7 @@ class Weights:
     patch_size: Any = None  # pixels
     in_chans: Any = None
     num_patches: int = 0
-    class_token: bool = False
+    class_tokens: int = 0
     input_size: tuple[int, int] | None = None  # (H, W) pixels
     size_recorded: bool = False  # by the file; else input_size is read from the position embedding
     grid: tuple[int, int] | None = None  # (h, w) patches
@@ -49,15 +49,19 @@ class Weights:
     value_range: Any = None
     alpha: str | None = None
     crop_pct: float | None = None  # side of the evaluation crop as a share of the resized image
+    decoder: str | None = None  # "self" or "cross"
     decoder_dim: int | None = None
     decoder_depth: int | None = None
     decoder_heads: int | None = None
+    fuse_levels: bool | None = None
     norm_pix_loss: bool | None = None
     mask_ratio: float | None = None
+    predict_ratio: float | None = None
     mask_unit: int | None = None
     lowpass_radius: float | None = None  # frequency bins; 0 = raw pixels
     lowpass: str | None = None
     fuse_layers: Any = None
+    pos_embed: str | None = None  # "sincos" or "learned"
     pool: str | None = None  # "token" or "mean": --pool of a probe
     classes: Any = None  # names of the classes
 
@@ -76,11 +80,11 @@ class Weights:
         kinds = METHOD | {"crop_pct": float | int} | PIXELS
         facts |= {key: x for key, kind in kinds.items() if isinstance(x := stated.get(key), kind)}
         if own:
-            facts |= {key: stated.get(key) for key in OWN}
+            facts |= {key: stated.get(key) for key in OWN} | {"class_tokens": stated.get("class_tokens") or 0}
         elif "mask_token" in state:
             facts.setdefault("lowpass_radius", 0)
         if family(state):
-            facts |= {"decoder_dim": None, "decoder_depth": None, "decoder_heads": None} | tensor_sizes(state)
+            facts |= dict.fromkeys(key for key in OWN if "decoder" in key) | tensor_sizes(state)
             patch, count = facts["patch_size"], facts["num_patches"]
             size = _stated_size(stated.get("input_size"), patch, count)
             grid = None if size else _guess_grid(state["pos_embed"][0, -count:])
@@ -92,6 +96,8 @@ class Weights:
             width = widths[-1] if isinstance(widths, tuple) else widths
             facts["num_heads"] = stated.get("num_heads") or HEADS.get(width, max(1, width // 64))
             if facts["decoder_dim"]:  # heads of width 32, as in MAE and LSMAE
+                rows = state["decoder_pos_embed"][:, : facts["class_tokens"]]  # zero if they are sin-cos
+                facts.setdefault("pos_embed", "learned" if rows.any() else "sincos")
                 facts["decoder_heads"] = stated.get("decoder_heads") or max(1, facts["decoder_dim"] // 32)
         elif "input_size" in stated:
             facts["input_size"] = tuple(stated["input_size"])
@@ -128,12 +134,17 @@ class Weights:
         return json.loads(json.dumps(facts))
 
     @property
+    def averages_tokens(self) -> bool:
+        """Whether the classifier is a probe on the mean of several class tokens."""
+        return self.num_classes > 0 and self.class_tokens > 1 and not self.pooled and self.pool != "mean"
+
+    @property
     def averages_normed(self) -> bool:
         """Whether the classifier is a probe on the mean of the patch tokens after the final norm."""
         return self.num_classes > 0 and not self.pooled and self.pool == "mean"
 
 
-OWN = ("model", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads")
+OWN = ("model", "patch_size", "in_chans", "decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels")
 
 
 def _stated_size(stated: Any, patch: int, num_patches: int) -> tuple[int, int] | None:

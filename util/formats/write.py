@@ -35,6 +35,8 @@ def select_tensors(weights: Weights, target: str, encoder_only: bool = False) ->
     if target not in FORMATS[host]:
         formats = " or ".join(FORMATS[host])
         raise ValueError(f"--to {target} cannot hold a {host}: {WHY[host]}; use --to {formats}")
+    if obstacle := _find_obstacle(weights, target, encoder_only):
+        raise ValueError(f"--to {target} cannot hold {obstacle}")
     if target == "mae" and weights.averages_normed:
         raise ValueError("--to mae: its models do not average patches after the final norm; use --to timm")
     if target == "hf":
@@ -46,6 +48,28 @@ def select_tensors(weights: Weights, target: str, encoder_only: bool = False) ->
             f"--to detectron2: width {PYRAMID} is ambiguous, the final norm would be loaded into the feature pyramid; use --to timm"
         )
     return to_timm(state) if target in ("timm", "onnx") else _remove_head(to_timm(state))
+
+
+def _find_obstacle(weights: Weights, target: str, encoder_only: bool) -> str | None:
+    """What of the class tokens and the cross-attention decoder the format has no place for, and the remedy."""
+    tokens = f"{weights.class_tokens} class tokens"
+    if weights.class_tokens > 1:
+        if target not in ("timm", "hf", "onnx"):
+            return f"{tokens}; use --to timm"
+        if target == "hf" and (weights.num_classes or not encoder_only):
+            return f"{tokens} with a decoder or head; " + (
+                "use --to onnx" if weights.num_classes else "add --encoder_only"
+            )
+        if target == "timm" and weights.averages_tokens:
+            return f"a classifier of the mean of {tokens}, timm's reads the first; use --to onnx"
+    if weights.decoder == "cross":
+        if target == "hf" and not encoder_only:
+            return "a cross-attention decoder; add --encoder_only"
+        if target == "mmpretrain" or (target == "mae" and not weights.fuse_levels):
+            return (
+                "a cross-attention decoder" + (" without --fuse_levels" if target == "mae" else "") + "; use --to timm"
+            )
+    return None
 
 
 def _select_for_hf(weights: Weights, host: str, encoder_only: bool) -> State:

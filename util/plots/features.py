@@ -16,15 +16,17 @@ RAMP = ((234, 240, 246), (150, 198, 224), (24, 100, 170), (8, 24, 66))  # pale t
 def class_attention(encoder: Any, images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, heads, h, w): attention weights of the last block's class token for each patch.
 
-    The weights of a head and the class token's weight for itself sum to 1.
+    The weights of a head and those for class tokens sum to 1. Several class tokens: the mean of their weights.
     """
     attention, inputs = encoder.blocks[-1].attn, []
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     encoder.forward_features(images)
     hook.remove()
     q, k, _ = attention.qkv(inputs[0]).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = (attention.q_norm(q[:, :, :1]) * attention.scale @ attention.k_norm(k).mT).softmax(dim=-1)
-    return weights[:, :, 0, encoder.num_prefix_tokens :].unflatten(2, encoder.grid)
+    weights = (
+        attention.q_norm(q[:, :, : encoder.num_prefix_tokens]) * attention.scale @ attention.k_norm(k).mT
+    ).softmax(dim=-1)
+    return weights.mean(2)[..., encoder.num_prefix_tokens :].unflatten(2, encoder.grid)
 
 
 def principal_components(features: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:

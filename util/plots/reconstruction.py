@@ -33,13 +33,13 @@ def reconstruct(model: Any, images: Tensor, noise: Tensor, args: Namespace) -> R
     """Reconstruction of normalised images (B, C, H, W); with norm_pix_loss by the true mean and std of each patch."""
     training = model.training
     model.eval()
-    _, prediction, mask = model(images, noise)
+    prediction, mask = model.predict_removed(images, noise)
     _, centre, scale = model.targets(images, mask)
     model.train(training)
     mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (args.mean, args.std))
     target = model.target(images)
     removed = mask.removed.unflatten(1, model.encoder.grid)
-    predicted = paste_patches(target, prediction * scale + centre, mask.drop, model.encoder.patch)
+    predicted = paste_patches(target, prediction * scale + centre, mask.predict, model.encoder.patch)
     where = enlarge_maps(removed, model.encoder.patch).unsqueeze(1)
     return Reconstruction(
         images * std + mean,
