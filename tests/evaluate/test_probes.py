@@ -223,6 +223,15 @@ def test_other_mains_read_the_encoder_of_an_attentive_classifier(probed, pretrai
     assert evaluated(probed[0], photos)["loss"] == result("main_finetune", "--eval", *flags)["loss"]
 
 
+def test_absent_classes_are_masked_in_an_attentive_classifier(probed, photos, tmp_path):
+    for name in ("ant", "bee"):
+        shutil.copytree(photos / "val" / name, tmp_path / name)
+    flags = ["--eval", "--checkpoint", probed[0] / "classifier.pth", "--data_path", tmp_path, *DEVICE]
+    found = result("main_linprobe", *flags)
+    assert (found["n"], found["classes"]) == (7, 2)
+    assert found["acc1"] >= found["acc1_all_classes"]
+
+
 def test_an_attentive_classifier_of_convmae_repeats_its_scores(photos, tmp_path):
     model = [*MODEL, "--model", "convvit_pico"]
     best = probe(tmp_path, photos, "none", *model, "--pool", "mean", "ep", "--ep_queries", 4)

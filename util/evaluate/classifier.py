@@ -66,7 +66,9 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
     attentive = "ep.queries" in weights.state
     options = {"num_classes": 0 if attentive else count, **pooling(weights)}
     model = load_encoder(args, build_encoder, weights, **options)
-    model = (Probe.from_classifier(model, weights.state) if attentive else model).to(world.device)
+    if attentive:
+        model = nn.Sequential(Probe.from_classifier(model, weights.state), nn.Flatten())  # its one head: (B, classes)
+    model = model.to(world.device)
     interpolation = val_interpolation(vars(args).get("probe_as") or weights.args.get("probe_as"))
     transform = eval_transform(args.input_size, 1.0 if tree else args.crop_pct, interpolation)
 
