@@ -327,6 +327,16 @@ def test_the_last_block_is_the_default_feature_and_the_others_differ(model, phot
     assert (first - last).abs().max() > 1e-3
 
 
+def test_several_class_tokens_are_averaged_in_each_layer_and_head():
+    encoder = MaskedViT(img_size=16, patch_size=8, embed_dim=48, depth=2, num_heads=3, reg_tokens=3).eval()
+    images = torch.randn(2, 3, 16, 16)
+    last, before = layer_features(encoder, images, [2, "before_norm"])
+    assert torch.equal(last, before)
+    for pools in (["token"], ["mean", "token"]):
+        found = Probe(encoder, 3, pools, [0.1]).pool_features(images)
+        assert_close(found["token"], encoder.forward_features(images)[:, :4].mean(1))
+
+
 @pytest.mark.parametrize(
     ("words", "message"), [("--layers 1 3", "--layers 3: .* 2 blocks"), ("--layers_chart x.png", "requires --layers")]
 )

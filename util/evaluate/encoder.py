@@ -189,8 +189,9 @@ def forward_blocks(encoder: Encoder, images: Tensor, layers: Iterable[int]) -> t
 
 
 def pool_tokens(encoder: Encoder, tokens: Tensor, pool: str) -> Tensor:
-    """Tokens (B, prefix + L, D) -> class token or mean of the patch tokens (B, D)."""
-    return tokens[:, 0] if pool == "token" else tokens[:, encoder.num_prefix_tokens :].mean(1)
+    """Tokens (B, prefix + L, D) -> class token (mean of several) or mean of the patch tokens (B, D)."""
+    prefix = encoder.num_prefix_tokens
+    return (tokens[:, :prefix] if pool == "token" else tokens[:, prefix:]).mean(1)
 
 
 def layer_features(encoder: Encoder, images: Tensor, layers: Sequence[str | int]) -> list[Tensor]:
