@@ -24,7 +24,17 @@ ENCODER = {"model", "patch_size", "input_size", "in_chans", "mean", "std"}  # fl
 # keys of a result that say what was measured
 FACTS = ("knn_features", "pool", "k", "temperature", "layer", "n", "classes")
 # only with --json
-NOT_SHOWN = {"acc5", "loss", "blr", "unreadable", "corruptions", "acc1_before_norm", "acc1_after_norm"}
+NOT_SHOWN = {
+    "acc5",
+    "loss",
+    "blr",
+    "unreadable",
+    "corruptions",
+    "acc1_before_norm",
+    "acc1_after_norm",
+    "patches",
+    "miou_of_k",
+}
 ORDER = ("knn", "linprobe", "finetune", "segment")  # of the columns
 
 
@@ -67,7 +77,8 @@ def interpret(record: dict) -> tuple[dict, dict, list[int]]:
         seeds, file, origin = [args["seed"]], args["checkpoint"], args["origin"]
     column = {name: value for name, value in column.items() if name not in ENCODER}
     column |= {"measure": "eval" if evaluated else record["main"].removeprefix("main_").removesuffix(".py")}
-    column |= {"data": data} | {name: result[name] for name in FACTS if name in result}
+    facts = [name for name in FACTS if name in result and not (name == "k" and "selected_on" in result)]
+    column |= {"data": data} | {name: result[name] for name in facts}
     if origin is None:
         return {"weights": "untrained"} | {name: args[name] for name in sorted(ENCODER)}, column, seeds
     run = origin["args"]
@@ -168,7 +179,7 @@ def table(lines: list[list[Any]]) -> str:
 
 def markdown(found: dict) -> str:
     """Tables of the results and of the differences, the commands, and what was left out."""
-    shown = [cell for cell in found["cells"] if cell["metric"].split()[-1] not in NOT_SHOWN]
+    shown = [cell for cell in found["cells"] if not NOT_SHOWN & {*cell["metric"].split()}]
     names = {(x["column"], x["metric"]): f"{found['columns'][x['column']]}: {x['metric']}" for x in shown}
     texts = {}
     for x in shown:
