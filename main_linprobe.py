@@ -72,9 +72,8 @@ def probe_loss(normalize: Normalize) -> LossFn:
         logits = model(normalize(batch)).float()
         labels = batch["label"].repeat_interleave(logits.shape[1])
         losses = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
-        return (
-            losses.view(logits.shape[:2]).mean(0).sum()
-        )  # the gradient of a head is the same bits whatever the others
+        # in this order the gradient of a head is the same bits whatever the others are
+        return losses.view(logits.shape[:2]).mean(0).sum()
 
     return loss
 

@@ -69,9 +69,8 @@ def read_image(path: bytes | BytesIO, options: PixelOptions) -> list[Any]:
         return [image] if options.raw else to_bands(image, options)
     with image:
         options.check_size((image.height, image.width))
-        image.filename = (
-            "" if image.format == "TIFF" else image.filename
-        )  # else Pillow maps it and forgets to transpose
+        if image.format == "TIFF":
+            image.filename = ""  # else Pillow maps the file and forgets to transpose
         stored = read_values(image, file, options)
         tags = getattr(image, "tag_v2", {})
         if not stored and (not options.raw or tags):

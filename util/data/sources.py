@@ -92,9 +92,8 @@ def open_folder(data_path: str, query: Query) -> Source:
         folder, missing = Path(data_path), error
     files = list_files(folder) if folder.is_dir() else {}
     packed = {kind: [Path(os.fsdecode(path)) for path in files.get(kind, [])] for kind in (".tar", ".zip", ".parquet")}
-    archives = sorted(
-        packed[".tar"] + packed[".zip"], key=lambda path: (path.parent, path.stem)
-    )  # dog before dog-house
+    # by stem: dog.tar before dog-house.tar
+    archives = sorted(packed[".tar"] + packed[".zip"], key=lambda path: (path.parent, path.stem))
     names = [os.fsdecode(path) for kind, paths in files.items() if kind != IMAGE for path in paths]
     compressed = sorted(name for name in names if COMPRESSED.fullmatch(name))
     if (others := archives or compressed) and files.get(IMAGE):

@@ -78,9 +78,8 @@ def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
 
     ValueError if --model or --input_size is missing, or if the number of attention heads differs.
     """
-    sizes = {
-        name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()
-    }  # keywords of functools.partial
+    # keywords of functools.partial
+    sizes = {name: getattr(encoder, "keywords", {}) for name, encoder in encoders.items()}
     known = {(name.rpartition("_")[0], size.get("embed_dim"), size.get("depth")): name for name, size in sizes.items()}
     model = known.get((weights.family, weights.embed_dim, weights.depth))
     where = f"--checkpoint {args.checkpoint}"

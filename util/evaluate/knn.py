@@ -110,6 +110,6 @@ def knn(
                     near = slice(len(targets)), slice(k)
                     scores[layer, k, t].add(knn_votes(similarity[near], labels[found[near]], num_classes, t), targets)
     results = {setting: score.result(world) | bad for setting, score in scores.items()}
-    return {
-        setting: {x: y for x, y in result.items() if x != "loss"} for setting, result in results.items()
-    }  # of logits
+    for result in results.values():
+        del result["loss"]  # defined for logits
+    return results

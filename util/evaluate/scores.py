@@ -23,9 +23,8 @@ class Score:
     """Counts of correct predictions on this rank; `result` sums them over all ranks."""
 
     def __init__(self, num_classes: int, device: torch.device):
-        self.counts = torch.zeros(
-            4, num_classes, dtype=torch.float64, device=device
-        )  # rows: samples, top-1, top-5, loss
+        # rows: samples, top-1, top-5, loss
+        self.counts = torch.zeros(4, num_classes, dtype=torch.float64, device=device)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
         """Count a batch: scores (B, classes) are logits or votes; labels (B,)."""

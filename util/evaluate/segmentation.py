@@ -370,9 +370,8 @@ class PatchVotes(nn.Module):
         x = patch_maps(self.encoder, images, self.layers).float()
         (b, _, h, w), p = x.shape, self.encoder.patch
         queries = F.normalize(x.flatten(2).mT.flatten(0, 1), dim=1)
-        rows = max(
-            1, 2**26 // max(len(self.bank.features), self.num_classes * p * p * len(self.ks))
-        )  # 256 MiB at a time
+        values = max(len(self.bank.features), self.num_classes * p * p * len(self.ks))
+        rows = max(1, 2**26 // values)  # 256 MiB at a time
         votes = torch.cat([self.votes(part) for part in queries.split(rows)])
         votes = votes.view(b, h, w, len(self.ks), self.num_classes, p, p)
         return votes.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4)
