@@ -38,6 +38,9 @@ def read_architecture(
     else:
         weights, file = read_file(args), str(weights_file(args.checkpoint))
         found = {name: getattr(weights, name) for name in flags}
+        found["class_tokens"] = (
+            weights.class_tokens if weights.class_tokens > 1 else None
+        )  # None = the model's, 1 or none
         if weights.model:
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
