@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="a vote has the weight exp(cosine similarity / temperature); the result is that of 0.07 if listed, else of the first")
     add("--layers", type=number(int, 1, or_word="all"), nargs="+", default=[], metavar="N|all",
         help="also measure the features after these blocks, counted from 1; all = each block")
-    add("--layers_chart", type=picture, metavar="FILE", help="chart of the accuracy of --layers to write, .png or .jpg")
+    add("--layers_chart", type=picture, metavar="FILE", help="chart of the accuracy of --layers to write, .png or .jpg (default: none)")
     # fmt: on
     return parser
 

@@ -18,7 +18,7 @@ def build_encoder(args: Namespace, **options) -> nn.Module:
     encoder = ENCODERS[args.model]
     if args.patch_size is not None:
         options["patch_size"] = args.patch_size
-    if args.class_tokens:
+    if args.class_tokens is not None:
         if "reg_tokens" not in getattr(getattr(encoder, "func", encoder), "supported", ()):
             raise ValueError(
                 f"--class_tokens {args.class_tokens}: --model {args.model} has no class tokens; use vit_* or mff_vit_*"

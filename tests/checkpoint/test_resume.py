@@ -513,7 +513,7 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
     pretrain(photos, tmp_path, *STEPS, "--save_every", 1)
     before = (tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes()
     report = call("debug_step", tmp_path, 12, "--device", "cpu")
-    assert report[1].startswith("step 12, batch 1 of 1 on rank 0: 2 images, loss ")
+    assert report[2].startswith("step 12, batch 1 of 1 on rank 0: 2 images, loss ")
     replayed = torch.load(tmp_path / "debug-12.pth", weights_only=True)
     assert replayed["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
     assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
@@ -521,9 +521,8 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
     assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
     with pytest.raises(ValueError, match=r"STEP 17: .*16 steps"):
         call("debug_step", tmp_path, 17)
-    assert call("debug_step", tmp_path, 3, "--device", "cpu")[0].startswith(
-        "trained from the initial weights to step 3"
-    )
+    lines = call("debug_step", tmp_path, 3, "--device", "cpu")
+    assert lines[1].startswith("trained from the initial weights to step 3")
     early = torch.load(tmp_path / "debug-3.pth", weights_only=True)["model"]
     interrupted(monkeypatch, 2, lambda: pretrain(photos, tmp_path / "two", *STEPS))
     assert all(torch.equal(v, early[k]) for k, v in weights(tmp_path / "two")["model"].items())

@@ -139,8 +139,8 @@ def test_features_of_grey_images_by_an_untrained_encoder(tmp_path):
     [
         ({"--output": "x.csv"}, r"--output .*x\.csv: .*\.npy or \.safetensors"),
         ({"--pool": "mean", "--maps": None}, "--pool mean .*--maps"),
-        ({"--data_path": "https://example.org/x.tar"}, r"--data_path https://example\.org/x\.tar"),
-        ({"--data_path": "nowhere"}, "--data_path nowhere"),
+        ({"--data_path": "https://example.org/x.tar"}, r"--data_path: https://example\.org/x\.tar is a stream"),
+        ({"--data_path": "nowhere"}, "--data_path: there is no folder nowhere"),
     ],
 )
 def test_invalid_flags_are_refused_in_one_line(words, message, photos, pretrained, tmp_path):

@@ -482,7 +482,7 @@ def test_unknown_missing_and_misshaped_keys_are_all_listed(mae, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("blocks.5.norm1.weight", torch.ones(192)), ("blocks.0.ls1.gamma", torch.ones(192)), ("fc_norm.weight", torch.ones(192)),
-     ("reg_token", torch.ones(1, 4, 192)), ("head.bias", torch.ones(3)), ("module.norm.weight", torch.ones(192))],
+     ("dist_token", torch.ones(1, 4, 192)), ("head.bias", torch.ones(3)), ("module.norm.weight", torch.ones(192))],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
 def test_an_unexpected_key_is_named(key, value, mae, tmp_path):

@@ -46,6 +46,9 @@ def read_architecture(
         found = {name: getattr(weights, name) for name in flags}
         if args.in_chans not in (None, weights.in_chans):  # the file's statistics are those of its channels
             found |= {"mean": None, "std": None}
+        found["class_tokens"] = (
+            weights.class_tokens if weights.class_tokens > 1 else None
+        )  # None = the model's, 1 or none
         if weights.model:
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
