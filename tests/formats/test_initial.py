@@ -235,7 +235,10 @@ def test_two_ranks_continue_as_one_rank_with_twice_the_batch(photos, pretrained,
 def test_rgb_weights_read_grey_images_as_images_of_three_equal_channels(mode, pretrained):
     args = Namespace(checkpoint=str(pretrained / "last.pth"), in_chans=6, init_channels=mode, seed=0, input_size=None)
     args = Namespace(
-        **vars(args), **dict.fromkeys(("model", "patch_size", "crop_pct", "pool")), mean=[0] * 6, std=[1] * 6
+        **vars(args),
+        **dict.fromkeys(("model", "patch_size", "crop_pct", "pool", "class_tokens")),
+        mean=[0] * 6,
+        std=[1] * 6,
     )
     six = load_encoder(*arguments_of(args))
     three = load_encoder(*arguments_of(Namespace(**vars(args) | {"in_chans": 3, "mean": None, "std": None})))
