@@ -66,7 +66,11 @@ class Outcome(NamedTuple):
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     # fmt: off
-    group = add_data_arguments(parser, "folder with {train,val}/{images,masks}, or ADE20K's with {images,annotations}/{training,validation}", packed=False)
+    group = add_data_arguments(parser, "folder with {train,val}/{images,masks}, ADE20K's with {images,annotations}/{training,validation}, or a "
+                               ".csv or .tsv with the paths of images and masks", packed=False)
+    group.add_argument("--image_column", metavar="NAME", help="column of a table with the images (default: image, file_name or path, for example)")
+    group.add_argument("--mask_column", metavar="NAME", default="mask", help="column of a table with the masks")
+    group.add_argument("--split_column", metavar="NAME", help="column of a table that tells train from val (default: split)")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="names of classes 0, 1, ... (default: as many as the masks of train, or ADE20K's)")
     group.add_argument("--palette", nargs="+", type=colour, metavar="RRGGBB", help="colours of classes 0, 1, ... in coloured masks (default: masks hold class numbers)")
     group.add_argument("--ignore_index", type=number(int, 0, 65535), help="class number of pixels that are ignored (default: 255)")

@@ -13,7 +13,8 @@ from util.data.masks import MultiScaleCrop, fit_size, mask_folder, split_masks
 from util.data.pixels import PixelOptions
 from util.data.samples import Samples
 
-FLAGS = {"classes": None, "palette": None, "ignore_index": 255, "short_side": None, "input_size": (16, 16)}
+COLUMNS = {"image_column": None, "mask_column": "mask", "split_column": None}
+FLAGS = COLUMNS | {"classes": None, "palette": None, "ignore_index": 255, "short_side": None, "input_size": (16, 16)}
 
 
 def flags(folder, **other) -> Namespace:
@@ -105,7 +106,7 @@ def damage_file(masks):
         (damage_colour, [], r"2\.png holds colours \(RGB\), not class numbers; .*--palette"),
         (damage_colour, ["--palette", "000000", "00ff00"], r"2\.png has the colour ff0000, which --palette lacks"),
         (damage_file, [], r"2\.png"),
-        (lambda masks: (masks / "2.png").unlink(), [], r"1 of 3 images in .* have no mask, such as .*2\.png"),
+        (lambda masks: (masks / "2.png").unlink(), [], r"1 of 3 images of .* have no mask, such as .*2\.png"),
         (shutil.rmtree, [], r"there is no folder .*masks"),
     ],
     ids=["class too many", "other size", "colours", "unknown colour", "damaged", "missing mask", "no masks"],
@@ -126,10 +127,10 @@ def test_damaged_masks_are_one_line_that_names_the_file(damage, words, line, mas
 
 def test_one_class_and_too_many_classes_are_refused(tmp_path):
     write_pair(tmp_path, np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8))
-    with pytest.raises(ValueError, match=r"train/masks has 1 classes; expected 2 to 255 \(--classes\)"):
+    with pytest.raises(ValueError, match=r"has 1 classes; expected 2 to 255 \(--classes\)"):
         mask_folder(flags(tmp_path), "train")
     write_pair(tmp_path, np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 900, np.uint16))
-    with pytest.raises(ValueError, match=r"train/masks has 901 classes"):
+    with pytest.raises(ValueError, match=r"has 901 classes"):
         mask_folder(flags(tmp_path), "train")
 
 
@@ -192,3 +193,22 @@ def test_masks_are_flipped_with_their_images():
     batch, classes = split_masks({"images": bands, "flip": torch.tensor([False, True])})
     assert batch["images"].shape == (2, 1, 3, 3)
     assert classes.tolist() == [[[2, 6, 10]], [[10, 6, 2]]]
+
+
+def test_a_table_names_images_masks_and_splits(tmp_path):
+    image = np.zeros((2, 3, 3), np.uint8)
+    for split, name in (("train", "a"), ("train", "b"), ("val", "c")):
+        write_pair(tmp_path / "in", image, NUMBERS, name, split)
+    rows = [
+        f"in/{s}/images/{n}.png,{s},in/{s}/masks/{n}.png" for s, n in (("val", "c"), ("train", "b"), ("train", "a"))
+    ]
+    (tmp_path / "x.csv").write_text("path,split,mask\n" + "\n".join(rows))
+    source = mask_folder(flags(tmp_path / "x.csv"), "train")
+    assert [source.name(i)[-5:] for i in range(len(source))] == ["b.png", "a.png"]  # the order of the table
+    assert band_of(source).tolist() == [[1, 2, 3], [3, 0, 1]]
+    assert len(mask_folder(flags(tmp_path / "x.csv"), "val", source.classes)) == 1
+    with pytest.raises(ValueError, match=r"x\.csv has no column maske; it has path split mask"):
+        mask_folder(flags(tmp_path / "x.csv", mask_column="maske"), "train")
+    (tmp_path / "x.csv").write_text("path,mask\n" + "in/train/images/a.png,in/train/masks/a.png")
+    with pytest.raises(ValueError, match=r"x\.csv has no rows of the split train \(--split_column\)"):
+        mask_folder(flags(tmp_path / "x.csv"), "train")

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from util.data.decode import read_image
-from util.data.folders import Folder, list_images
+from util.data.folders import Folder, Query, find_split, list_images
 from util.data.pixels import PixelOptions
+from util.data.tables import read_text
 
 MAX_CLASSES = 255  # a band has 8 bits
 ADE20K = {"train": "training", "val": "validation"}
@@ -83,39 +84,57 @@ def count_classes(masks: list[str], palette: Sequence[int] | None, ignore_index:
         return max(pool.map(largest, masks)) + 1
 
 
-def mask_folder(args: Namespace, split: str, classes: Sequence[str] | None = None) -> MaskFolder:
-    """Images and masks of DIR/split, or of ADE20K's published folder, with these classes.
-
-    None = --classes, ADE20K's, the palette's or as many as the masks have. Args: data_path, classes, palette, ignore_index.
-    """
-    if len(args.data_path) > 1:
-        raise ValueError(f"--data_path {' '.join(args.data_path)}: segmentation reads one folder")
-    root = Path(args.data_path[0])
-    ade = (root / "annotations").is_dir()
+def folder_pairs(root: Path, split: str, ade: bool) -> tuple[list[bytes], list[str]]:
+    """(Images, masks) of DIR/split, or of ADE20K's published folder."""
     places = ("images", "annotations" if ade else "masks")
     images, masks = (root / kind / ADE20K[split] if ade else root / split / kind for kind in places)
     for folder in (images, masks):
         if not folder.is_dir():
             raise FileNotFoundError(f"--data_path: there is no folder {folder}; images and masks have the same names")
     paths = list_images(images)
+    return paths, [str(masks / Path(os.path.relpath(os.fsdecode(x), images)).with_suffix(".png")) for x in paths]
+
+
+def table_pairs(path: Path, split: str, args: Namespace) -> tuple[list[bytes], list[str]]:
+    """(Images, masks) of a split in a .csv or .tsv, which holds their paths relative to its folder."""
+    columns = {"image_column": args.image_column, "split_column": args.split_column, "label_column": args.mask_column}
+    query = Query(split, labelled=True, **columns)
+    rows = read_text(path, query)
+    name = find_split(set(rows.get("split", ())), query)
+    if name is None:
+        raise ValueError(f"--data_path {path} has no rows of the split {split} (--split_column)")
+    pairs = [row[:2] for row in zip(*(rows[key] for key in ("image", "label", "split")), strict=True) if row[2] == name]
+    images, masks = ([os.path.join(path.parent, x) for x in side] for side in zip(*pairs, strict=True))
+    return [os.fsencode(image) for image in images], masks
+
+
+def mask_folder(args: Namespace, split: str, classes: Sequence[str] | None = None) -> MaskFolder:
+    """Images and masks of a split of a folder or table, with these classes.
+
+    None = --classes, ADE20K's, the palette's or as many as the masks have. Reads the data flags of main_segment.py.
+    """
+    if len(args.data_path) > 1:
+        raise ValueError(f"--data_path {' '.join(args.data_path)}: segmentation reads one folder or table")
+    root = Path(args.data_path[0])
+    ade = (root / "annotations").is_dir()
+    is_table = root.suffix.lower() in (".csv", ".tsv") and not root.is_dir()
+    paths, masks = table_pairs(root, split, args) if is_table else folder_pairs(root, split, ade)
     if not paths:
-        raise ValueError(f"--data_path: {images} holds no image")
-    found = [masks / Path(os.path.relpath(os.fsdecode(path), images)).with_suffix(".png") for path in paths]
-    if missing := [path for path in found if not path.is_file()]:
+        raise ValueError(f"--data_path: {root} holds no image for {split}")
+    if missing := [path for path in masks if not Path(path).is_file()]:
         raise ValueError(
-            f"--data_path: {len(missing)} of {len(paths)} images in {images} have no mask, such as {missing[0]}"
+            f"--data_path: {len(missing)} of {len(paths)} images of {root} have no mask, such as {missing[0]}"
         )
-    names = [str(path) for path in found]
     palette = args.palette and [int(colour, 16) for colour in args.palette]
     classes = classes or args.classes
     if classes is None and ade:
         table = root / "objectInfo150.txt"  # tab-separated, a head line, the name in the last column
         lines = table.read_text().splitlines()[1:] if table.is_file() else map(str, range(1, 151))
         classes = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
-    classes = [*map(str, classes or range(count_classes(names, palette, args.ignore_index)))]
+    classes = [*map(str, classes or range(count_classes(masks, palette, args.ignore_index)))]
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise ValueError(f"--data_path: {masks} has {len(classes)} classes; expected 2 to {MAX_CLASSES} (--classes)")
-    return MaskFolder(paths, names, classes, palette, args.ignore_index, int(ade))
+        raise ValueError(f"--data_path: {root} has {len(classes)} classes; expected 2 to {MAX_CLASSES} (--classes)")
+    return MaskFolder(paths, masks, classes, palette, args.ignore_index, int(ade))
 
 
 def fit_size(height: int, width: int, args: Namespace) -> tuple[int, int]:

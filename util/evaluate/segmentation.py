@@ -160,7 +160,7 @@ def load_segmenter(
             f"--checkpoint {args.checkpoint} has no segmentation head; use a segmenter.pth of main_segment.py"
         )
     own = {name: weights.args[name] for name in ("finetune", "layers", "classes", "drop_path")}
-    asked = ("palette", "ignore_index", "short_side")
+    asked = ("palette", "ignore_index", "short_side", "image_column", "mask_column", "split_column")
     own |= {name: weights.args[name] for name in asked if vars(args).get(name) is None}
     args = Namespace(**vars(args) | own)
     model = build_segmenter(args, build_encoder, weights, len(args.classes), world)
