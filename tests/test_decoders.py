@@ -399,6 +399,7 @@ def test_health_check_spectrum_and_knn_of_a_run_are_finite(name, trained):
         assert all(0 <= value < 1e3 for value in values)
 
 
+@pytest.mark.slow
 @every_run
 def test_the_compiled_model_is_one_graph_with_equal_loss_and_gradients(name):
     """Without inductor, which takes minutes: a graph break is an error here."""
@@ -450,6 +451,7 @@ def on_two_ranks(photos, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_DROP)
 def test_two_ranks_equal_one_rank_with_twice_the_batch(name, on_two_ranks, trained):
     assert json.loads((on_two_ranks / name / "config.json").read_text())["world_size"] == 2

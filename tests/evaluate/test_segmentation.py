@@ -306,6 +306,7 @@ def test_a_killed_run_resumes_bit_for_bit(heads, pretrained, masked, tmp_path, m
     assert_same_run(tmp_path, heads[0])
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(pretrained, masked, tmp_path):
     common = [
         "--checkpoint",
