@@ -18,6 +18,7 @@ from util.convert import convert
 from util.evaluate.encoder import load_encoder, read_architecture
 from util.formats.initial import adapt_channels, initial_state, move_positions, resample_patches
 from util.formats.keys import mae_names, pixmim_names
+from util.formats.read import read_weights
 
 START = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--image_every", "0"]
 AS_IN_FILE = Namespace(
@@ -152,6 +153,14 @@ def test_a_continued_run_resumes_bit_for_bit_and_checks_its_weights(photos, pret
     assert len(config["origin"]) == 64
     with pytest.raises(ValueError, match="started from other weights"):
         continued(photos, whole, tmp_path / "broken")
+
+
+def test_weights_of_a_continued_run_of_an_earlier_version_tell_what_it_started_from(photos, pretrained, tmp_path):
+    content = torch.load(continued(photos, pretrained, tmp_path / "run") / "last.pth", weights_only=True)
+    assert read_weights(tmp_path / "run" / "last.pth").args["origin"]["sha256"] == content["origin"]
+    del content["args"]["origin"], content["sha256"]
+    torch.save(content, tmp_path / "x.pth")
+    assert read_weights(tmp_path / "x.pth").args["origin"]["sha256"] == content["origin"]
 
 
 def test_a_refused_resume_names_the_command_that_continues_from_its_weights(photos, pretrained, tmp_path):

@@ -165,6 +165,8 @@ def _stated_args(box: dict, state: State) -> dict[str, Any]:
         at = box["progress"]
         found |= {"epochs_done": at["epoch"] + at["step"] / box.get("steps", 1)}
         found |= {key: box[key] for key in ("batch", "data") if key in box}
+        if box.get("origin") and not found.get("origin"):  # of an earlier version, whose arguments lack it
+            found["origin"] = {"sha256": box["origin"], "source": None, "args": {}}
     if "target_generator.low_pass_filter" in state:
         found["lowpass_radius"] = _disc_radius(state["target_generator.low_pass_filter"])
     keys = {key: f"data_preprocessor.{key}" for key in ("mean", "std")}
