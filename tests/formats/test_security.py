@@ -2,6 +2,7 @@
 
 import io
 import os
+from contextlib import suppress
 import re
 import shutil
 import signal
@@ -208,7 +209,10 @@ def test_a_shard_index_is_not_unpickled_and_cannot_point_outside_the_shard(escap
 
 def listening_sockets(pids: list[int]) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket on which these processes listen."""
-    held = {os.readlink(descriptor) for pid in pids for descriptor in Path(f"/proc/{pid}/fd").iterdir()}
+    held = set()
+    for descriptor in (path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir()):
+        with suppress(FileNotFoundError):  # closed since it was listed
+            held.add(os.readlink(descriptor))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pids[0]}/net/{table}").read_text().splitlines()[1:]:

@@ -194,7 +194,7 @@ class Archives(Source):
     """Images of local tars and zips. Batches equal those of the folder that was packed."""
 
     def __init__(self, paths: Sequence[Path], query: Query = Query()):  # noqa: B008
-        self.files: dict[int, Any] = {}  # open archives, the last used last
+        self.files: dict[int, int] = {}  # descriptors of open archives, the last used last
         self.archives = list(paths)
         self.root = str(self.archives[0].parent)
         self.place = str(paths[0]) if len(paths) == 1 else f"{len(paths)} archives in {self.root}"
@@ -262,7 +262,7 @@ class Archives(Source):
 
     def close(self) -> None:
         while self.files:
-            self.files.popitem()[1].close()
+            os.close(self.files.popitem()[1])
 
     def location(self, i: int) -> tuple[str, str]:
         return str(self.archives[self.archive[i]]), f": {os.fsdecode(self.paths[i])}"
@@ -275,10 +275,10 @@ class Archives(Source):
 
     def content(self, i: int) -> BytesIO:
         number = int(self.archive[i])
-        file = self.files.pop(number, None) or self.archives[number].open("rb", buffering=0)
+        file = self.files.pop(number) if number in self.files else os.open(self.archives[number], os.O_RDONLY)
         self.files[number] = file
         if len(self.files) > MAX_OPEN:
-            self.files.pop(next(iter(self.files))).close()
+            os.close(self.files.pop(next(iter(self.files))))
         offset, stored, inflated, _ = self.rows[i].tolist()
-        data = os.pread(file.fileno(), stored, offset)
+        data = os.pread(file, stored, offset)
         return BytesIO(zlib.decompressobj(-15).decompress(data, inflated) if inflated else data)
