@@ -2,7 +2,6 @@
 
 import io
 import os
-from contextlib import suppress
 import re
 import shutil
 import signal
@@ -10,6 +9,7 @@ import socket
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
