@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from util.data.arrays import read_foreign, read_values
+from util.data.arrays import GEOTIFF, TIFF, read_foreign, read_values
 from util.data.pixels import PixelOptions, Stored, to_bands
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns at half of its limit; PixelOptions.max_pixels is checked instead
@@ -16,9 +16,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".npy",
     ".jp2", ".j2k", ".avif", ".heic", ".heif", ".dcm", ".dicom",
 )  # fmt: skip
-SIGNATURES = (
-    b"\xff\xd8\xff", b"\x89PNG", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF", b"\x93NUMPY",
-)  # fmt: skip
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"GIF8", b"RIFF", b"\x93NUMPY", *TIFF)
 
 
 def has_image_content(path: bytes) -> bool:
@@ -76,7 +74,7 @@ def read_image(path: bytes | BytesIO, options: PixelOptions) -> list[Any]:
         if not stored and (not options.raw or tags):
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            alpha = "alpha" if not tags else "band" if 34735 in tags or 33550 in tags else "tiff"  # GeoTIFF
+            alpha = "alpha" if not tags else "band" if any(tag in tags for tag in GEOTIFF) else "tiff"
             in_doubt = alpha == "band" and options.alpha == "auto" and image.mode == "RGBA"
             if options.keeps_colours and not (options.raw or in_doubt):
                 return [flatten(image, options.in_chans, options.alpha == "drop")]

@@ -62,9 +62,8 @@ class Stored:
 
     values: np.ndarray  # (H, W, C) of any type of number
     colour: bool = False  # red, green, blue
-    alpha: str = (
-        ""  # what the last channel is: "alpha"; "tiff", the same as a TIFF says; "band" = maybe alpha; "" = a band
-    )
+    # what the last channel is: "alpha"; "tiff", the same as a TIFF says; "band" = maybe alpha; "" = a band
+    alpha: str = ""
     declared: tuple[float, float] | None = None  # smallest and largest possible value
     inverted: bool = False  # the smallest value is white
 
