@@ -23,7 +23,7 @@ from util.data.folders import Source
 from util.data.masks import fit_size, split_masks, stack_bands
 from util.data.transforms import Normalize
 from util.dist import World, autocast
-from util.evaluate.encoder import Encoder, load_encoder, pooling
+from util.evaluate.encoder import Encoder, forward_blocks, load_encoder, pooling
 from util.formats.keys import to_mae
 from util.formats.weights import Weights
 from util.formats.write import select_tensors, write_weights
@@ -39,18 +39,17 @@ def patch_maps(encoder: Encoder, images: Tensor, layers: Sequence[int] | None = 
 
     The final norm is fitted to the decoder of pre-training, see `knn_layer`. ValueError for blocks that do not exist.
     """
-    if not hasattr(encoder, "forward_intermediates"):  # ConvMAE
+    if not hasattr(encoder, "blocks"):  # ConvMAE
         if layers:
             raise ValueError("--layers: ConvMAE has one stage of blocks on patches; omit it")
         return encoder.forward_features(images)[-1]
     depth = len(encoder.blocks)
     if layers and max(layers) > depth:
         raise ValueError(f"--layers {max(layers)}: --checkpoint has {depth} blocks")
-    chosen = [layer - 1 for layer in layers or [depth]]
-    found = dict(zip(sorted({*chosen}), encoder.forward_intermediates(
-        images, indices=sorted({*chosen}), norm=False, stop_early=True, intermediates_only=True
-    ), strict=True))  # fmt: skip
-    return torch.cat([found[i] for i in chosen], dim=1)
+    chosen = layers or [depth]
+    _, tokens = forward_blocks(encoder, images, {*chosen})
+    maps = torch.cat([tokens[layer] for layer in chosen], dim=2)[:, encoder.num_prefix_tokens :]
+    return maps.mT.unflatten(2, encoder.grid)
 
 
 class SharedNorm(nn.BatchNorm1d):
