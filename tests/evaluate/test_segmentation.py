@@ -220,7 +220,7 @@ def test_votes_equal_a_loop_over_all_patches_and_pixels():
 def test_the_bank_is_bounded_and_the_same_on_one_rank_and_two(masked):
     args = Namespace(
         data_path=[str(masked)], classes=None, palette=None, ignore_index=255, short_side=0, input_size=(16, 16), seed=0,
-        in_chans=3, timeout_minutes=1, num_workers=0, layers=None, amp="off", mean=[0.5] * 3, std=[0.5] * 3, bank_patches=20,
+        in_chans=3, timeout_minutes=1, num_workers=0, layers=None, amp="off", mean=[0.5] * 3, std=[0.5] * 3, bank_patches=20, batch_size=4,
     )  # fmt: skip
     encoder, source = pico(), mask_folder(args, "train")
     whole, alone = (

@@ -184,16 +184,23 @@ def upscale(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits.flatten(0, 1), [*size], mode="bilinear").unflatten(0, logits.shape[:2])
 
 
+def cut_windows(images: Tensor, args: Namespace) -> Iterator[tuple[list[tuple[int, ...]], Tensor]]:
+    """((top, left) of each window, windows (B, C, h, w) of --input_size) of images (1, C, H, W), --batch_size at a time."""
+    height, width = args.input_size
+    places = [*product(*map(window_starts, images.shape[2:], args.input_size))]
+    for first in range(0, len(places), args.batch_size):
+        part = places[first : first + args.batch_size]
+        yield part, torch.cat([images[:, :, y : y + height, x : x + width] for y, x in part])
+
+
 def predict(model: nn.Module, images: Tensor, args: Namespace, device: torch.device) -> Tensor:
     """Logits (heads, K, H, W) of one normalised image (1, C, H, W): the mean over windows of --input_size."""
     (height, width), total = args.input_size, torch.zeros(())
     counts = images.new_zeros(images.shape[2:])
-    places = [*product(*map(window_starts, images.shape[2:], args.input_size))]
-    for first in range(0, len(places), args.batch_size):
-        part = places[first : first + args.batch_size]
+    for places, windows in cut_windows(images, args):
         with autocast(args.amp, device):
-            logits = model(torch.cat([images[:, :, y : y + height, x : x + width] for y, x in part]))
-        for (y, x), window in zip(part, logits, strict=True):
+            logits = model(windows)
+        for (y, x), window in zip(places, logits, strict=True):
             scores = upscale(window.unsqueeze(0), args.input_size)[0]
             if not total.ndim:
                 total = scores.new_zeros(*scores.shape[:2], *images.shape[2:])
@@ -320,21 +327,20 @@ class Bank(NamedTuple):
 def build_bank(args: Namespace, world: World, encoder: Encoder, source: Source) -> Bank:
     """Patches of all windows of the source's images, of each image at most its share of --bank_patches, drawn by --seed."""
     parts: list[Bank] = []
-    (height, width), count, limit = args.input_size, len(source), args.bank_patches
+    count, limit = len(source), args.bank_patches
     for batch, images, truth in resized_images(args, world, mask_loader(args, world, source)):
         i = batch["index"].item()
         masks = F.interpolate((truth + 1).unsqueeze(1).float(), images.shape[2:], mode="nearest-exact")
-        places = [*product(*map(window_starts, images.shape[2:], args.input_size))]
-        total = len(places) * encoder.grid[0] * encoder.grid[1]
+        features: list[Tensor] = []
+        labels: list[Tensor] = []
+        for _, windows in cut_windows(torch.cat([images, masks], dim=1), args):
+            with autocast(args.amp, world.device):
+                tokens = patch_maps(encoder, windows[:, :-1], args.layers)
+            features.append(tokens.float().flatten(2).mT.flatten(0, 1))
+            labels.append(F.unfold(windows[:, -1:], encoder.patch, stride=encoder.patch).mT.flatten(0, 1))
+        total = sum(map(len, features))
         share = (i + 1) * limit // count - i * limit // count
         chosen = torch.from_numpy(generator(args.seed, SUBSET, 1, i).permutation(total)[:share]).sort().values
-        features, labels = [], []
-        for y, x in places:
-            window = slice(y, y + height), slice(x, x + width)
-            with autocast(args.amp, world.device):
-                tokens = patch_maps(encoder, images[..., *window], args.layers)
-            features.append(tokens.float()[0].flatten(1).mT)
-            labels.append(F.unfold(masks[..., *window], encoder.patch, stride=encoder.patch)[0].mT)
         rows = F.normalize(torch.cat(features), dim=1)[chosen.to(world.device)]
         parts.append(Bank(rows.cpu(), torch.cat(labels).byte().cpu()[chosen], torch.full((len(chosen),), i)))
     shares = [part for rank in world.gather(parts) for part in rank]
