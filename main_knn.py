@@ -2,9 +2,6 @@
 
 import argparse
 from argparse import Namespace
-from pathlib import Path
-
-from PIL import Image
 
 from models import ENCODERS, build_encoder
 from util.args import (
@@ -27,6 +24,7 @@ from util.evaluate.encoder import Encoder, encoder_blocks, knn_layer, load_encod
 from util.evaluate.knn import Setting, knn
 from util.evaluate.scores import print_result
 from util.plots.charts import draw_lines
+from util.plots.grids import save_picture
 
 NORMS = ("before_norm", "after_norm")
 
@@ -69,8 +67,7 @@ def find_layers(args: Namespace, encoder: Encoder) -> list[int]:
 def write_chart(path: str, results: dict[Setting, dict], layers: list[int], ks: list[int], temperature: float) -> None:
     """--layers_chart: a line for each k."""
     lines = {f"k = {k}": (layers, [results[n, k, temperature]["acc1"] for n in layers]) for k in ks}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(draw_lines(lines, "kNN top-1 accuracy in %, before the final norm", "block")).save(path)
+    save_picture(path, draw_lines(lines, "kNN top-1 accuracy in %, before the final norm", "block"))
 
 
 def main() -> None:

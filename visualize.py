@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from models import ENCODERS, build_encoder, build_model
@@ -37,6 +36,7 @@ from util.formats.keys import pixmim_names
 from util.formats.resize import resize_weights
 from util.formats.weights import Weights
 from util.plots.features import draw_attention, draw_components, draw_queries
+from util.plots.grids import save_picture
 from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
 from util.plots.segmentation import draw_segmentation
 from util.rng import MASK, generator
@@ -207,11 +207,9 @@ def draw_segments(args: Namespace, weights: Weights | None) -> tuple[np.ndarray,
     return draw_segmentation(*columns, labels, val.classes), len(shown)
 
 
-def save_picture(args: Namespace, pixels: np.ndarray, count: int) -> None:
-    picture = Image.fromarray(pixels)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.output)
-    print(f"{args.output}: {count} images, {picture.width} x {picture.height}")
+def write_picture(args: Namespace, pixels: np.ndarray, count: int) -> None:
+    save_picture(args.output, pixels)
+    print(f"{args.output}: {count} images, {pixels.shape[1]} x {pixels.shape[0]}")
 
 
 def main() -> None:
@@ -226,7 +224,7 @@ def main() -> None:
         print_assumptions(args)
     args = resolve_defaults(args)
     if args.segment:
-        save_picture(args, *draw_segments(args, weights))
+        write_picture(args, *draw_segments(args, weights))
         return
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
@@ -239,7 +237,7 @@ def main() -> None:
     else:
         draw = draw_encoder if of_encoder else draw_method
         pixels = draw(args, weights, batch, device)
-    save_picture(args, pixels, len(source))
+    write_picture(args, pixels, len(source))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from util.args import Parser, picture, run_main
 from util.log import read_records
 from util.plots.charts import draw_lines
+from util.plots.grids import save_picture
 
 TITLES = {"loss": "loss", "grad_norm": "gradient norm", "knn_acc1": "kNN top-1 accuracy in %"}
 
@@ -40,8 +40,7 @@ def main() -> None:
             charts.append(draw_lines(lines, title, "epoch", log=0 < 30 * min(values) < max(values)))
     if not charts:
         raise ValueError(f"RUN {' '.join(args.runs)}: no {', '.join(TITLES)} in log.jsonl; wait for the first records")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(charts, axis=1)).save(args.output)
+    save_picture(args.output, np.concatenate(charts, axis=1))
     print(f"{args.output}: {len(args.runs)} runs")
 
 

@@ -2,10 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+
+def save_picture(path: str, pixels: np.ndarray) -> None:
+    """Write pixels (H, W, 3) uint8 to a picture file; its folder is created."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
