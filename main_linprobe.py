@@ -132,7 +132,9 @@ def main() -> None:
     pool = protocol if args.pool and protocol != "ep" else None
     save_classifier(run, model.classifier(results.index(best)), val.classes, pool)
     run.close()
-    print_result(run.world, {**best, "selected_on": "val"}, args)
+    pools = {head.pool: best_of(results, head.pool) for head in model.heads}
+    others = {"pools": pools} if len(pools) > 1 else {}
+    print_result(run.world, {**best, "selected_on": "val", **others}, args)
 
 
 if __name__ == "__main__":

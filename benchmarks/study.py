@@ -1,0 +1,244 @@
+"""python -m benchmarks.study FILE --data photos=DIR --output_dir DIR: train and measure the arms of a study, with seeds.
+
+FILE (see studies/decoders.ini) lists arms, seeds and the commands of each. Every finished command adds a line to --records; what
+has a line is skipped, so that the same command continues after a kill and does nothing once all is done.
+"""
+
+import argparse
+import configparser
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL
+from datetime import date
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.results import describe_machine
+from util.args import Parser, number, run_main
+from util.files import append_line
+from util.log import read_records
+from util.report import average, numbers, table
+from util.run import versions
+
+SECTIONS = {"study", "steps", "columns"}
+
+
+class Arm(NamedTuple):
+    """What is compared: flags that the {flags} of the steps stand for, or an {encoder} that needs no pre-training."""
+
+    name: str
+    title: str
+    flags: str
+    encoder: str
+    seeds: list[int]
+    steps: list[str]
+
+
+class Study(NamedTuple):
+    name: str
+    about: str  # what is asked, and the metric that decides, written before the runs
+    arms: list[Arm]
+    steps: dict[str, str]  # name -> command with {run} {seed} {flags} {encoder} and names of --data
+    columns: dict[str, str]  # title -> step and key of its result
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("study", metavar="FILE", help="arms, seeds, steps and columns: an .ini file")
+    add("--data", nargs="+", default=[], type=named_path, metavar="NAME=PATH", help="folders that the steps name")
+    add("--output_dir", default="output", help="the runs lie in OUTPUT_DIR/STUDY/ARM/SEED")
+    add("--records", metavar="FILE", help="lines of finished steps (default: docs/results/STUDY.jsonl)")
+    add("--arms", nargs="+", metavar="ARM", help="only these")
+    add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="only these (default: those of the file)")
+    add("--jobs", type=number(int, 1), default=1, help="arms at once; with GPUs each has one, on CPUs its share of the cores")
+    add("--table", action="store_true", help="run nothing, print the table of the records")
+    return parser
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """argparse type: NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not (equals and name.isidentifier() and path):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=PATH")
+    return name, path
+
+
+def read_study(path: str) -> Study:
+    """The study of an .ini file; ValueError that names what is wrong."""
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    parser.optionxform = str  # type: ignore[assignment]  # keep the case of titles
+    try:
+        with Path(path).open() as file:
+            parser.read_file(file)
+        about, steps, columns = (parser[name] for name in ("study", "steps", "columns"))
+        arms = []
+        for section in parser.sections():
+            if section in SECTIONS:
+                continue
+            arm, encoder = parser[section], parser[section].get("encoder", "--checkpoint {run}/last.pth")
+            seeds = [int(seed) for seed in arm.get("seeds", about["seeds"]).split()]
+            names = arm.get("steps", " ".join(name for name in steps if name != "pretrain" or "encoder" not in arm))
+            arms.append(Arm(section, arm.get("title", section), arm.get("flags", ""), encoder, seeds, names.split()))
+            if unknown := {*arm} - {"title", "flags", "encoder", "seeds", "steps"} | {*names.split()} - {*steps}:
+                raise ValueError(f"[{section}] has {' '.join(sorted(unknown))}, which is no key of an arm and no step")
+        for title, source in columns.items():
+            if source.split()[0] not in steps:
+                raise ValueError(f"[columns] {title}: there is no step {source.split()[0]}")
+    except (configparser.Error, KeyError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a study: {error}; see benchmarks/studies/decoders.ini") from error
+    return Study(Path(path).stem, " ".join(about["about"].split()), arms, dict(steps), dict(columns))
+
+
+def command_of(study: Study, arm: Arm, seed: int, step: str, folder: str, data: dict[str, str]) -> list[str]:
+    """Words of a step's command; ValueError if it names data that are not given."""
+    names = data | {"seed": str(seed), "run": f"{folder}/{study.name}/{arm.name}/{seed}", "flags": arm.flags}
+    try:
+        names["encoder"] = arm.encoder.format(**names)
+        return shlex.split(study.steps[step].format(**names))
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"step {step}: {{{error.args[0]}}} is unknown; give --data {error.args[0]}=PATH") from error
+
+
+def measured(output: str, folder: Path) -> dict[str, Any]:
+    """The JSON of a main's last line; of pre-training, which prints none, the end and the curve of its log."""
+    results = [line for line in output.splitlines() if line.startswith("{")]
+    if results:
+        return json.loads(results[-1])
+    records = read_records(folder / "log.jsonl")
+    curve = [[x["epoch"], x["knn_acc1"]] for x in records if "knn_acc1" in x]
+    losses = [x["example_loss"] for x in records if "example_loss" in x]
+    return {"example_loss": losses[-1], "knn_acc1_of_epoch": curve}
+
+
+def die_with_parent() -> None:
+    """In a child process on Linux: be asked to stop if the study is killed; mains then save and end."""
+    CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class Runner:
+    """Runs the missing steps of arms, each arm and seed in one thread."""
+
+    def __init__(self, study: Study, args: Namespace, records: Path):
+        self.study, self.args, self.records = study, args, records
+        self.slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(args.jobs):
+            self.slots.put(slot)
+        self.done = {(x["arm"], x["seed"], x["step"]): x for x in read_records(records)}
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Variables of a job: its GPU or its share of the cores."""
+        if torch.cuda.is_available():
+            return os.environ | {"CUDA_VISIBLE_DEVICES": str(slot % torch.cuda.device_count())}
+        return os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))}
+
+    def run(self, arm: Arm, seed: int) -> bool:
+        """Whether all steps of this arm and seed are done."""
+        slot = self.slots.get()
+        try:
+            return all(self.run_step(arm, seed, step, slot) for step in arm.steps)
+        finally:
+            self.slots.put(slot)
+
+    def run_step(self, arm: Arm, seed: int, step: str, slot: int) -> bool:
+        data = dict(self.args.data)
+        command = command_of(self.study, arm, seed, step, self.args.output_dir, data)
+        stated = command_of(self.study, arm, seed, step, "output", {name: name.upper() for name in data})
+        name = f"{self.study.name} {arm.name} seed {seed} {step}"
+        if (arm.name, seed, step) in self.done:
+            old = self.done[arm.name, seed, step]["command"]
+            if old != shlex.join(stated):
+                print(f"{name}: skipped, though recorded with another command: {old}", flush=True)
+            return True
+        folder = Path(self.args.output_dir, self.study.name, arm.name, str(seed))
+        folder.mkdir(parents=True, exist_ok=True)
+        log, started, commit = folder / f"{step}.txt", time.monotonic(), versions()["commit"]
+        with log.open("a") as file:
+            file.write(f"$ {shlex.join(command)}\n")
+        with log.open("a") as file, log.open() as output:
+            output.seek(0, os.SEEK_END)
+            code = subprocess.run(
+                [sys.executable, *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self.environment(slot),
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            ).returncode
+            printed = output.read()
+        if code:
+            print(f"{name}: failed: {printed.strip().rpartition(chr(10))[2]} ({log})", flush=True)
+            return False
+        record = {"study": self.study.name, "arm": arm.name, "seed": seed, "step": step, "command": shlex.join(stated)}
+        record |= {"commit": commit, "date": date.today().isoformat(), "minutes": round((time.monotonic() - started) / 60, 2)}
+        record |= {"starts": log.read_text().count("$ main_"), "jobs": self.args.jobs, "load": round(os.getloadavg()[1], 1)}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        record |= {"machine": describe_machine(device), "result": measured(printed, folder)}
+        append_line(self.records, json.dumps(record))
+        print(f"{name}: {record['minutes']} minutes", flush=True)
+        return True
+
+
+def summarise(study: Study, records: list[dict]) -> str:
+    """Markdown table: arms by columns, mean ± sample standard deviation, and the paired difference to the first arm."""
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    for record in records:
+        for key, value in numbers(record["result"]).items():
+            values.setdefault((record["arm"], f"{record['step']} {key}"), {})[record["seed"]] = value
+    lines: list[list[Any]] = [["", "seeds", *study.columns]]
+    for arm in study.arms:
+        cells = []
+        for source in study.columns.values():
+            found, first = (values.get((name, source), {}) for name in (arm.name, study.arms[0].name))
+            pairs = [{"value": x - first[seed]} for seed, x in found.items() if seed in first]
+            cells.append(format_cell(found, pairs if arm is not study.arms[0] else []))
+        seeds = {record["seed"] for record in records if record["arm"] == arm.name}
+        lines.append([arm.title, " ".join(map(str, sorted(seeds))), *cells])
+    return table(lines)
+
+
+def format_cell(found: dict[int, float], pairs: list[dict]) -> str:
+    """`mean ± deviation; difference (its standard error)`, as far as there are values."""
+    if not found:
+        return ""
+    own = average([{"value": x} for x in found.values()])
+    text = f"{own['mean']:.1f}" + ("" if own["std"] is None else f" ± {own['std']:.1f}")
+    if pairs:
+        gap = average(pairs)
+        text += f"; {gap['mean']:+.1f}" + ("" if gap["std"] is None else f" ({gap['std'] / math.sqrt(gap['n']):.1f})")
+    return text
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    study = read_study(args.study)
+    records = Path(args.records or f"docs/results/{study.name}.jsonl")
+    if args.table:
+        print(summarise(study, read_records(records)), end="")
+        return
+    known = [arm.name for arm in study.arms]
+    if unknown := {*(args.arms or [])} - {*known}:
+        raise ValueError(f"--arms {' '.join(sorted(unknown))}: {args.study} has {' '.join(known)}")
+    records.parent.mkdir(parents=True, exist_ok=True)
+    arms = [arm for arm in study.arms if not args.arms or arm.name in args.arms]
+    jobs = [(arm, seed) for seed in args.seeds or sorted({s for a in arms for s in a.seeds}) for arm in arms if seed in arm.seeds]
+    runner = Runner(study, args, records)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        finished = [*pool.map(lambda job: runner.run(*job), jobs)]
+    if not all(finished):
+        raise ValueError(f"{finished.count(False)} of {len(finished)} runs are not complete; the same command continues them")
+    print(summarise(study, read_records(records)), end="")
+
+
+if __name__ == "__main__":
+    run_main(main)
