@@ -20,8 +20,8 @@ def radial_power(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, K) float64: power of each ring, averaged over channels; the rings sum to the mean square."""
     height, width = images.shape[-2:]
     power = torch.fft.fft2(images.double()).abs().square().mean(1).flatten(1) / (height * width) ** 2
-    ring = ring_index((height, width)).flatten().to(images.device)
-    return power.new_zeros(len(images), int(ring.max()) + 1).index_add_(1, ring, power)
+    ring = ring_index((height, width)).flatten()
+    return power.new_zeros(len(images), int(ring.max()) + 1).index_add_(1, ring.to(images.device), power)
 
 
 def split_power(images: Tensor, radius: float) -> tuple[float, float]:
