@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tests.forkserver import ForkServer, Process
+from tests.pretended_cuda import pretended_cuda
 from util.args import IMAGENET_MEAN, IMAGENET_STD
 from util.checkpoint.saver import Saver
 from util.checkpoint.stop import SIGNALS
@@ -62,6 +63,13 @@ def _same_signal_handlers():
 def _no_fsync(monkeypatch):
     """Skip fsync: most of the gigabytes written are deleted at the end of the test."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def cuda():
+    """torch with a pretended GPU; the list of places where the host waits for it."""
+    with pretended_cuda() as waits:
+        yield waits
 
 
 def smooth(rng: np.random.Generator, width: int, height: int, base=(128, 128, 128)) -> Image.Image:
