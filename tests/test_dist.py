@@ -1,11 +1,14 @@
 """Distributed training: rank detection, sums and gathered values."""
 
 import json
+from datetime import timedelta
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import CPU, ranks
+from conftest import CPU, PRETRAIN, pretrain, ranks
 
+from util import dist
 from util.dist import World, init_world, rank_from_env
 
 SUMS = """
@@ -72,3 +75,48 @@ def test_error_names_the_device_of_a_missing_gpu():
 def test_error_names_an_unknown_device():
     with pytest.raises(ValueError, match="--device gpu"):
         init_world("gpu", "off")
+
+
+NCCL = """
+import sys, time
+import torch.distributed as torch_dist
+import main_pretrain, util.checkpoint.saver as saver, util.run as run
+from util.args import run_main
+
+real, init_world = torch_dist.all_gather_object, run.init_world
+# NCCL waits for a rank that has ended, gloo does not
+torch_dist.all_gather_object = lambda values, value, group=None: real(values, value, group) if group else time.sleep(600)
+run.init_world = lambda *args: init_world(*args)._replace(control=torch_dist.new_group(backend="gloo"))
+main_pretrain.train_one_epoch = lambda *args: time.sleep(600)
+def fail(*_):
+    raise OSError("config.json cannot be written")
+if sys.argv[1] == "fail":
+    saver.write_config = fail
+sys.argv = ["main_pretrain.py", *sys.argv[2:]]
+run_main(main_pretrain.main)
+"""
+
+
+@pytest.mark.parametrize(("cause", "line"), [("folder", "--resume none: "), ("fail", "config.json cannot be written")])
+def test_an_error_of_rank_0_alone_ends_all_ranks_where_the_default_group_would_wait(cause, line, photos, tmp_path):
+    folder = tmp_path / "run"
+    if cause == "folder":
+        pretrain(photos, folder, "--epochs", 1, "--warmup_epochs", 0)
+    words = [*PRETRAIN, "--batch_size", 4, "--image_every", 0, "--data_path", photos, "--output_dir", folder]
+    (zero, _, error), (one, _, other) = ranks(2, "-c", NCCL, cause, *words, "--resume", "none")
+    assert (zero, one) == (1, 1), (error, other)
+    assert line in error
+    assert "another rank died" in other
+
+
+def test_nccl_waits_longer_than_gloo(monkeypatch):
+    monkeypatch.setattr(dist, "torch_dist", torch_dist := MagicMock())
+    monkeypatch.setattr(dist, "rank_from_env", lambda: (1, 2, 1))
+    monkeypatch.setattr(dist, "choose_device", lambda *_: torch.device("cuda", 1))
+    monkeypatch.setattr(dist, "check_precision", lambda *_: None)
+    monkeypatch.setattr(dist, "rendezvous_store", lambda *_: None)
+    world = init_world("cuda", "bf16", timeout_minutes=30)
+    assert torch_dist.init_process_group.call_args.kwargs["timeout"] == timedelta(minutes=60)
+    assert torch_dist.new_group.call_args.kwargs == {"backend": "gloo", "timeout": timedelta(minutes=30)}
+    world.gather("x")
+    assert torch_dist.all_gather_object.call_args.kwargs["group"] == torch_dist.new_group.return_value

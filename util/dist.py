@@ -45,11 +45,11 @@ class World(NamedTuple):
         return torch.stack(parts)
 
     def gather(self, value: Any) -> list:
-        """The picklable values of all ranks, in rank order, on every rank."""
+        """The picklable values of all ranks, in rank order, on every rank. RuntimeError at once if a rank has ended."""
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        torch_dist.all_gather_object(values, value)
+        torch_dist.all_gather_object(values, value, group=self.control)
         return values
 
     def barrier(self) -> None:
@@ -143,7 +143,8 @@ def choose_device(device: str, size: int, local_rank: int) -> torch.device:
 def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     """Join the process group that torchrun or Slurm describes: NCCL on GPUs, gloo on CPUs.
 
-    A rank that waits longer than `timeout_minutes` for another raises RuntimeError.
+    A rank that waits longer than `timeout_minutes` for another raises RuntimeError. NCCL, which would abort the process,
+    waits twice as long: the ranks also meet over gloo, at every step, save and evaluation.
     """
     rank, size, local_rank = rank_from_env()
     chosen = choose_device(device, size, local_rank)
@@ -156,7 +157,7 @@ def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
             store=rendezvous_store(rank, size, timeout),
             rank=rank,
             world_size=size,
-            timeout=timeout,
+            timeout=2 * timeout if chosen.type == "cuda" else timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
         if chosen.type == "cuda":

@@ -54,6 +54,7 @@ class Saver:
         if run.world.is_main:
             claim_folder(run, found[0] if found else None)
             write_config(run)
+        run.world.barrier()  # if rank 0 fails here, the others end too
         at = (progress.epoch * self.steps + progress.step) / self.steps
         run.log.rewind(at, found[1].get("log", "") if found else "")
         return progress
