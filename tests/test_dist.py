@@ -77,6 +77,29 @@ def test_error_names_an_unknown_device():
         init_world("gpu", "off")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "local_rank", "torchrun", "index"),
+    [(8, 3, True, 3), (8, 3, False, 3), (1, 0, True, 0), (1, 3, False, 0), (1, 1, True, None), (4, 4, False, None)],
+)
+def test_each_local_rank_has_its_own_gpu(gpus, local_rank, torchrun, index, cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if index is None:
+        with pytest.raises(ValueError, match=f"local rank {local_rank} has no GPU, {gpus} visible"):
+            dist.choose_device("cuda", 8, local_rank)
+    else:
+        assert dist.choose_device("cuda", 8, local_rank) == torch.device("cuda", index)
+        assert not torch.backends.cudnn.allow_tf32
+
+
+def test_rank_without_local_rank_is_refused():
+    with pytest.raises(ValueError, match="LOCAL_RANK"):
+        rank_from_env({"RANK": "1", "WORLD_SIZE": "2"})
+
+
 NCCL = """
 import sys, time
 import torch.distributed as torch_dist

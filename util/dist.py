@@ -66,7 +66,9 @@ class World(NamedTuple):
 def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
     """(rank, number of ranks, local rank) from the variables of torchrun or srun; (0, 1, 0) without them."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
+        if "LOCAL_RANK" not in environ:
+            raise ValueError("RANK is set, but LOCAL_RANK, the rank within the node, is not; use torchrun or srun")
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"])
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch: plain python runs alone
         first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])  # node[03-07,12] -> node03
         environ.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "127.0.0.1")
@@ -120,7 +122,10 @@ def rendezvous_store(rank: int, size: int, timeout: timedelta) -> torch_dist.Sto
 
 
 def choose_device(device: str, size: int, local_rank: int) -> torch.device:
-    """The device that --device names; of several GPUs the one of this local rank. ValueError if it does not exist."""
+    """The device that --device names; of several GPUs the one of this local rank. ValueError if it does not exist.
+
+    Switches TF32 off.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -134,9 +139,16 @@ def choose_device(device: str, size: int, local_rank: int) -> torch.device:
             raise ValueError(f"--device {device}: torch finds no GPU; use --device cpu or a CUDA build of torch")
         if chosen.index is not None and size > 1:
             raise ValueError(f"--device {device} puts all {size} ranks on one GPU; use --device cuda")
-        if chosen.index is None:  # a Slurm task that sees a single GPU sees it as number 0
-            chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        own = (
+            count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        )  # a Slurm task may see its own GPU only, as number 0
+        if local_rank >= count and not own:
+            raise ValueError(f"local rank {local_rank} has no GPU, {count} visible; start one rank per GPU")
+        if chosen.index is None:
+            chosen = torch.device("cuda", 0 if own else local_rank)
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.allow_tf32 = False  # on by default, unlike that of matrix products
     return chosen
 
 
