@@ -1,6 +1,7 @@
 """Distributed training: rank detection, sums and gathered values."""
 
 import json
+import re
 from datetime import timedelta
 from unittest.mock import MagicMock
 
@@ -9,6 +10,7 @@ import torch
 from conftest import CPU, PRETRAIN, pretrain, ranks
 
 from util import dist
+from util.args import explain_error
 from util.dist import World, init_world, rank_from_env
 
 SUMS = """
@@ -38,7 +40,17 @@ def test_rank_is_read_from_srun_and_all_tasks_use_the_same_master_address(nodes,
     step = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456"}
     tasks = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 8)} for i in (3, 11)]
     assert [rank_from_env(task) for task in tasks] == [(3, 16, 3), (11, 16, 3)]
-    assert {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks} == {(first, "23456")}
+    ((address, port),) = {(task["MASTER_ADDR"], task["MASTER_PORT"]) for task in tasks}
+    assert address == first
+    assert 1024 <= int(port) < 32768
+
+
+def test_steps_of_a_slurm_job_have_ports_of_their_own():
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    steps = [step | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(i)} for job in range(500, 510) for i in range(4)]
+    for each in steps:
+        rank_from_env(each)
+    assert len({each["MASTER_PORT"] for each in steps}) == len(steps)  # 40 of 12,000: collisions are rare
 
 
 def test_torchrun_takes_precedence_over_slurm():
@@ -95,9 +107,11 @@ def test_each_local_rank_has_its_own_gpu(gpus, local_rank, torchrun, index, cuda
         assert not torch.backends.cudnn.allow_tf32
 
 
-def test_rank_without_local_rank_is_refused():
-    with pytest.raises(ValueError, match="LOCAL_RANK"):
-        rank_from_env({"RANK": "1", "WORLD_SIZE": "2"})
+def test_rank_without_local_rank_is_refused_on_gpus(cuda, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="LOCAL_RANK, the rank within the node, is not"):
+        dist.choose_device("cuda", 2, 0)
 
 
 NCCL = """
@@ -143,3 +157,29 @@ def test_nccl_waits_longer_than_gloo(monkeypatch):
     assert torch_dist.new_group.call_args.kwargs == {"backend": "gloo", "timeout": timedelta(minutes=30)}
     world.gather("x")
     assert torch_dist.all_gather_object.call_args.kwargs["group"] == torch_dist.new_group.return_value
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            "[1] NCCL error: remote process exited or there was a network error\nLast error:\nx",
+            "another rank died .*network",
+        ),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", "another rank died .*timeout"),
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer", "another rank died .*closed by peer"),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:94, invalid usage, NCCL version 2.27\nncclInvalidUsage: wrong.\n"
+            "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000",
+            "^NCCL failed: Duplicate GPU detected : rank 1 and rank 0",
+        ),
+        (
+            "The server socket has failed to listen; port: 2901, EADDRINUSE, address already in use",
+            "MASTER_PORT 2901 .*used",
+        ),
+    ],
+)
+def test_errors_of_other_ranks_and_of_nccl_itself_are_told_apart(error, line, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "2901")
+    assert re.search(line, explain_error(RuntimeError(error)))

@@ -11,6 +11,7 @@ from conftest import PRETRAIN, ROOT, assert_same_run, ranks, weights
 
 SRUN = """#!/bin/bash
 export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost
+shift  # --kill-on-bad-exit=1
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
 status=0
 for task in "${tasks[@]}"; do wait $task || status=$?; done

@@ -361,7 +361,10 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
 MIN_OPEN_FILES = 256
 LOADER_ERROR = re.compile(r"DataLoader (worker|timed out)")
 MEMORY_ERROR = re.compile("out of memory|can't allocate memory")
-RANK_ERROR = re.compile("gloo|nccl|connection (closed|reset|refused)|pair closure|time(d )?out|TCPStore", re.IGNORECASE)
+LOST_RANK = re.compile(
+    "connection (closed|reset|refused)|pair closure|time(d )?out|remote process exited", re.IGNORECASE
+)
+RANK_ERROR = re.compile(f"gloo|TCPStore|{LOST_RANK.pattern}", re.IGNORECASE)
 WRITER_THREAD = "checkpoint"  # name of the thread that writes checkpoints
 
 
@@ -378,7 +381,13 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
             "; run the same command again to resume, with fewer --num_workers if memory was short"
         )
         return f"a data-loader worker died or timed out: {reason}{remedy}"
-    if ("RANK" in os.environ or "SLURM_PROCID" in os.environ) and RANK_ERROR.search(str(error)):
+    if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        return None
+    if "EADDRINUSE" in str(error):
+        return f"MASTER_PORT {os.environ.get('MASTER_PORT')} is used by another process on this node; set it to a free port"
+    if "NCCL" in str(error) and not LOST_RANK.search(str(error)):
+        return f"NCCL failed: {str(error).rpartition('Last error:')[2].strip()[:300]}; NCCL_DEBUG=INFO shows more"
+    if RANK_ERROR.search(str(error)):
         return f"another rank died or did not answer within --timeout_minutes; see its output ({reason})"
     return None
 

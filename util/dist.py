@@ -1,9 +1,13 @@
 """Distributed set-up: rank, number of ranks and device, from torchrun, srun or a single process."""
 
+import ctypes
 import os
 import re
 import secrets
+import signal
+import sys
 import time
+import zlib
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -63,16 +67,26 @@ class World(NamedTuple):
                 torch_dist.destroy_process_group()
 
 
+def slurm_step(environ=os.environ) -> str:
+    """Job and step of Slurm as "JOB.STEP"; "." without Slurm."""
+    return f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
+
+
+def end_with_launcher() -> None:
+    """Let Linux send SIGTERM to this rank, which then saves, when its torchrun dies: killed, it cannot end its ranks."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
     """(rank, number of ranks, local rank) from the variables of torchrun or srun; (0, 1, 0) without them."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        if "LOCAL_RANK" not in environ:
-            raise ValueError("RANK is set, but LOCAL_RANK, the rank within the node, is not; use torchrun or srun")
-        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"])
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun, not by sbatch: plain python runs alone
         first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])  # node[03-07,12] -> node03
         environ.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "127.0.0.1")
-        environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000))
+        # steps of a job may run at once; ports from 32768 on are given to any connection
+        environ.setdefault("MASTER_PORT", str(20000 + zlib.crc32(slurm_step(environ).encode()) % 12000))
         return int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"])
     return 0, 1, 0
 
@@ -104,7 +118,7 @@ def rendezvous_store(rank: int, size: int, timeout: timedelta) -> torch_dist.Sto
     """
     store = next(iter(torch_dist.rendezvous("env://", rank, size, timeout=timeout)))[0]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return store
+        return torch_dist.PrefixStore(slurm_step(), store)  # another run whose port is the same is not joined
     prefix = secrets.token_hex(8)
     if rank > 0:
         store.set(f"ask/{rank}", word := prefix)
@@ -139,6 +153,8 @@ def choose_device(device: str, size: int, local_rank: int) -> torch.device:
             raise ValueError(f"--device {device}: torch finds no GPU; use --device cpu or a CUDA build of torch")
         if chosen.index is not None and size > 1:
             raise ValueError(f"--device {device} puts all {size} ranks on one GPU; use --device cuda")
+        if size > 1 and "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK is set, but LOCAL_RANK, the rank within the node, is not; use torchrun or srun")
         count = torch.cuda.device_count()
         own = (
             count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -159,6 +175,7 @@ def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     waits twice as long: the ranks also meet over gloo, at every step, save and evaluation.
     """
     rank, size, local_rank = rank_from_env()
+    end_with_launcher()
     chosen = choose_device(device, size, local_rank)
     check_precision(amp, chosen)
     control = None

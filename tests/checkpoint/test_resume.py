@@ -619,6 +619,19 @@ def test_hanging_rank_ends_the_other_within_the_timeout(photos, tmp_path):
     assert "another rank died or did not answer within --timeout_minutes" in err
 
 
+@pytest.mark.slow  # three interpreters
+def test_ranks_save_and_end_if_their_torchrun_is_killed(photos, tmp_path):
+    flags = [*TWO_RANKS, "--epochs", 500, "--knn_every", 0, "--data_path", photos, "--output_dir", tmp_path]
+    torchrun = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_pretrain.py", *flags)
+    while not (tmp_path / "last.pth").exists() and torchrun.poll() is None:
+        time.sleep(0.1)
+    torchrun.kill()
+    status, out, err = ended(torchrun)  # the ranks hold its pipes until they end
+    assert status == -9
+    assert "SIGTERM: stopped at step" in out, err
+    assert "saved; run the same command" in out
+
+
 @pytest.mark.slow  # five interpreters
 def test_torchrun_restarts_a_killed_rank_and_the_run_resumes_bit_for_bit(photos, tmp_path):
     flags = [*TWO_RANKS, "--data_path", photos, "--output_dir"]
@@ -724,11 +737,14 @@ def test_restart_uses_the_checkpoint_given_to_resume_at_first(photos, tmp_path, 
 
 
 def test_second_run_in_the_same_output_folder_is_rejected(photos, tmp_path):
-    lock_script = f"import fcntl, time; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", lock_script], stdout=subprocess.PIPE, text=True)
+    lock_script = (
+        f"import time; from pathlib import Path; from util.checkpoint.resume import lock_folder; "
+        f"lock_folder(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", lock_script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run"):
+        with pytest.raises(ValueError, match=f"{tmp_path}: process {process.pid} on .* is writing there"):
             pretrain(photos, tmp_path, *STEPS)
     finally:
         process.kill()

@@ -4,8 +4,10 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,8 +154,12 @@ def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optim
 
 def lock_folder(folder: Path) -> None:
     """Lock OUTPUT_DIR until this process ends; ValueError if another process holds the lock."""
-    opened = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT)  # stays open as long as the process lives
-    lock_file(opened, f"--output_dir {folder}: another run is writing there; wait for it or stop it")
+    opened = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open as long as the process lives
+    holder = os.read(opened, 100).decode(errors="replace") or "another run"
+    lock_file(opened, f"--output_dir {folder}: {holder} is writing there; wait for it or stop it")
+    with suppress(OSError):  # the disk may be full
+        os.ftruncate(opened, 0)
+        os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 def claim_folder(run: Run, path: Path | None) -> None:
