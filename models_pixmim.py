@@ -434,8 +434,8 @@ class PixMIM(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), self.noise_length, device=images.device)
         mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit, self.predict_ratio)
+        target, _, _ = self.targets(images, mask)  # first: its spectra need memory that the activations do not hold yet
         prediction = self.decoder(self.encode(images, mask), mask).float()
-        target, _, _ = self.targets(images, mask)
         return F.mse_loss(prediction, target), prediction, mask
 
     def predict_removed(self, images: Tensor, noise: Tensor) -> tuple[Tensor, PatchMask]:
