@@ -74,10 +74,11 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
             lines.append(f"first output that is not finite: {layer}, images {listed}")
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    norm = nn.utils.get_total_norm(list(gradients.values())).item() / state.scaler.get_scale()
+    scale = state.scaler.get_scale()  # 1 without fp16
+    norm = nn.utils.get_total_norm(list(gradients.values())).item() / scale
     first = " ".join(wrong[:8]) or "none"
     lines.append(
-        f"gradient norm of this rank {norm:.6g}; not finite: {len(wrong)} of {len(gradients)} gradients: {first}"
+        f"gradient norm of this rank {norm:.6g}, loss scale {scale:g}; not finite: {len(wrong)} of {len(gradients)} gradients: {first}"
     )
     suffix = f"-rank{run.world.rank}" if run.world.rank else ""
     path = run.folder / f"debug-{done + 1}{suffix}.pth"

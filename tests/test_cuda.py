@@ -102,6 +102,18 @@ def test_features_pictures_and_replay_run_on_a_pretended_gpu(cuda, pretrained, p
     assert batch["images"].device.type == "cpu"
 
 
+def test_overflows_of_fp16_are_no_errors_and_are_replayed_with_their_scale(cuda, photos, tmp_path, monkeypatch):
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**60)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    words = [*PRETRAIN, *GPU, "--amp", "fp16", "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 4]
+    lines = call("main_pretrain", *words, "--image_every", 0, "--data_path", photos, "--output_dir", tmp_path)
+    expected = [f"step {n}: gradients overflowed in fp16, update skipped, loss scale halved" for n in range(1, 9)]
+    assert [line for line in lines if line.startswith(("step", "warning: step"))] == expected
+    (line,) = [line for line in call("debug_step", tmp_path, 7, *GPU[2:]) if "loss scale" in line]
+    assert f"loss scale {2.0**54:g}; not finite: " in line  # halved six times, once before the save after four steps
+    assert "not finite: 0" not in line
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of segmentation-models-pytorch
 def test_dpt_runs_on_a_pretended_gpu(cuda, masked, tmp_path):

@@ -116,8 +116,12 @@ class Meter:
             yield batch
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Record the loss of a step, nan if the update was skipped. Reports the duration of the run's first step."""
-        self.losses.append(torch.where(grad_norm.isfinite(), loss, math.nan))
+        """Record the loss of a step: nan if the update was skipped, inf if only because fp16 gradients overflowed.
+
+        Reports the duration of the run's first step.
+        """
+        skipped = torch.where(loss.isfinite(), math.inf, math.nan) if self.run.args.amp == "fp16" else math.nan
+        self.losses.append(torch.where(grad_norm.isfinite(), loss, skipped))
         self.timed += 1
         if self.first_step:
             loss.item()
@@ -167,6 +171,9 @@ class Meter:
         for step, loss in enumerate(losses, start=done - len(losses) + 1):
             self.skipped = 0 if math.isfinite(loss) else self.skipped + 1
             if not self.skipped:
+                continue
+            if loss == math.inf and self.skipped <= limit:
+                run.log.info(f"step {step}: gradients overflowed in fp16, update skipped, loss scale halved")
                 continue
             samples = self.sampler.samples(*divmod(step - 1, self.sampler.steps)).tolist()
             run.log.scalars(
