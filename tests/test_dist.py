@@ -11,6 +11,7 @@ from conftest import CPU, PRETRAIN, pretrain, ranks
 
 from util import dist
 from util.args import explain_error
+from util.data.batches import default_workers
 from util.dist import World, init_world, rank_from_env
 
 SUMS = """
@@ -105,6 +106,13 @@ def test_each_local_rank_has_its_own_gpu(gpus, local_rank, torchrun, index, cuda
     else:
         assert dist.choose_device("cuda", 8, local_rank) == torch.device("cuda", index)
         assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("cores", "local_ranks", "workers"), [(256, 8, 24), (96, 8, 12), (2, 8, 1), (4, 1, 4)])
+def test_workers_of_a_rank_are_its_share_of_the_cores(cores, local_ranks, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    assert default_workers() == workers
 
 
 def test_rank_without_local_rank_is_refused_on_gpus(cuda, monkeypatch):

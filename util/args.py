@@ -219,7 +219,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: boo
                            help="validation images, as --data_path (default: val/, valid/ or test/ in --data_path)")
         group.add_argument("--label_column", metavar="NAME", help="column of a table with the class (default: label, class, category or target)")
     group.add_argument("--num_workers", type=number(int, 0, 256),
-                       help="data-loader workers per rank (default: the rank's share of the CPU cores, at most 16)")
+                       help="data-loader workers per rank (default: the rank's share of the CPU cores, at most 24)")
     add_pixel_arguments(group)
     group.add_argument("--on_bad_image", choices=["stop", "skip"], default="stop",
                        help="unreadable image: stop = end the run; skip = training uses the next image, evaluation leaves "

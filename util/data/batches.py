@@ -69,10 +69,10 @@ def init_worker(parent: int, worker: int) -> None:
 
 
 def default_workers() -> int:
-    """This rank's share of the cores, at most 16."""
+    """This rank's share of the cores, at most 24."""
     limited = hasattr(os, "sched_getaffinity")  # macOS has none
     cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(24, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def return_unchanged(batch: Any) -> Any:
