@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint. PYTHON=python3.12 chooses the interpreter that .venv is made with.
+# make demo | test | test-all | lint | gpu. PYTHON=python3.12 chooses the interpreter that .venv is made with.
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -7,7 +7,7 @@ install = @echo "installing $< into .venv"; \
 	$(BIN)/python -m pip install --quiet $(1) -r $< > $(@:.done=.log) 2>&1 || { cat $(@:.done=.log); exit 1; }; \
 	touch $@
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all lint gpu
 demo: .venv/demo.done
 	$(BIN)/python -m demo.digits
 
@@ -16,6 +16,9 @@ test: .venv/dev.done .venv/demo.done
 
 test-all: .venv/dev.done .venv/demo.done
 	FUZZ=40 $(PYTEST)
+
+gpu: .venv/dev.done .venv/demo.done
+	$(BIN)/python -m benchmarks.gpu
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ sizes of all that are alive at once are added up. Not counted, but left free on 
 libraries, DDP's buckets and fragmentation.
 """
 
+import argparse
 import weakref
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import main_pretrain
 import models
 import models_pixmim
 from engine_pretrain import make_gradient_nan, optimizer_step, pretrain_loss
-from main_pretrain import get_parser
 from util.args import resolve_defaults, run_main
 from util.data.transforms import Normalize
 from util.dist import autocast
@@ -113,10 +114,15 @@ def largest_batches(args: Namespace, batch_size: int, peak: float) -> dict[int, 
     return {card: max(0, int(batch_size + (usable - peak) / image)) for card, usable in USABLE.items()}
 
 
-def main() -> None:
-    parser = get_parser()
+def get_parser() -> argparse.ArgumentParser:
+    """That of main_pretrain.py, without the need of images."""
+    parser = main_pretrain.get_parser()
     next(action for action in parser._actions if action.dest == "data_path").required = False
-    args = resolve_defaults(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    args = resolve_defaults(get_parser().parse_args())
     for checkpointing in (False, True):
         chosen = Namespace(**vars(args) | {"grad_checkpointing": checkpointing})
         found = measure(chosen, args.batch_size)

@@ -178,7 +178,7 @@ def check_command(command: str) -> None:
     words = shlex.split(command.replace(".venv/bin/", ""), comments=True)
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # environment variables
         del words[0]
-    if words[0] == "srun":
+    while words[0] == "srun" or words[0].startswith("--"):
         del words[0]
     if words[0] == "make":
         targets = re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
