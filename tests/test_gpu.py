@@ -2,12 +2,14 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import CPU, PRETRAIN, assert_same_run, call, interrupted, pretrain, ranks, records, result
+from conftest import PRETRAIN, assert_same_run, call, interrupted, pretrain, ranks, records, result
+from pretended_cuda import pretended_cuda
 from test_reference import EXTRACTS, answers_of, distance, model_of, noise_of
 
 from benchmarks import gpu
@@ -19,7 +21,7 @@ import sys, torch, torch.distributed as torch_dist
 import main_pretrain, util.dist as dist
 from util.args import run_main
 
-init, card = torch_dist.init_process_group, torch.device(sys.argv[1], 0)
+init, card = torch_dist.init_process_group, torch.device(sys.argv[1])
 dist.choose_device = lambda *_: card
 torch_dist.init_process_group = lambda backend, **given: init("gloo", **given | {"device_id": None})
 sys.argv = ["main_pretrain.py", *sys.argv[2:]]
@@ -27,9 +29,14 @@ run_main(main_pretrain.main)
 """
 
 
-@pytest.fixture(params=["cpu", *[pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()])
-def device(request) -> str:
-    return request.param
+CARD = [pytest.param("cuda:0", marks=pytest.mark.gpu)] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=["cpu", "pretended", *CARD])
+def device(request):
+    pretends = request.param == "pretended"
+    with pretended_cuda() if pretends else nullcontext():
+        yield "cuda:0" if pretends else request.param
 
 
 @pytest.mark.parametrize("amp", NEAR)
@@ -87,6 +94,7 @@ def test_losses_and_accuracies_are_those_of_the_cpu(device, photos, pretrained, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", *CARD])
 def test_two_ranks_share_a_card_by_gloo(device, photos, tmp_path):
     words = [*PRETRAIN, "--device", device, "--image_every", 0, "--data_path", photos, "--epochs", 1]
     words += ["--warmup_epochs", 0, "--effective_batch", 4]
@@ -109,17 +117,18 @@ def test_without_a_gpu_the_report_is_one_line_and_status_1(capsys, monkeypatch):
     )
 
 
-def test_a_row_has_the_steps_of_a_recipe_and_its_memory(tmp_path):
+def test_a_row_has_the_steps_of_a_recipe_and_its_memory(device, tmp_path, monkeypatch):
     recipe = tmp_path / "small.args"
     recipe.write_text("\n".join([*PRETRAIN[:6], "--amp off --decoder_dim 32 --decoder_heads 2 --batch_size 8"]))
+    monkeypatch.setattr(gpu, "measure", lambda args, size: {"peak": 0.25 if args.grad_checkpointing else 0.5})
     for capacity, name in ((1.0, "small"), (0.0, "small (checkpointing)")):
-        row, fell = gpu.time_steps(recipe, CPU, capacity)
+        row, fell = gpu.time_steps(recipe, torch.device(device), capacity)
         assert fell
         assert len(row) == len(gpu.COLUMNS)
-        assert row[:2] == [name, "8"]
+        assert (row[0], row[1], row[-1]) == (name, "8", "0.2" if capacity == 0 else "0.5")
         first, last = map(float, row[2].split(" -> "))
         assert last < first
-    machine, missing = gpu.describe(CPU)
+    machine, missing = gpu.describe(torch.device(device))
     assert json.loads(machine.partition("; ")[2])["torch"] == torch.__version__
     assert missing.startswith("missing: ")
     assert len(gpu.recipes()) >= 10
