@@ -173,7 +173,9 @@ def test_commands_of_studies_parse(path, monkeypatch):
     study = read_study(str(path))
     for arm in study.arms:
         for step in arm.steps:
-            script, *flags = command_of(study, arm, 0, step, "output", {"photos": "PHOTOS", "nuclei": "NUCLEI"})
+            script, *flags = command_of(
+                study, arm, 0, step, "output", dict.fromkeys(("photos", "nuclei", "perturbed"), "DIR")
+            )
             check_script(script, flags)
 
 
