@@ -153,6 +153,9 @@ def test_the_row_of_the_protocol_is_marked_saved_and_printed(probed, photos):
     assert [(x["pool"], x["blr"]) for x in rows] == [(p, b) for p in ("ep", "token", "mean") for b in (0.1, 3)]
     assert best["pool"] == "ep"  # whatever the other rows have
     assert best["acc1"] == max(x["acc1"] for x in rows if x["pool"] == "ep")
+    assert {pool: x["acc1"] for pool, x in best["pools"].items()} == {
+        pool: max(x["acc1"] for x in rows if x["pool"] == pool) for pool in ("ep", "token", "mean")
+    }
     again = evaluated(folder, photos)
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
 
