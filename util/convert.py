@@ -10,6 +10,7 @@ if not __package__:  # python util/convert.py
     sys.path[0] = str(Path(__file__).parents[1])
 
 from util.args import HelpFormatter, SizeAction, number
+from util.files import printable
 from util.formats.commands import load_command
 from util.formats.hub import push
 from util.formats.keys import DECODER, FORMATS
@@ -111,7 +112,7 @@ def main() -> None:
             push(args.OUT, args.push_to_hub)
             print(f"pushed   {args.push_to_hub}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 
+def printable(text: object) -> str:
+    """Text on one line: control characters, of which a terminal would obey some, as in a Python literal.
+
+    Names of images and tensors are foreign. Bytes that are no UTF-8 (surrogates) become escapes as well.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the entries of a folder to disk."""
     opened = os.open(folder, os.O_RDONLY)

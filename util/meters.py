@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from util.checkpoint.resume import Progress
 from util.data.batches import DevicePrefetcher
 from util.dist import World, autocast
-from util.files import write_atomic
+from util.files import printable, write_atomic
 from util.run import Run
 
 PEAK_TFLOPS = {  # dense matrix products in half precision, from the vendors' data sheets; the first name that matches counts
@@ -71,7 +71,7 @@ def log_bad_images(world: World, prefetchers: Collection[DevicePrefetcher], run:
     found = {name: reason for rank in world.gather(bad) for name, reason in rank}
     if found and world.is_main and run is None:
         for name, reason in found.items():
-            print(f"left out: {name}: {reason}".encode(errors="replace").decode(), file=sys.stderr)
+            print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
     elif found and world.is_main and run:
         path = run.folder / "bad_images.txt"
         known = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []

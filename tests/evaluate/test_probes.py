@@ -163,7 +163,7 @@ def test_the_row_of_the_protocol_is_marked_saved_and_printed(probed, photos):
 def test_the_table_marks_one_row():
     row = {"acc1": 50.0, "acc5": 100.0, "mean_class_acc": 9.5, "loss": 1.25}
     rows = [row | {"pool": pool, "blr": 0.1, "acc1": acc1} for pool, acc1 in (("ep", 50.0), ("token", 60.0))]
-    head, first, second, rule = main_linprobe.format_table(rows, rows[0]).splitlines()
+    head, first, second, rule = main_linprobe.format_table(rows, rows[0])
     assert head.split() == ["pool", "blr", "acc1", "acc5", "mean_class_acc", "loss"]
     assert first.split() == ["*", "ep", "0.1", "50.0", "100.0", "9.5", "1.25"]
     assert second.split() == ["token", "0.1", "60.0", "100.0", "9.5", "1.25"]

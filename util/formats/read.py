@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from util.args import default_crop_pct
+from util.files import printable
 from util.formats.keys import (
     DROPPED,
     FINAL_NORM,
@@ -215,7 +216,7 @@ def _detect_source(box: dict, state: State) -> tuple[str, State]:
 def _report(path: Path, text: str) -> None:
     """Print one line about a file, on the first rank only."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"{path}: {text}", flush=True)
+        print(printable(f"{path}: {text}"), flush=True)
 
 
 def _select_state(path: Path, box: dict, use_ema: bool) -> dict:
