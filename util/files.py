@@ -115,7 +115,9 @@ def checksum_matches(content: dict) -> bool:
 
 
 def check_zip(path: Path) -> None:
-    """ValueError if a checksum inside a torch.save file is wrong; torch.load ignores these checksums."""
+    """ValueError if a checksum inside a torch.save file is wrong, which torch.load ignores, or if it would inflate."""
     with zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:  # torch compresses nothing
+            raise ValueError("its members are larger than the file")
         if broken := parts.testzip():
             raise ValueError(f"the checksum of its member {broken} is wrong")

@@ -50,6 +50,10 @@ def read_architecture(
             weights.class_tokens if weights.class_tokens > 1 else None
         )  # None = the model's, 1 or none
         if weights.model:
+            if (args.model or weights.model) not in encoders:
+                raise ValueError(
+                    f"--checkpoint {args.checkpoint} has --model {weights.model}, which is unknown here; name its size by --model"
+                )
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
             found["model"] = find_model(weights, args, encoders)

@@ -28,7 +28,7 @@ from util.formats.keys import (
     tensor_sizes,
 )
 from util.formats.unpickle import load_content
-from util.formats.weights import METHOD, Weights
+from util.formats.weights import METHOD, Weights, check_settings
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
@@ -306,6 +306,11 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     if about:
         args, unused = _config_args(path, about, state)
         dropped += unused
+    if source == "pixmim":
+        try:
+            check_settings(args)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return _with_size(path, Weights.from_state(state, args, source, dropped), input_size)
 
 
