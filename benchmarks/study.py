@@ -169,7 +169,7 @@ class Runner:
         """Variables of a job: its GPU or its share of the cores."""
         if torch.cuda.is_available():
             return os.environ | {"CUDA_VISIBLE_DEVICES": str(slot % torch.cuda.device_count())}
-        return os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))} | os.environ
 
     def run(self, arm: Arm, seed: int) -> bool:
         """Whether all steps of this arm and seed are done."""
