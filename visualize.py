@@ -147,7 +147,7 @@ def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: 
     if args.ep_attention:
         if weights is None or "ep.queries" not in weights.state:
             raise ValueError(
-                f"--ep_attention: --checkpoint {args.checkpoint} is no classifier of main_linprobe.py --pool ep"
+                f"--ep_attention: --checkpoint {args.checkpoint} is not a classifier of main_linprobe.py --pool ep"
             )
         maps = Probe.from_classifier(encoder, weights.state).to(device).attention_maps(images)
         return draw_queries(maps, scale_to_pixels(batch))

@@ -17,7 +17,7 @@ from torch import Tensor
 def printable(text: object) -> str:
     """Text on one line: control characters, of which a terminal would obey some, as in a Python literal.
 
-    Names of images and tensors are foreign. Bytes that are no UTF-8 (surrogates) become escapes as well.
+    Names of images and tensors are foreign. Bytes that are not UTF-8 (surrogates) become escapes as well.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 

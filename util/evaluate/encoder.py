@@ -163,7 +163,7 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
 
 
 def is_finetuned(weights: Weights | None) -> bool:
-    """Whether labels have trained the encoder: it has a head, and is no probe of this project."""
+    """Whether labels have trained the encoder: it has a head, and was not a probe of this project."""
     return bool(weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args)
 
 

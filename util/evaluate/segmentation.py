@@ -107,7 +107,7 @@ def build_dpt(args: Namespace, encoder: Encoder, num_classes: int, drop_path: fl
     except ImportError as error:
         raise ValueError("--finetune needs a package: pip install segmentation-models-pytorch") from error
     if len(getattr(encoder, "blocks", ())) < 4:
-        raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more; --model {args.model} is none")
+        raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more, which --model {args.model} is not")
     if encoder.patch not in (4, 8, 16, 32) or any(side % 32 for side in args.input_size):
         size = " ".join(map(str, args.input_size))
         raise ValueError(
