@@ -15,6 +15,7 @@ from torch import Tensor
 from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_one_epoch
 from models import ENCODERS, build_model
 from models_pixmim import PixMIM, sincos_pos_embed
+from muon import build_muon
 from util.args import (
     CLASSES,
     PRETRAIN,
@@ -79,6 +80,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
     ).add_argument
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+        help="muon = orthogonalised updates of the hidden layers' weights, AdamW for the others; an experiment, --blr as for adamw")
     add("--lr_scale_by_prediction", action="store_true",
         help="multiply the peak learning rate by --predict_ratio / --mask_ratio, as CrossMAE's code does")
     add_device_arguments(parser)
@@ -125,7 +128,10 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
         groups = param_groups_weight_decay(model.decoder, args.weight_decay)
         frozen = {"frozen_epochs": args.freeze_encoder_epochs}
         groups += [group | frozen for group in param_groups_weight_decay(model.encoder, args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
+    if args.optimizer == "muon":
+        optimizer = build_muon(groups, model, run.lr)
+    else:
+        optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     return prepare_training(run, model, optimizer, pretrain_loss(Normalize(args, device)), loader), source
 
 

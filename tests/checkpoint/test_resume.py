@@ -80,7 +80,13 @@ def test_signal_finishes_the_step_saves_and_exits_with_75_or_130(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("words", ["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc", "--optimizer muon"],
+        "--optimizer muon --model convvit_pico --decoder cross",
+    ],
+)
 def test_pretraining_resumes_within_an_epoch_bit_for_bit(words, photos, tmp_path, monkeypatch):
     def train(folder):
         return pretrain(photos, tmp_path / folder, *STEPS, *words.split())
