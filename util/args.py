@@ -96,6 +96,12 @@ def number(kind: type, low: float, high: float = 10**9, *, or_word: str = "") ->
     return convert
 
 
+def size_share(text: str) -> list:
+    """argparse type: SIZE:SHARE -> [pixels, share of the epochs]."""
+    size, share = text.split(":")
+    return [number(int, 1)(size), number(float, 0, 1)(share)]
+
+
 def picture(text: str) -> str:
     """argparse type: file name of a picture to write."""
     if Path(text).suffix.lower() not in (".png", ".jpg", ".jpeg"):

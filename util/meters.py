@@ -92,7 +92,8 @@ class Meter:
 
     def __init__(self, run: Run, loss_fn: Callable[[dict], Tensor], model: nn.Module):
         self.run, self.loss_fn, self.model = run, loss_fn, model
-        self.flops: float | None = None  # per image, counted on the first batch
+        self.flops: float | None = None  # per image, counted on the first batch of each size
+        self.size: torch.Size | None = None
         self.first_step = True
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
@@ -109,9 +110,10 @@ class Meter:
         return self.count_flops(iter(prefetcher))
 
     def count_flops(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """The same batches; the first one of the run is used to count the FLOPs of a step."""
+        """The same batches; the first one of each image size is used to count the FLOPs of a step."""
         for batch in batches:
-            if self.flops is None:
+            if self.size != batch["images"].shape[1:]:
+                self.size = batch["images"].shape[1:]
                 self.flops = image_flops(self.model, self.loss_fn, batch, self.run.args.amp)
             yield batch
 

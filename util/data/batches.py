@@ -97,9 +97,12 @@ def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device:
     )
 
 
-def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, noise_length: int = 0) -> Any:
-    """Loader of training data. `loader.batch_sampler.start(epoch, step)` sets where the next iteration begins."""
-    samples = Samples(source, transform, run.args, flip=flip, noise_length=noise_length, replace_bad=True)
+def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, **options) -> Any:
+    """Loader of training data. `loader.batch_sampler.start(epoch, step)` sets where the next iteration begins.
+
+    `options` of Samples.
+    """
+    samples = Samples(source, transform, run.args, flip=flip, replace_bad=True, **options)
     return make_loader(samples, TrainSampler(len(samples), run), run.args.num_workers, run.world.device)
 
 
@@ -162,7 +165,8 @@ class DevicePrefetcher:
 
 
 def load_batch(samples: Samples, indices: Sequence[int], device: torch.device) -> dict:
-    """These samples of epoch 0 as one batch on the device."""
-    batch = next(iter(DevicePrefetcher([samples.__getitems__([(0, i) for i in indices])], device)))
+    """These samples of the first epoch after all stages, 0 without stages, as one batch on the device."""
+    epoch = max((stage.end for stage in samples.stages), default=0)
+    batch = next(iter(DevicePrefetcher([samples.__getitems__([(epoch, i) for i in indices])], device)))
     samples.source.close()  # training starts a stream from its beginning
     return batch

@@ -131,6 +131,8 @@ class Cache(Source):
                 "another part of the image each time; use --crop src, or --data_path with the images"
             )
         asked = vars(args) | {"input_size": list(args.input_size)}
+        if asked.get("sizes"):
+            raise ValueError(f"--sizes: the cache {self.folder} holds one size; use --data_path with the images")
         for flag, cached in self.flags.items():
             if flag in PIXEL_FLAGS and asked.get(flag) in (None, "auto", ["auto"]):
                 continue  # `resolve_pixels` takes the cache's

@@ -1,7 +1,7 @@
 """Samples: the images of a source, decoded, cropped and stacked to parts of a batch."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,33 @@ from util.data.timeouts import DiskTimeout, time_limit
 from util.rng import CROP, MASK, SampleRng
 
 
+class Stage(NamedTuple):
+    """Crop and number of random values of the mask in the epochs before `end`."""
+
+    end: int
+    transform: Callable
+    noise_length: int
+
+
 class Samples(Dataset):
-    """Images of a source by (epoch, index). An unreadable image is reported in the result, not raised."""
+    """Images of a source by (epoch, index). An unreadable image is reported in the result, not raised.
+
+    `stages`, in ascending order, replace `transform` and `noise_length` in the epochs before the last one's end.
+    """
 
     def __init__(
-        self, source: Source, transform: Callable, args, *, flip=False, noise_length: int = 0, replace_bad: bool = False
+        self,
+        source: Source,
+        transform: Callable,
+        args,
+        *,
+        flip=False,
+        noise_length: int = 0,
+        replace_bad: bool = False,
+        stages: Sequence[Stage] = (),
     ):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
+        self.stages = stages
         self.seed, self.options, self.replace_bad = args.seed, PixelOptions.from_args(args), replace_bad
         self.on_bad_image = getattr(args, "on_bad_image", None)  # visualize.py has no such flag and stops
         self.timeout_s = 60 * args.timeout_minutes
@@ -35,6 +55,8 @@ class Samples(Dataset):
         here because exceptions of workers arrive with a traceback. Without `images` all of them were left out.
         """
         bad: list[tuple[str, str]] = []
+        last = Stage(0, self.transform, self.noise_length)
+        _, transform, noise_length = next((stage for stage in self.stages if keys[0][0] < stage.end), last)
         try:
             self.source.start_epoch(keys[0][0])
             self.source.prefetch([i for _, i in keys])
@@ -43,12 +65,12 @@ class Samples(Dataset):
         crops, masks = SampleRng(self.seed, CROP), SampleRng(self.seed, MASK)
         flips: list[bool] = []
         index: list[int] = []
-        noise = np.empty((len(keys), self.noise_length), np.float32)
+        noise = np.empty((len(keys), noise_length), np.float32)
         images = None
         for epoch, i in keys:
             rng, n = crops.at(epoch, i), len(index)
             try:
-                sample = self.read_sample(i, rng, None if images is None else images[n], bad)
+                sample = self.read_sample(i, transform, rng, None if images is None else images[n], bad)
             except ValueError as error:
                 return {"bad": bad, "stop": str(error)}
             if sample is None:
@@ -71,7 +93,9 @@ class Samples(Dataset):
         }
         return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
 
-    def read_sample(self, i: int, rng: Any, out: np.ndarray | None, bad: list) -> tuple[np.ndarray, int] | None:
+    def read_sample(
+        self, i: int, transform: Callable, rng: Any, out: np.ndarray | None, bad: list
+    ) -> tuple[np.ndarray, int] | None:
         """(pixels, index) of image i; if unreadable, of the next readable one, or None. Appends to `bad`.
 
         ValueError without --on_bad_image skip, if no image can be read, or if the disk does not answer.
@@ -81,7 +105,7 @@ class Samples(Dataset):
             index = candidate % len(self)
             try:
                 with time_limit(self.timeout_s):
-                    return self.transform(self.source.read(index, self.options), rng, out), index
+                    return transform(self.source.read(index, self.options), rng, out), index
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 name = self.source.name(index).replace("\n", "\\n")
                 reason = " ".join(str(error).split()) or type(error).__name__
