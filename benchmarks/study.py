@@ -111,7 +111,9 @@ def read_study(path: str) -> Study:
             title, flags, seconds = arm.get("title", section), arm.get("flags", ""), arm.getfloat("epoch_seconds")
             arms.append(Arm(section, title, flags, encoder, seeds, names.split(), seconds))
             if unknown := {*arm} - KEYS | {*names.split()} - {*steps}:
-                raise ValueError(f"[{section}] has {' '.join(sorted(unknown))}, which is neither a key of an arm nor a step")
+                raise ValueError(
+                    f"[{section}] has {' '.join(sorted(unknown))}, which is neither a key of an arm nor a step"
+                )
         for title, source in columns.items():
             if source.split()[0] not in steps:
                 raise ValueError(f"[columns] {title}: there is no step {source.split()[0]}")

@@ -218,6 +218,16 @@ def test_the_recipe_for_own_photographs_trains_on_a_flat_folder(photos, tmp_path
     assert lines[-1] == f"1 epochs finished: {tmp_path}/out/last.pth"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--output_dir", ""], ["--output_dir="], ["--data_path", "a", ""], ["--output_dir", "", "--output_dir", "x"]],
+)
+def test_an_unset_variable_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main_pretrain.get_parser().parse_args(words)
+    assert f"argument {words[0].rstrip('=')}: its value is empty" in capsys.readouterr().err.splitlines()[-1]
+
+
 INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
     "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--in_chans 1: .*last.pth has 3",

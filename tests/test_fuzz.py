@@ -214,7 +214,11 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     if action.nargs == 0:
         return REFUSED if values else True
     low, high = (1, 99) if (name, dest) in LISTS else VALUE_COUNTS.get(dest, (1, 1))
-    if not low <= len(values) <= high or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values):
+    if (
+        not low <= len(values) <= high
+        or "" in values
+        or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values)
+    ):
         return REFUSED  # a word that begins with a dash and is not a number is another flag
     if dest == "value_range":
         return accepted_range(values)

@@ -74,11 +74,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        found, rest = super().parse_known_args(expand(sys.argv[1:] if args is None else list(args)), namespace)
-        for name, value in vars(found).items():
-            if "" in (value if isinstance(value, list) else [value]):
-                self.error(f"argument --{name}: is empty, perhaps an unset variable; give a value or omit the flag")
-        return found, rest
+        words = expand(sys.argv[1:] if args is None else list(args))
+        flag = "of no flag"
+        for word in words:
+            flag = word.partition("=")[0] if word.startswith("--") else flag
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(f"argument {flag}: its value is empty, perhaps an unset variable; give one or omit the flag")
+        return super().parse_known_args(words, namespace)
 
 
 def number(kind: type, low: float, high: float = 10**9, *, or_word: str = "") -> Callable:
