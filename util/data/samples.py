@@ -1,5 +1,8 @@
 """Samples: the images of a source, decoded, cropped and stacked to parts of a batch."""
 
+import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +94,10 @@ class Samples(Dataset):
             "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
             "index": torch.tensor(index),
         }
-        return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
+        batch |= {"flip": torch.tensor(flips)} if self.flip else {}
+        if get_worker_info() and not stacked.is_shared():  # arrays go through a pipe, tensors through shared memory
+            return {name: value.numpy() for name, value in batch.items()} | {"bad": bad}
+        return batch | {"bad": bad}
 
     def read_sample(
         self, i: int, transform: Callable, rng: Any, out: np.ndarray | None, bad: list
@@ -118,8 +124,16 @@ class Samples(Dataset):
         return None
 
 
+def free_shared_memory() -> float:
+    """Free bytes of /dev/shm, by which workers pass tensors; Docker gives it 64 MiB. inf where there is none."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+
+
 def alloc_batch(count: int, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised (count, *shape) uint8; in a worker process in shared memory, which saves a copy."""
-    if get_worker_info() is None:
+    """Uninitialised (count, *shape) uint8; in a worker process in shared memory if it has room, which saves a copy."""
+    worker, size = get_worker_info(), count * math.prod(shape)
+    # each worker of this machine may be about to fill a batch
+    workers = worker.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if worker else 0
+    if worker is None or free_shared_memory() < workers * (size + 2**20):
         return torch.from_numpy(np.empty((count, *shape), np.uint8))  # NumPy asks for huge pages, torch does not
     return default_collate([torch.zeros((), dtype=torch.uint8).expand(count, *shape)])[0]
