@@ -6,8 +6,11 @@ A full disk never ends a run here: lines that cannot be written are kept and wri
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,8 @@ class Log:
         """Open TensorBoard's writer; it hides what earlier files hold from `purge_step` on."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed on rank 0 only
 
+        if not isinstance(threading.excepthook, partial):
+            threading.excepthook = partial(report_thread, threading.excepthook)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge_step)
 
     def scalars(self, record: dict) -> None:
@@ -141,6 +146,12 @@ class Log:
         if self.board is not None:
             with suppress(OSError):
                 self.board.close()
+
+
+def report_thread(report: Callable, failed: Any) -> None:
+    """`report` what ended a thread, but not that TensorBoard's met a full disk: its next call raises that."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread" or not isinstance(failed.exc_value, OSError):
+        report(failed)
 
 
 def format_line(record: dict) -> str:
