@@ -377,6 +377,7 @@ class PatchVotes(nn.Module):
         queries = F.normalize(x.flatten(2).mT.flatten(0, 1), dim=1)
         values = max(len(self.bank.features), self.num_classes * p * p * len(self.ks))
         rows = max(1, 2**26 // values)  # 256 MiB at a time
-        votes = torch.cat([self.votes(part) for part in queries.split(rows)])
+        with torch.autocast(queries.device.type, enabled=False):
+            votes = torch.cat([self.votes(part) for part in queries.split(rows)])
         votes = votes.view(b, h, w, len(self.ks), self.num_classes, p, p)
         return votes.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4)
