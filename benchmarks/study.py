@@ -33,7 +33,7 @@ from util.log import read_records
 from util.plots.charts import draw_lines
 from util.plots.grids import save_picture
 from util.report import numbers, table
-from util.run import versions
+from util.run import git
 
 SECTIONS = {"study", "steps", "columns"}
 KEYS = {"title", "flags", "encoder", "seeds", "steps", "epoch_seconds"}  # of an arm; all have defaults
@@ -193,7 +193,8 @@ class Runner:
             return True
         folder = Path(self.args.output_dir, self.study.name, arm.name, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
-        log, started, commit = folder / f"{step}.txt", time.monotonic(), versions()["commit"]
+        log, started = folder / f"{step}.txt", time.monotonic()
+        commit = git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()  # the checkout may have moved on
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
         with log.open("a") as file, log.open() as output:
