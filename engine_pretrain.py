@@ -84,7 +84,7 @@ def optimizer_step(optimizer: Any, scaler: torch.amp.GradScaler, parameters: Ite
     elif getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimiser skips the update on the device
         optimizer.step()
-    elif norm.isfinite():  # LARS: this waits for the device, but a probe's step is short
+    elif norm.isfinite():  # LARS and Muon: this waits for the device
         optimizer.step()
     optimizer.zero_grad()
     return norm

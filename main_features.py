@@ -4,9 +4,11 @@ One vector per image, the class token or the mean of the patch tokens, or with -
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +99,16 @@ def write_header(file: BinaryIO, shape: list[int]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)})
 
 
+def check_space(path: Path, size: int) -> None:
+    """OSError if the disk has no room for so many bytes of features."""
+    needed, free = size * (2 if path.suffix == ".safetensors" else 1), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"--output {path} needs {needed / 2**20:.0f} MiB ({'twice ' if needed > size else ''}its size), but {free / 2**20:.0f} MiB "
+            "are free; choose another disk"
+        )
+
+
 def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], key: dict) -> list[int]:
     """Write all rows to PATH.partial, a .npy, after those of an interrupted call; returns the unreadable images.
 
@@ -113,6 +125,7 @@ def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], 
             for rows, used, done in encode(state["done"]):
                 if state["row"] is None:
                     state["row"] = rows.shape[1:]
+                    check_space(path, rows[:1].nbytes * len(names))
                     write_header(file, [0, *state["row"]])
                 file.seek(0, os.SEEK_END)
                 file.write(rows.tobytes())
@@ -180,7 +193,15 @@ def main() -> None:
         log_bad_images(world, [loader])
 
     key = {name: value for name, value in args_to_dict(args).items() if name not in FREE}
-    found = write_features(output, encode, names, key | {"weights": args.origin and args.origin["sha256"]}, metadata)
+    key |= {"weights": args.origin and args.origin["sha256"]}
+    try:
+        found = write_features(output, encode, names, key, metadata)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"--output {output}: {error.strerror}; free disk space, then the same command continues"
+        ) from error
     print_result(world, {"output": str(output)} | found, args)
     world.close()
 

@@ -4,6 +4,7 @@ The defaults are MAE's for ViT-B/16 on 8 devices.
 """
 
 import argparse
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -57,11 +58,15 @@ def finetune_transform(args: Namespace) -> SeededTransform:
     """timm's crop, flip and augmentation policy; random erasing follows on the device."""
     policy = None if args.aa == "none" else args.aa
     try:
+        for part in args.aa.split("-")[1:]:  # timm ignores parts without a number
+            assert re.match(r"[a-z]+\d", part), f"{part} has no number"
         augment = create_transform(
             args.input_size, True, use_prefetcher=True, interpolation="bicubic", color_jitter=None, auto_augment=policy
         )
     except AssertionError as error:
-        raise ValueError(f"--aa {args.aa} is no policy of timm ({error}); use none or rand-m9-mstd0.5-inc1") from error
+        raise ValueError(
+            f"--aa {args.aa}: timm does not know this policy ({error}); use none or rand-m9-mstd0.5-inc1"
+        ) from error
     return SeededTransform(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor
 
 

@@ -97,14 +97,14 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     return prepare_training(run, model, build_lars(model, run), loss_fn, loader), val
 
 
-def format_table(results: list[dict], best: dict) -> str:
-    """The results of all heads as a table, in which a star marks the one that is reported."""
+def format_table(results: list[dict], best: dict) -> list[str]:
+    """Lines of a table of the results of all heads, in which a star marks the one that is reported."""
     columns = ("pool", "blr", "acc1", "acc5", "mean_class_acc", "loss")
     rows = [("", *columns), *(("*" if x is best else "", *(f"{x[name]}" for name in columns)) for x in results)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rule = f"* --pool {best['pool']}, fixed by the training of the encoder, with its best --blr on val: classifier.pth"
-    return "\n".join([*lines, rule])
+    return [*lines, rule]
 
 
 def main() -> None:
@@ -128,7 +128,8 @@ def main() -> None:
     saver.close()
     best = best_of(results, protocol)
     if len(results) > 1:
-        run.log.info(format_table(results, best))
+        for line in format_table(results, best):
+            run.log.info(line)
     pool = protocol if args.pool and protocol != "ep" else None
     save_classifier(run, model.classifier(results.index(best)), val.classes, pool)
     run.close()

@@ -13,8 +13,9 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_one_epoch
-from models import ENCODERS, build_model
+from models import ENCODERS, build_model, noise_length_at
 from models_pixmim import PixMIM, sincos_pos_embed
+from muon import build_muon
 from util.args import (
     CLASSES,
     PRETRAIN,
@@ -28,12 +29,14 @@ from util.args import (
     number,
     resolve_defaults,
     run_main,
+    size_share,
 )
 from util.checkpoint.resume import Progress, recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
 from util.data.folders import Source
 from util.data.ranges import resolve_pixels
+from util.data.samples import Stage
 from util.data.sources import labelled_sources, pretrain_source
 from util.data.transforms import Normalize, pretrain_transform
 from util.evaluate.encoder import MODEL_FLAGS, knn_layer, read_architecture
@@ -42,6 +45,7 @@ from util.evaluate.knn import knn
 from util.formats.initial import initial_state
 from util.formats.keys import mae_names
 from util.formats.weights import Weights
+from util.lr_sched import size_ends
 from util.plots.reconstruction import log_pictures, reconstruct
 from util.run import Run, is_due, start_run
 
@@ -79,6 +83,11 @@ def get_parser() -> argparse.ArgumentParser:
     add = add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
     ).add_argument
+    add("--sizes", type=size_share, nargs="+", metavar="PIXELS:SHARE",
+        help="an experiment: image sizes in turn and their shares of the epochs, such as 112:0.75 224:0.25; the last is --input_size "
+             "(default: --input_size throughout)")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw",
+        help="muon = orthogonalised updates of the hidden layers' weights, AdamW for the others; an experiment, --blr as for adamw")
     add("--lr_scale_by_prediction", action="store_true",
         help="multiply the peak learning rate by --predict_ratio / --mask_ratio, as CrossMAE's code does")
     add_device_arguments(parser)
@@ -112,6 +121,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     args = resolve_pixels(args, source, recorded_args(args))
     torch.manual_seed(args.seed)
     model = build_model(args)
+    stages = size_stages(args, model) if args.sizes else []
     report = load_initial(args, model, weights) if weights else []
     run = begin(args)  # after everything that may refuse the flags
     for line in report:
@@ -119,14 +129,27 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     device = run.world.device
     model.to(device)
     transform = pretrain_transform(args.crop, args.input_size, args.crop_interpolation)
-    loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length)
+    loader = train_loader(run, source, transform, flip=True, noise_length=model.noise_length, stages=stages)
     groups = param_groups_weight_decay(model, args.weight_decay)
     if args.freeze_encoder_epochs:
         groups = param_groups_weight_decay(model.decoder, args.weight_decay)
         frozen = {"frozen_epochs": args.freeze_encoder_epochs}
         groups += [group | frozen for group in param_groups_weight_decay(model.encoder, args.weight_decay)]
-    optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
+    if args.optimizer == "muon":
+        optimizer = build_muon(groups, model, run.lr)
+    else:
+        optimizer = torch.optim.AdamW(groups, run.lr, betas=(0.9, 0.95), fused=True)
     return prepare_training(run, model, optimizer, pretrain_loss(Normalize(args, device)), loader), source
+
+
+def size_stages(args: Namespace, model: PixMIM) -> list[Stage]:
+    """Crop and mask of each part of --sizes; ValueError for sizes that do not fit the model or each other."""
+    stages = []
+    ends = size_ends(args.sizes, args.epochs, args.input_size)
+    for (pixels, _), end in zip(args.sizes, ends, strict=True):
+        crop = pretrain_transform(args.crop, (pixels, pixels), args.crop_interpolation)
+        stages.append(Stage(end, crop, noise_length_at(pixels, model, args)))
+    return stages
 
 
 def load_initial(args: Namespace, model: PixMIM, weights: Weights) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 import models_convmae
 import models_mff
 import models_pixmim
-from models_pixmim import LowPass, PixMIM, low_pass_disc
+from models_pixmim import LowPass, MaskedViT, PixMIM, low_pass_disc, mask_units
 
 ENCODERS = models_pixmim.ENCODERS | models_convmae.ENCODERS | models_mff.ENCODERS
 
@@ -64,3 +64,24 @@ def build_model(args: Namespace) -> PixMIM:
     )
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
+
+
+def noise_length_at(pixels: int, model: PixMIM, args: Namespace) -> int:
+    """Number of random values of the mask of square images of a size of --sizes; ValueError if it does not fit the model."""
+    if not isinstance(model.encoder, MaskedViT):
+        raise ValueError(f"--sizes: --model {args.model} has one input size; use vit_* or mff_vit_*, or omit --sizes")
+    unit = model.encoder.patch * model.mask_unit
+    if pixels % unit or pixels > args.input_size[0]:
+        raise ValueError(
+            f"--sizes {pixels}: use multiples of {unit} px (--patch_size x --mask_unit) up to --input_size"
+        )
+    discs = (low_pass_disc(size, args.lowpass_radius, args.lowpass) for size in ((pixels, pixels), args.input_size))
+    kept, all_kept = (int(disc.sum()) for disc in discs)
+    if args.lowpass_radius and kept < all_kept:
+        raise ValueError(
+            f"--sizes {pixels}: has only {kept} of the target's {all_kept} frequencies; use a larger size or a smaller "
+            f"radius than --lowpass_radius {args.lowpass_radius:g}"
+        )
+    grid = (pixels // model.encoder.patch,) * 2
+    model.check_mask(grid)
+    return mask_units(grid, model.mask_unit)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Mlp, resample_abs_pos_embed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +27,7 @@ class PatchMask(NamedTuple):
     keep: Tensor  # (B, V) int64, visible patches in the order of the encoder's tokens
     predict: Tensor  # (B, R) int64, removed patches in the order of the prediction: all of them, or some
     removed: Tensor  # (B, L) bool, True = not visible
+    grid: Size  # (h, w) of the L patches
 
 
 class MaskedEncoder(Protocol):
@@ -97,22 +98,23 @@ def mask_from_noise(
     order = noise.argsort(dim=1, stable=True)
     keep = order[:, :visible]
     removed = torch.ones_like(order, dtype=torch.bool).scatter(1, keep, False)
-    return PatchMask(keep, order[:, visible + skipped :], removed)
+    return PatchMask(keep, order[:, visible + skipped :], removed, grid)
 
 
 # ----------------------------------------------------------------------------------------------------------- the target
 
 
-def low_pass_disc(size: Size, radius: float, kind: str = "reference") -> Tensor:
+def low_pass_disc(size: Size, radius: float, kind: str = "reference", device: torch.device | None = None) -> Tensor:
     """Frequencies that the filter keeps, (H, W) bool in the order of torch.fft.fft2.
 
     `centered`: distance from zero at most `radius` bins. `reference`: distance from the middle of the shifted spectrum,
     ((H - 1) / 2, (W - 1) / 2), which is half a bin below zero for even sides, as in the release
     (mmselfsup/models/target_generators/low_freq_generator.py).
     """
-    distance2 = torch.zeros(size)
+    distance2 = torch.zeros(size, device=device)
     for dim, n in enumerate(size):
-        k = (torch.arange(n) + n // 2) % n - n // 2  # exact; fftfreq(n) * n is not exact and loses boundary bins
+        k = torch.arange(n, device=device)
+        k = (k + n // 2) % n - n // 2  # exact; fftfreq(n) * n is not exact and loses boundary bins
         zero = (n - 1) / 2 - n // 2 if kind == "reference" else 0.0
         distance2 += ((k - zero) ** 2).unsqueeze(1 - dim)
     return distance2 <= radius**2
@@ -124,6 +126,9 @@ class LowPass(nn.Module):
     Always computed in float32, without gradient, on pixels in [0, 1]. `radius` in frequency bins of the image side, 40
     at 224 px. `reference` returns the magnitude of the complex filtered image, as the release does; `centered` is a
     real zero-phase filter. Buffers are not saved.
+
+    Smaller images of the same aspect ratio have the same radius in bins, which are cycles per image side: a crop resized
+    to 112 px keeps the frequencies that it keeps at 224 px, because 40 is below its limit of 56.
     """
 
     mean: Tensor
@@ -134,25 +139,32 @@ class LowPass(nn.Module):
     def __init__(self, size: Size, radius: float, mean: Sequence[float], std: Sequence[float], kind: str = "reference"):
         super().__init__()
         self.size, self.radius, self.kind = size, radius, kind
-        disc = low_pass_disc(size, radius, kind).float()
-        mirrored = disc.flip(0, 1).roll((1, 1), (0, 1))  # the value at each bin's conjugate partner
-        half = size[1] // 2 + 1
+        even, odd = self.parts(size)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.register_buffer("even", ((disc + mirrored) / 2)[:, :half], persistent=False)
-        self.register_buffer("odd", ((disc - mirrored) / 2)[:, :half], persistent=False)
+        self.register_buffer("even", even, persistent=False)
+        self.register_buffer("odd", odd, persistent=False)
+
+    def parts(self, size: Size, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Even and odd part of the disc, (H, W // 2 + 1)."""
+        disc = low_pass_disc(size, self.radius, self.kind, device).float()
+        mirrored = disc.flip(0, 1).roll((1, 1), (0, 1))  # the value at each bin's conjugate partner
+        half = size[1] // 2 + 1
+        return ((disc + mirrored) / 2)[:, :half], ((disc - mirrored) / 2)[:, :half]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != self.size:
-            raise ValueError(f"the low-pass target is built for {self.size} px, not for {tuple(images.shape[-2:])}")
+        size = images.shape[-2:]
+        if size[0] * self.size[1] != size[1] * self.size[0]:
+            raise ValueError(f"the low-pass target is built for {self.size} px, not for {tuple(size)}")
+        even, odd = (self.even, self.odd) if size == self.size else self.parts(size, images.device)
         with torch.autocast(images.device.type, enabled=False):
             spectrum = torch.fft.rfft2(images.float() * self.std + self.mean)
             # The even part of the disc yields the real part of the filtered image, the odd part the imaginary part: two
             # real transforms instead of a complex one, with the same result.
-            low = torch.fft.irfft2(spectrum * self.even, s=self.size)
+            low = torch.fft.irfft2(spectrum * even, s=size)
             if self.kind == "reference":
-                low = torch.hypot(low, torch.fft.irfft2(spectrum * (1j * self.odd), s=self.size))
+                low = torch.hypot(low, torch.fft.irfft2(spectrum * (1j * odd), s=size))
             return (low - self.mean) / self.std
 
 
@@ -168,6 +180,17 @@ def sincos_pos_embed(dim: int, grid: Size, num_prefix_tokens: int) -> Tensor:
     angles = [position.reshape(-1, 1) * omega for position in (cols, rows)]
     embed = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
     return F.pad(embed, (0, 0, num_prefix_tokens, 0)).float().unsqueeze(0)
+
+
+def sample_positions(embed: Tensor, own: Size, grid: Size) -> Tensor:
+    """Position embedding (1, prefix + L, D) of its `own` grid -> of another grid of patches of the same crop.
+
+    Patch i of n is at the coordinate of its centre in the own grid of N, (i + 0.5) N / n - 0.5, interpolated bicubically.
+    """
+    if grid == own:
+        return embed
+    prefix = embed.shape[1] - own[0] * own[1]
+    return resample_abs_pos_embed(embed, [*grid], [*own], prefix, antialias=False)
 
 
 def init_like_mae(module: nn.Module, projection: str = "patch_embed.proj") -> None:
@@ -226,16 +249,15 @@ class MaskedViT(VisionTransformer):
 
     def embed_visible(self, images: Tensor, mask: PatchMask) -> Tensor:
         """(B, C, H, W) -> (B, prefix + V, D): class tokens and visible patches, before the first block."""
-        if images.shape[-2:] != self.patch_embed.img_size:
-            raise ValueError(
-                f"images of {tuple(images.shape[-2:])} px do not fit an encoder for {self.patch_embed.img_size} px"
-            )
-        proj = self.patch_embed.proj
+        expected = tuple(side * self.patch for side in mask.grid)
+        if images.shape[-2:] != expected:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} px do not fit a mask for {expected} px")
+        proj, pos_embed = self.patch_embed.proj, sample_positions(self.pos_embed, self.grid, mask.grid)
         x = take_patches(images, self.patch, mask.keep)
         x = F.linear(x, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
-        x = x + self.pos_embed[0, self.num_prefix_tokens :][mask.keep]
+        x = x + pos_embed[0, self.num_prefix_tokens :][mask.keep]
         prefix = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
-        prefix = prefix + self.pos_embed[:, : self.num_prefix_tokens]
+        prefix = prefix + pos_embed[:, : self.num_prefix_tokens]
         return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
     def levels(self, images: Tensor, mask: PatchMask) -> list[Tensor]:
@@ -262,7 +284,7 @@ class Decoder(nn.Module):
 
     def __init__(self, grid: Size, in_dim: int, dim: int, depth: int, heads: int, out_dim: int, num_prefix_tokens: int):
         super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
         self.grad_checkpointing = False
         self.embed = nn.Linear(in_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -278,7 +300,8 @@ class Decoder(nn.Module):
         first = torch.arange(self.num_prefix_tokens, device=x.device).expand(len(x), -1)
         place = torch.cat([first, torch.cat([mask.keep, mask.predict], dim=1) + self.num_prefix_tokens], dim=1)
         place, raster = place.sort(dim=1)  # the other patches have no token
-        x = take(torch.cat([x, hidden], dim=1), raster) + self.pos_embed[0][place]
+        pos_embed = sample_positions(self.pos_embed, self.grid, mask.grid)
+        x = take(torch.cat([x, hidden], dim=1), raster) + pos_embed[0][place]
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.pred(self.norm(take(x, raster.argsort(dim=1)[:, tokens.shape[1] :])))
 
@@ -313,7 +336,7 @@ class CrossDecoder(nn.Module):
         levels: int = 0,
     ):  # fmt: skip
         super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
         self.grad_checkpointing = False
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.fusion = nn.Linear(levels, depth, bias=False) if levels else None
@@ -333,7 +356,8 @@ class CrossDecoder(nn.Module):
         return [norm(x) for norm, x in zip(self.norms, sums, strict=True)]
 
     def forward(self, tokens: Tensor | list[Tensor], mask: PatchMask) -> Tensor:
-        x = self.mask_token + self.pos_embed[0, self.num_prefix_tokens :][mask.predict]
+        pos_embed = sample_positions(self.pos_embed, self.grid, mask.grid)
+        x = self.mask_token + pos_embed[0, self.num_prefix_tokens :][mask.predict]
         for block, read in zip(self.blocks, self.read(tokens), strict=True):
             x = checkpoint(block, x, read, use_reentrant=False) if self.grad_checkpointing else block(x, read)
         return self.pred(self.norm(x))
@@ -377,7 +401,7 @@ class PixMIM(nn.Module):
         self.encoder, self.target, self.fuse_levels = encoder, target, fuse_levels
         self.mask_ratio, self.mask_unit, self.predict_ratio = mask_ratio, mask_unit, predict_ratio
         self.norm_pix_loss = norm_pix_loss
-        self.check_mask()
+        self.check_mask(encoder.grid)
         if decoder_dim % decoder_heads:
             raise ValueError(f"decoder width {decoder_dim} is not a multiple of its {decoder_heads} attention heads")
         sizes = (encoder.grid, encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads)
@@ -393,9 +417,9 @@ class PixMIM(nn.Module):
                 nn.init.trunc_normal_(part.pos_embed, std=0.02)
                 part.pos_embed.requires_grad_()
 
-    def check_mask(self) -> None:
+    def check_mask(self, grid: Size) -> None:
         """ValueError if the mask leaves nothing to see or to predict."""
-        grid, ratio, part = self.encoder.grid, self.mask_ratio, self.predict_ratio
+        ratio, part = self.mask_ratio, self.predict_ratio
         visible = int(grid[0] * grid[1] * (1 - ratio))
         if not 0 < visible < grid[0] * grid[1]:
             raise ValueError(f"a mask ratio of {ratio} leaves {visible} of {grid[0] * grid[1]} patches visible")
@@ -429,18 +453,26 @@ class PixMIM(nn.Module):
         """What the decoder reads: tokens (B, prefix + V, D), or with fuse_levels a list of them."""
         return self.encoder.levels(images, mask) if self.fuse_levels else self.encoder.encode(images, mask)
 
+    def grid_of(self, images: Tensor) -> Size:
+        """(h, w) patches of images of the encoder's size, or of a smaller one of the same aspect ratio."""
+        (height, width), (h, w), patch = images.shape[-2:], self.encoder.grid, self.encoder.patch
+        if height * w != width * h or height > h * patch or height % patch or width % patch:
+            raise ValueError(f"images of {height, width} px do not fit a model for {h * patch, w * patch} px")
+        return height // patch, width // patch
+
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, PatchMask]:
         """Normalised images (B, C, H, W), noise (B, U) -> loss (), prediction (B, R, P) of `mask.predict`, mask."""
+        grid = self.grid_of(images)
         if noise is None:
-            noise = torch.rand(len(images), self.noise_length, device=images.device)
-        mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit, self.predict_ratio)
+            noise = torch.rand(len(images), mask_units(grid, self.mask_unit), device=images.device)
+        mask = mask_from_noise(noise, self.mask_ratio, grid, self.mask_unit, self.predict_ratio)
         target, _, _ = self.targets(images, mask)  # first: its spectra need memory that the activations do not hold yet
         prediction = self.decoder(self.encode(images, mask), mask).float()
         return F.mse_loss(prediction, target), prediction, mask
 
     def predict_removed(self, images: Tensor, noise: Tensor) -> tuple[Tensor, PatchMask]:
         """Prediction of every removed patch and its mask, in passes of at most as many patches as in training."""
-        mask = mask_from_noise(noise, self.mask_ratio, self.encoder.grid, self.mask_unit)
+        mask = mask_from_noise(noise, self.mask_ratio, self.grid_of(images), self.mask_unit)
         passes = math.ceil(self.mask_ratio / (self.predict_ratio or self.mask_ratio))
         tokens, parts = self.encode(images, mask), mask.predict.tensor_split(passes, dim=1)
         predictions = [self.decoder(tokens, mask._replace(predict=part)) for part in parts]

@@ -1,6 +1,7 @@
 """Pictures of a model: reconstruction, attention, feature components, spectrum, masks, low-pass filters, segmentation."""
 
 import argparse
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from util.plots.features import draw_attention, draw_components, draw_queries
 from util.plots.grids import save_picture
 from util.plots.reconstruction import draw_filters, draw_masks, draw_reconstruction, draw_spectrum, reconstruct
 from util.plots.segmentation import draw_segmentation
+from util.plots.spectrum import split_power
 from util.rng import MASK, generator
 
 MASKS = 6
@@ -60,7 +62,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--attention", action="store_true", help="draw the attention of the last block's class token, per head, instead of the reconstruction")
     add("--ep_attention", action="store_true", help="draw the attention of each query of a classifier of main_linprobe.py --pool ep")
     add("--pca", action="store_true", help="draw the first three principal components of the patch features as colours")
-    add("--spectrum", action="store_true", help="draw a chart of the power per frequency of input, target, prediction and error")
+    add("--spectrum", action="store_true",
+        help="draw a chart of the power per frequency of input, target, prediction and error; print the root mean square, in grey "
+             "levels of 255, of prediction minus input in the removed patches, below and above the cut-off")
     add("--masks", action="store_true", help=f"draw each image under {MASKS} masks")
     add("--segment", action="store_true",
         help=f"draw image, mask and prediction of images of val by a segmenter.pth, and the {WORST} of the lowest mIoU")
@@ -143,7 +147,7 @@ def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: 
     if args.ep_attention:
         if weights is None or "ep.queries" not in weights.state:
             raise ValueError(
-                f"--ep_attention: --checkpoint {args.checkpoint} is no classifier of main_linprobe.py --pool ep"
+                f"--ep_attention: --checkpoint {args.checkpoint} is not a classifier of main_linprobe.py --pool ep"
             )
         maps = Probe.from_classifier(encoder, weights.state).to(device).attention_maps(images)
         return draw_queries(maps, scale_to_pixels(batch))
@@ -175,8 +179,13 @@ def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: t
     fit(model, weights, args)
     model.to(device).eval()
     noise = draw_mask_noise(model, args, count, 0).to(device)
-    reconstruction = reconstruct(model, Normalize(args, device)(batch), noise, args)
-    return draw_spectrum(reconstruction) if args.spectrum else draw_reconstruction(reconstruction)
+    made = reconstruct(model, Normalize(args, device)(batch), noise, args)
+    if not args.spectrum:
+        return draw_reconstruction(made)
+    radius = made.radius or 40 * min(args.input_size) / 224
+    below, above = (255 * power**0.5 for power in split_power(made.filled - made.images, radius))
+    print(json.dumps({"radius": radius, "rms_below": below, "rms_above": above}))
+    return draw_spectrum(made)
 
 
 def draw_segments(args: Namespace, weights: Weights | None) -> tuple[np.ndarray, int]:

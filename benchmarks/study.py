@@ -7,7 +7,6 @@ has a line is skipped, so that the same command continues after a kill and does 
 import argparse
 import configparser
 import json
-import math
 import os
 import shlex
 import signal
@@ -15,23 +14,29 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ctypes import CDLL
 from datetime import date
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.results import describe_machine
-from util.args import Parser, number, run_main
+from util.args import Parser, number, picture, run_main
 from util.files import append_line
 from util.log import read_records
-from util.report import average, numbers, table
-from util.run import versions
+from util.plots.charts import draw_lines
+from util.plots.grids import save_picture
+from util.report import numbers, table
+from util.run import git
 
 SECTIONS = {"study", "steps", "columns"}
+KEYS = {"title", "flags", "encoder", "seeds", "steps", "epoch_seconds"}  # of an arm; all have defaults
 
 
 class Arm(NamedTuple):
@@ -43,6 +48,7 @@ class Arm(NamedTuple):
     encoder: str
     seeds: list[int]
     steps: list[str]
+    seconds: float | None  # of an epoch of pre-training, measured alone
 
 
 class Study(NamedTuple):
@@ -62,8 +68,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--records", metavar="FILE", help="lines of finished steps (default: docs/results/STUDY.jsonl)")
     add("--arms", nargs="+", metavar="ARM", help="only these")
     add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="only these (default: those of the file)")
-    add("--jobs", type=number(int, 1), default=1, help="arms at once; with GPUs each has one, on CPUs its share of the cores")
+    add(
+        "--jobs",
+        type=number(int, 1),
+        default=1,
+        help="arms at once; with GPUs each has one, on CPUs its share of the cores",
+    )
     add("--table", action="store_true", help="run nothing, print the table of the records")
+    add("--page", metavar="FILE", help="with --table: write it into this page, between <!-- STUDY --> and <!-- end -->")
+    add(
+        "--chart",
+        type=picture,
+        metavar="FILE",
+        help="with --table: kNN during pre-training over epoch_seconds, .png or .jpg",
+    )
     return parser
 
 
@@ -90,9 +108,12 @@ def read_study(path: str) -> Study:
             arm, encoder = parser[section], parser[section].get("encoder", "--checkpoint {run}/last.pth")
             seeds = [int(seed) for seed in arm.get("seeds", about["seeds"]).split()]
             names = arm.get("steps", " ".join(name for name in steps if name != "pretrain" or "encoder" not in arm))
-            arms.append(Arm(section, arm.get("title", section), arm.get("flags", ""), encoder, seeds, names.split()))
-            if unknown := {*arm} - {"title", "flags", "encoder", "seeds", "steps"} | {*names.split()} - {*steps}:
-                raise ValueError(f"[{section}] has {' '.join(sorted(unknown))}, which is no key of an arm and no step")
+            title, flags, seconds = arm.get("title", section), arm.get("flags", ""), arm.getfloat("epoch_seconds")
+            arms.append(Arm(section, title, flags, encoder, seeds, names.split(), seconds))
+            if unknown := {*arm} - KEYS | {*names.split()} - {*steps}:
+                raise ValueError(
+                    f"[{section}] has {' '.join(sorted(unknown))}, which is neither a key of an arm nor a step"
+                )
         for title, source in columns.items():
             if source.split()[0] not in steps:
                 raise ValueError(f"[columns] {title}: there is no step {source.split()[0]}")
@@ -127,6 +148,15 @@ def die_with_parent() -> None:
     CDLL(None).prctl(1, signal.SIGTERM)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Records of finished steps; a line cut by a kill is left out, so that its step runs again."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
 class Runner:
     """Runs the missing steps of arms, each arm and seed in one thread."""
 
@@ -135,13 +165,13 @@ class Runner:
         self.slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(args.jobs):
             self.slots.put(slot)
-        self.done = {(x["arm"], x["seed"], x["step"]): x for x in read_records(records)}
+        self.done = {(x["arm"], x["seed"], x["step"]): x for x in read_lines(records)}
 
     def environment(self, slot: int) -> dict[str, str]:
         """Variables of a job: its GPU or its share of the cores."""
         if torch.cuda.is_available():
             return os.environ | {"CUDA_VISIBLE_DEVICES": str(slot % torch.cuda.device_count())}
-        return os.environ | {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))}
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs))} | os.environ
 
     def run(self, arm: Arm, seed: int) -> bool:
         """Whether all steps of this arm and seed are done."""
@@ -163,7 +193,8 @@ class Runner:
             return True
         folder = Path(self.args.output_dir, self.study.name, arm.name, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
-        log, started, commit = folder / f"{step}.txt", time.monotonic(), versions()["commit"]
+        log, started = folder / f"{step}.txt", time.monotonic()
+        commit = git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()  # the checkout may have moved on
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
         with log.open("a") as file, log.open() as output:
@@ -177,11 +208,16 @@ class Runner:
             ).returncode
             printed = output.read()
         if code:
-            print(f"{name}: failed: {printed.strip().rpartition(chr(10))[2]} ({log})", flush=True)
+            reason = printed.strip().rpartition("\n")[2]
+            print(f"{name}: failed: {reason} ({log})", file=sys.stderr, flush=True)
             return False
         record = {"study": self.study.name, "arm": arm.name, "seed": seed, "step": step, "command": shlex.join(stated)}
-        record |= {"commit": commit, "date": date.today().isoformat(), "minutes": round((time.monotonic() - started) / 60, 2)}
-        record |= {"starts": log.read_text().count("$ main_"), "jobs": self.args.jobs, "load": round(os.getloadavg()[1], 1)}
+        minutes, starts = (
+            (time.monotonic() - started) / 60,
+            log.read_text().splitlines().count(f"$ {shlex.join(command)}"),
+        )
+        record |= {"commit": commit, "date": date.today().isoformat(), "minutes": round(minutes, 2), "starts": starts}
+        record |= {"jobs": self.args.jobs, "load": round(os.getloadavg()[1], 1)}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         record |= {"machine": describe_machine(device), "result": measured(printed, folder)}
         append_line(self.records, json.dumps(record))
@@ -190,33 +226,53 @@ class Runner:
 
 
 def summarise(study: Study, records: list[dict]) -> str:
-    """Markdown table: arms by columns, mean ± sample standard deviation, and the paired difference to the first arm."""
+    """Markdown: what is asked, a table of arms by columns (mean ± sample standard deviation), and one of paired differences."""
     values: dict[tuple[str, str], dict[int, float]] = {}
     for record in records:
         for key, value in numbers(record["result"]).items():
             values.setdefault((record["arm"], f"{record['step']} {key}"), {})[record["seed"]] = value
-    lines: list[list[Any]] = [["", "seeds", *study.columns]]
+    first, *others = study.arms
+    head = ["", "seeds", *study.columns]
+    means, differences = [head], [[f"minus {first.title}, of the same seed (standard error)", *head[1:]]]
     for arm in study.arms:
-        cells = []
-        for source in study.columns.values():
-            found, first = (values.get((name, source), {}) for name in (arm.name, study.arms[0].name))
-            pairs = [{"value": x - first[seed]} for seed, x in found.items() if seed in first]
-            cells.append(format_cell(found, pairs if arm is not study.arms[0] else []))
-        seeds = {record["seed"] for record in records if record["arm"] == arm.name}
-        lines.append([arm.title, " ".join(map(str, sorted(seeds))), *cells])
-    return table(lines)
+        found = [values.get((arm.name, source), {}) for source in study.columns.values()]
+        seeds = " ".join(map(str, sorted({seed for cell in found for seed in cell})))
+        means.append([arm.title, seeds, *(format_mean(cell.values(), "{:.1f}", " ± {:.1f}") for cell in found)])
+        known = [values.get((first.name, source), {}) for source in study.columns.values()]
+        pairs = [
+            [x - old[seed] for seed, x in cell.items() if seed in old] for cell, old in zip(found, known, strict=True)
+        ]
+        if arm in others and any(pairs):
+            errors = (format_mean(pair, "{:+.1f}", " ({:.1f})", len(pair) ** 0.5) for pair in pairs)
+            differences.append([arm.title, seeds, *errors])
+    return f"{study.about}\n\n{table(means)}\n{table(differences)}"
 
 
-def format_cell(found: dict[int, float], pairs: list[dict]) -> str:
-    """`mean ± deviation; difference (its standard error)`, as far as there are values."""
-    if not found:
-        return ""
-    own = average([{"value": x} for x in found.values()])
-    text = f"{own['mean']:.1f}" + ("" if own["std"] is None else f" ± {own['std']:.1f}")
-    if pairs:
-        gap = average(pairs)
-        text += f"; {gap['mean']:+.1f}" + ("" if gap["std"] is None else f" ({gap['std'] / math.sqrt(gap['n']):.1f})")
-    return text
+def format_mean(values: Collection[float], form: str, spread: str, divisor: float = 1.0) -> str:
+    """The mean, and of several values their sample standard deviation / divisor; empty without values."""
+    text = form.format(mean(values)) if values else ""
+    return text + (spread.format(stdev(values) / divisor) if len(values) > 1 else "")
+
+
+def write_into(page: Path, study: Study, text: str) -> None:
+    """Replace what the page has between the marks of the study."""
+    start, end = f"<!-- {study.name} -->\n", "<!-- end -->"
+    before, found, rest = page.read_text().partition(start)
+    if not found or end not in rest:
+        raise ValueError(f"--page {page} has no lines {start.strip()} and {end}")
+    page.write_text(f"{before}{start}{text}{end}{rest.partition(end)[2]}")
+
+
+def curves(study: Study, records: list[dict]) -> dict[str, tuple[list[float], list[float]]]:
+    """Title of each arm with epoch_seconds -> (minutes, kNN top-1 in %, the mean over its seeds)."""
+    lines = {}
+    for arm in study.arms:
+        runs = [x["result"]["knn_acc1_of_epoch"] for x in records if x["arm"] == arm.name and x["step"] == "pretrain"]
+        if runs and arm.seconds:
+            minutes = [epoch * arm.seconds / 60 for epoch, _ in runs[0]]
+            values = [mean(accuracy for _, accuracy in points) for points in zip(*runs, strict=True)]
+            lines[arm.title.replace("`", "")] = (minutes, values)
+    return lines
 
 
 def main() -> None:
@@ -224,20 +280,33 @@ def main() -> None:
     study = read_study(args.study)
     records = Path(args.records or f"docs/results/{study.name}.jsonl")
     if args.table:
-        print(summarise(study, read_records(records)), end="")
+        found = read_lines(records)
+        print(text := summarise(study, found), end="")
+        if args.page:
+            write_into(Path(args.page), study, text)
+        if args.chart:
+            label = "kNN top-1 accuracy in % during pre-training"
+            save_picture(args.chart, draw_lines(curves(study, found), label, "minutes"))
         return
     known = [arm.name for arm in study.arms]
     if unknown := {*(args.arms or [])} - {*known}:
         raise ValueError(f"--arms {' '.join(sorted(unknown))}: {args.study} has {' '.join(known)}")
     records.parent.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in study.arms if not args.arms or arm.name in args.arms]
-    jobs = [(arm, seed) for seed in args.seeds or sorted({s for a in arms for s in a.seeds}) for arm in arms if seed in arm.seeds]
+    jobs = [
+        (arm, seed)
+        for seed in args.seeds or sorted({s for a in arms for s in a.seeds})
+        for arm in arms
+        if seed in arm.seeds
+    ]
     runner = Runner(study, args, records)
     with ThreadPoolExecutor(args.jobs) as pool:
         finished = [*pool.map(lambda job: runner.run(*job), jobs)]
     if not all(finished):
-        raise ValueError(f"{finished.count(False)} of {len(finished)} runs are not complete; the same command continues them")
-    print(summarise(study, read_records(records)), end="")
+        raise ValueError(
+            f"{finished.count(False)} of {len(finished)} runs are not complete; the same command continues them"
+        )
+    print(summarise(study, read_lines(records)), end="")
 
 
 if __name__ == "__main__":

@@ -218,12 +218,23 @@ def test_the_recipe_for_own_photographs_trains_on_a_flat_folder(photos, tmp_path
     assert lines[-1] == f"1 epochs finished: {tmp_path}/out/last.pth"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--output_dir", ""], ["--output_dir="], ["--data_path", "a", ""], ["--output_dir", "", "--output_dir", "x"]],
+)
+def test_an_unset_variable_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main_pretrain.get_parser().parse_args(words)
+    assert f"argument {words[0].rstrip('=')}: its value is empty" in capsys.readouterr().err.splitlines()[-1]
+
+
 INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
     "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--in_chans 1: .*last.pth has 3",
     "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
     "main_finetune --model vit_base": "--model vit_base: .*of another shape",
     "main_finetune --aa none-such": "--aa none-such",
+    "main_finetune --aa rand-m9-foo": "--aa rand-m9-foo .*foo has no number",
     "main_finetune --batch_size 3": "--batch_size 3: mixup and cutmix mix pairs",
     "main_finetune --effective_batch 5": "--batch_size 1: mixup and cutmix mix pairs",
     "main_knn --data_path /nowhere": "/nowhere/train",

@@ -155,7 +155,7 @@ def test_damaged_files_of_other_projects_are_rejected_or_load_unchanged(how, suf
 WORDS = ["", "-1", "0", "1", "2", "3", "7", "17", "0.5", "1e-9", "1e9", "nan", "inf", "-inf", "99999999999999999999"]
 WORDS += [
     *["none", "auto", "x", "--", "/dev/null", "nowhere/x", "@x", "fp16", "cuda:9", "meta", "rrc", "vit_base"],
-    "é x",
+    *["é x", "16:0.5", "16:1"],
 ]
 EXCLUDED = {"-h", "--help", "--compile", "--push_to_hub"}  # take minutes; need an account
 
@@ -198,6 +198,7 @@ VALUE_COUNTS = {
     "value_range": (1, 99),
     "classes": (1, 99),
     "palette": (1, 99),
+    "sizes": (1, 99),
     "k": (1, 99),
     "layers": (1, 99),
 }
@@ -213,11 +214,17 @@ def accepted(name: str, action: argparse.Action, values: list[str]):
     if action.nargs == 0:
         return REFUSED if values else True
     low, high = (1, 99) if (name, dest) in LISTS else VALUE_COUNTS.get(dest, (1, 1))
-    if not low <= len(values) <= high or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values):
+    if (
+        not low <= len(values) <= high
+        or "" in values
+        or any(re.match(r"-(?!\d+$|\d*\.\d+$)", value) for value in values)
+    ):
         return REFUSED  # a word that begins with a dash and is not a number is another flag
     if dest == "value_range":
         return accepted_range(values)
-    if dest == "palette":
+    if dest == "sizes":
+        values = [[16, float(value[3:])] if value.startswith("16:") else REFUSED for value in values]
+    elif dest == "palette":
         values = [value.lower() if re.fullmatch("[0-9a-fA-F]{6}", value) else REFUSED for value in values]
     elif action.choices is None and action.type not in (None, Path, picture):
         values = [

@@ -7,7 +7,7 @@ crop           SimpleResizedCrop, the crop of PixMIM: resize the short side, pad
 dist           Distributed set-up: rank, number of ranks and device, from torchrun, srun or a single process.
 files          Atomic file writes, and checksums that detect damaged files.
 log            Log of a run: lines or a progress bar, log.jsonl, TensorBoard. Only rank 0 writes.
-lr_sched       Learning-rate schedule: a function of the fractional epoch.
+lr_sched       Schedules over the epochs: learning rate, image size.
 meters         Speed, memory and losses of a run: collected at every step, logged every --log_every steps.
 report         One table of all recorded results: `python -m util.report OUTPUT...`.
 rng            Counter-based random numbers: functions of (seed, epoch, sample index) or of (seed, step, rank).

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from util.files import printable
+
 METHOD = {
     "lowpass_radius": "auto", "lowpass": "reference", "mask_ratio": 0.75, "mask_unit": 1, "norm_pix_loss": True,
     "predict_ratio": None, "decoder": "self", "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "fuse_levels": False,
@@ -72,7 +74,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(expand(sys.argv[1:] if args is None else list(args)), namespace)
+        words = expand(sys.argv[1:] if args is None else list(args))
+        flag = "of no flag"
+        for word in words:
+            flag = word.partition("=")[0] if word.startswith("--") else flag
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(f"argument {flag}: its value is empty, perhaps an unset variable; give one or omit the flag")
+        return super().parse_known_args(words, namespace)
 
 
 def number(kind: type, low: float, high: float = 10**9, *, or_word: str = "") -> Callable:
@@ -88,6 +96,12 @@ def number(kind: type, low: float, high: float = 10**9, *, or_word: str = "") ->
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def size_share(text: str) -> list:
+    """argparse type: SIZE:SHARE -> [pixels, share of the epochs]."""
+    size, share = text.split(":")
+    return [number(int, 1)(size), number(float, 0, 1)(share)]
 
 
 def picture(text: str) -> str:
@@ -453,7 +467,7 @@ def run_main(main: Callable[[], None]) -> None:
         if os.environ.get("PIXMIM_DEBUG") or message is None:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        line = f"{Path(sys.argv[0]).name}{rank}: error: {message}"
+        line = printable(f"{Path(sys.argv[0]).name}{rank}: error: {message}")
         if not isinstance(error, RuntimeError | MemoryError):
             sys.exit(line)
         print(line, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,13 @@ from tqdm import tqdm
 
 from util.args import Parser, SizeAction, add_pixel_arguments, add_source_arguments, number, run_main
 from util.crop import INTERPOLATIONS, SimpleResizedCrop
-from util.data.cache import ENTRY, FORMAT, Cache, encode_payload, shard_path
+from util.data.batches import init_worker
+from util.data.cache import ENTRY, FORMAT, PAYLOADS, Cache, encode_payload, shard_path
 from util.data.folders import Source
 from util.data.pixels import MAX_PIXELS, PixelOptions
 from util.data.ranges import resolve_pixels
 from util.data.sources import indexed_source
-from util.files import write_atomic
+from util.files import printable, write_atomic
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -88,8 +90,23 @@ class PackDataset(Dataset):
     def pack(self, indices: np.ndarray, workers: int) -> Iterator[list[PackedImage] | str]:
         """These images in order, packed by worker processes."""
         chunks = np.array_split(indices, -(-len(indices) // (1 if self.tile else 32)))
-        for packed in DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=list):
+        worker = partial(init_worker, os.getpid())
+        for packed in DataLoader(
+            self, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=list, worker_init_fn=worker
+        ):
             yield from packed
+
+
+def read_plan(path: Path) -> dict:
+    """The plan of an earlier call; ValueError if it is damaged."""
+    try:
+        plan = json.loads(path.read_bytes())
+        if type(plan["images_per_shard"]) is int and plan["images_per_shard"] > 0:
+            return plan
+        reason = "no images_per_shard"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = printable(error)
+    raise ValueError(f"{path} is damaged ({reason}): delete its folder and build again")
 
 
 class Builder:
@@ -122,7 +139,7 @@ class Builder:
         """Compare with the plan of an earlier call, print the expected size and time, and write the plan."""
         plan_path = self.folder / "plan.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(plan_path.read_text()) if plan_path.exists() else {}
+        before = read_plan(plan_path) if plan_path.exists() else {}
         if not before and any(self.folder.iterdir()):
             raise ValueError(f"--out {self.folder} is not empty; choose another folder")
         for key, value in self.plan.items():
@@ -166,9 +183,15 @@ class Builder:
         path, part = shard_path(self.folder, shard), self.folder / f"shard-{shard:05d}.npz"
         if not (path.exists() and part.exists()):
             return None
-        with np.load(part, allow_pickle=False) as found:
-            entries, digest, size = found["entries"], str(found["digest"]), int(found["size"])
-            places = found["places"] if self.args.tile else None
+        try:
+            with part.open("rb") as file, np.load(file, allow_pickle=False) as found:
+                entries, digest, size = found["entries"], str(found["digest"]), int(found["size"])
+                places = found["places"] if self.args.tile else None
+            if entries.dtype != ENTRY or entries.ndim != 1:
+                raise ValueError(f"it holds {entries.dtype}")
+        except Exception as error:  # a damaged zip raises everything from OSError to zlib.error
+            tqdm.write(f"{part} is damaged ({printable(error)}): its shard is built again", file=sys.stdout)
+            return None
         return (entries, digest, places) if path.stat().st_size == size else None
 
     def write_shard(self, shard: int, first: int, last: int, bar: tqdm) -> None:
@@ -198,7 +221,7 @@ class Builder:
 
     def describe_skipped(self, i: int, reason: str) -> str:
         """Log line for an unreadable image; ValueError with --on_bad_image stop."""
-        name = self.source.name(i).replace("\n", "\\n")
+        name = printable(self.source.name(i))
         if self.args.on_bad_image == "stop":
             raise ValueError(f"{name} cannot be read: {reason}; repair or remove it, or use --on_bad_image skip")
         return f"skipped: {name}: {reason}"
@@ -271,7 +294,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--tile", type=number(int, 8), metavar="N",
         help="cut images into equal tiles of at most N pixels a side, each an entry of the cache; also reads images of more than "
              "2^28 pixels: only for files you trust (default: whole images)")
-    add("--payload", choices=["raw", "zstd", "jpeg"], default="raw",
+    add("--payload", choices=PAYLOADS, default="raw",
         help="raw = fastest; zstd = smaller, lossless; jpeg = smallest, lossy (quality 95); speeds in docs/data.md")
     add("--workers", type=number(int, 0), default=os.cpu_count() or 1, help="processes that decode; 0 = this process")
     add("--shard_mib", type=number(float, 1e-3), default=1024,

@@ -9,7 +9,8 @@ from pathlib import Path
 if not __package__:  # python util/convert.py
     sys.path[0] = str(Path(__file__).parents[1])
 
-from util.args import HelpFormatter, SizeAction, number
+from util.args import Parser, SizeAction, number
+from util.files import printable
 from util.formats.commands import load_command
 from util.formats.hub import push
 from util.formats.keys import DECODER, FORMATS
@@ -82,8 +83,7 @@ def _check_flags(target: str, folder: bool, encoder_only: bool, backbone: str) -
 
 def get_parser() -> argparse.ArgumentParser:
     # fmt: off
-    parser = argparse.ArgumentParser(prog="python -m util.convert", description=(__doc__ or "").splitlines()[0],
-                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser((__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("IN", type=Path, help="checkpoint of PixMIM, MAE, ConvMAE, mmselfsup / mmpretrain / mmsegmentation, timm or transformers; "
                               "or a folder of timm or transformers")
@@ -111,7 +111,7 @@ def main() -> None:
             push(args.OUT, args.push_to_hub)
             print(f"pushed   {args.push_to_hub}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}"))
 
 
 if __name__ == "__main__":

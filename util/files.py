@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 
+def printable(text: object) -> str:
+    """Text on one line: control characters, of which a terminal would obey some, as in a Python literal.
+
+    Names of images and tensors are foreign. Bytes that are not UTF-8 (surrogates) become escapes as well.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the entries of a folder to disk."""
     opened = os.open(folder, os.O_RDONLY)
@@ -107,7 +115,9 @@ def checksum_matches(content: dict) -> bool:
 
 
 def check_zip(path: Path) -> None:
-    """ValueError if a checksum inside a torch.save file is wrong; torch.load ignores these checksums."""
+    """ValueError if a checksum inside a torch.save file is wrong, which torch.load ignores, or if it would inflate."""
     with zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:  # torch compresses nothing
+            raise ValueError("its members are larger than the file")
         if broken := parts.testzip():
             raise ValueError(f"the checksum of its member {broken} is wrong")

@@ -6,14 +6,17 @@ A full disk never ends a run here: lines that cannot be written are kept and wri
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from util.files import write_atomic
+from util.files import printable, write_atomic
 
 
 class Log:
@@ -28,10 +31,10 @@ class Log:
         self.board: Any = None  # SummaryWriter
 
     def info(self, text: str) -> None:
-        """Print a line."""
+        """Print a line; control characters in names become escapes."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on a full disk
-                tqdm.write(text, file=sys.stdout)
+                tqdm.write(printable(text), file=sys.stdout)
                 sys.stdout.flush()
 
     def rewind(self, epoch: float, pending: str = "") -> None:
@@ -43,6 +46,8 @@ class Log:
         if not self.active:
             return
         records = read_records(self.path)
+        if damaged := count_lines(self.path) - len(records):
+            self.info(f"warning: {self.path}: {damaged} damaged lines are removed")
         records += [late for late in parse_lines(pending) if late not in records]
         kept = [record for record in records if record["epoch"] <= epoch]
         self.evaluations = [record for record in kept if record["epoch"] == epoch and "step" not in record]
@@ -58,6 +63,8 @@ class Log:
         """Open TensorBoard's writer; it hides what earlier files hold from `purge_step` on."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, needed on rank 0 only
 
+        if not isinstance(threading.excepthook, partial):
+            threading.excepthook = partial(report_thread, threading.excepthook)
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge_step)
 
     def scalars(self, record: dict) -> None:
@@ -141,6 +148,12 @@ class Log:
                 self.board.close()
 
 
+def report_thread(report: Callable, failed: Any) -> None:
+    """`report` what ended a thread, but not that TensorBoard's met a full disk: its next call raises that."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread" or not isinstance(failed.exc_value, OSError):
+        report(failed)
+
+
 def format_line(record: dict) -> str:
     """A record as a line of log.jsonl."""
     return json.dumps(record, allow_nan=False) + "\n"
@@ -152,9 +165,14 @@ def parse_lines(text: str) -> list[dict]:
     for line in text.splitlines(keepends=True):
         with suppress(ValueError):
             record = json.loads(line)
-            if line.endswith("\n") and isinstance(record, dict) and "epoch" in record:
+            if line.endswith("\n") and isinstance(record, dict) and type(record.get("epoch")) in (int, float):
                 records.append(record)
     return records
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file, 0 without it."""
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def read_records(path: Path) -> list[dict]:

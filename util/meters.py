@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from util.checkpoint.resume import Progress
 from util.data.batches import DevicePrefetcher
 from util.dist import World, autocast
-from util.files import write_atomic
+from util.files import printable, write_atomic
 from util.run import Run
 
 PEAK_TFLOPS = {  # dense matrix products in half precision, from the vendors' data sheets; the first name that matches counts
@@ -71,7 +71,7 @@ def log_bad_images(world: World, prefetchers: Collection[DevicePrefetcher], run:
     found = {name: reason for rank in world.gather(bad) for name, reason in rank}
     if found and world.is_main and run is None:
         for name, reason in found.items():
-            print(f"left out: {name}: {reason}".encode(errors="replace").decode(), file=sys.stderr)
+            print(printable(f"left out: {name}: {reason}"), file=sys.stderr)
     elif found and world.is_main and run:
         path = run.folder / "bad_images.txt"
         known = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
@@ -92,7 +92,8 @@ class Meter:
 
     def __init__(self, run: Run, loss_fn: Callable[[dict], Tensor], model: nn.Module):
         self.run, self.loss_fn, self.model = run, loss_fn, model
-        self.flops: float | None = None  # per image, counted on the first batch
+        self.flops: float | None = None  # per image, counted on the first batch of each size
+        self.size: torch.Size | None = None
         self.first_step = True
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
@@ -109,9 +110,10 @@ class Meter:
         return self.count_flops(iter(prefetcher))
 
     def count_flops(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """The same batches; the first one of the run is used to count the FLOPs of a step."""
+        """The same batches; the first one of each image size is used to count the FLOPs of a step."""
         for batch in batches:
-            if self.flops is None:
+            if self.size != batch["images"].shape[1:]:
+                self.size = batch["images"].shape[1:]
                 self.flops = image_flops(self.model, self.loss_fn, batch, self.run.args.amp)
             yield batch
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from util.args import Parser, resolve_defaults, run_main
 from util.checkpoint.resume import FREE
+from util.files import printable
 
 # flags that do not tell results apart; batch and name of the data are compared instead
 IGNORED = FREE | {"seed", "classes"}
@@ -163,11 +164,6 @@ def summarise(records: list[dict], difference: list[int]) -> dict:
             differences.append({"column": column, "metric": metric, "difference": found["mean"], **found})
     labels = {"rows": label_groups(rows, "weights", "model"), "columns": label_groups(columns, "measure", "data")}
     return labels | {"cells": cells, "differences": differences, "superseded": len(records) - len(kept)}
-
-
-def printable(text: object) -> str:
-    """Text on one line, without control characters."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def table(lines: list[list[Any]]) -> str:

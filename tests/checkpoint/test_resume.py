@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -40,7 +41,7 @@ from util.checkpoint.state import read_checkpoint, store_checkpoint
 from util.checkpoint.writer import Writer
 from util.dist import World
 from util.files import write_atomic
-from util.log import Log
+from util.log import Log, report_thread
 from util.run import split_effective_batch
 
 # 8 steps of 2 images per epoch; log lines and saves are at different steps; with kNN evaluation and figures
@@ -80,7 +81,13 @@ def test_signal_finishes_the_step_saves_and_exits_with_75_or_130(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("words", ["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *["--accum_iter 2 --batch_size 1", "--num_workers 2", "--amp bf16", "--crop rrc", "--optimizer muon"],
+        "--optimizer muon --model convvit_pico --decoder cross",
+    ],
+)
 def test_pretraining_resumes_within_an_epoch_bit_for_bit(words, photos, tmp_path, monkeypatch):
     def train(folder):
         return pretrain(photos, tmp_path / folder, *STEPS, *words.split())
@@ -342,6 +349,20 @@ def test_unwritten_log_lines_are_restored_once_from_the_checkpoint(tmp_path, mon
     again.rewind(1.0, waiting)  # existing lines are not repeated
     again.close()
     assert records(tmp_path) == [{"epoch": 0.5, "loss": 1.0}, {"epoch": 1.0, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(("name", "silent"), [("_AsyncWriterThread", True), ("Other", False)])
+def test_only_tensorboards_thread_may_meet_a_full_disk_in_silence(name, silent, monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", partial(report_thread, seen.append))
+
+    def run(self):
+        raise OSError(28, "No space left on device")
+
+    thread = type(name, (threading.Thread,), {"run": run})()
+    thread.start()
+    thread.join()
+    assert len(seen) == (not silent)
 
 
 def test_tensorboard_shows_a_repeated_evaluation_once(tmp_path):

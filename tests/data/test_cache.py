@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -20,6 +21,7 @@ from conftest import CPU, PRETRAIN, assert_same, call, class_folders, ended, one
 
 import main_pretrain
 from util.args import resolve_defaults
+from util.cache import PackDataset
 from util.data.batches import DevicePrefetcher, train_loader
 from util.data.cache import Cache, is_cache
 from util.data.folders import image_folder
@@ -191,6 +193,42 @@ def test_building_again_rewrites_only_damaged_shards(packed, tmp_path, photos):
 
 
 @pytest.mark.parametrize(
+    "damage", [b"", b"PK", lambda x: bytes(len(x)), lambda x: x[:-9], lambda x: x[:90] + b"\0" * 40 + x[130:]]
+)
+def test_a_damaged_index_of_a_shard_is_named_and_its_shard_built_again(damage, packed, photos, tmp_path):
+    out = shutil.copytree(packed, tmp_path / "cache")
+    (out / "manifest.json").unlink()
+    part = out / "shard-00001.npz"
+    part.write_bytes(damage if isinstance(damage, bytes) else damage(part.read_bytes()))
+    lines = build(photos, out)
+    assert any(f"{part} is damaged (" in line for line in lines)
+    for name, content in files(packed).items():
+        if not name.endswith(".npz"):
+            assert files(out)[name] == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{", b"[]", b"{}", b"[" * 10**5, b'{"images_per_shard": "x"}'])
+def test_a_damaged_plan_is_named(content, packed, photos, tmp_path):
+    out = shutil.copytree(packed, tmp_path / "cache")
+    (out / "plan.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{out}/plan\.json is damaged .*build again"):
+        build(photos, out)
+
+
+def test_workers_end_if_their_build_was_killed_while_they_were_born(monkeypatch):
+    """torch would let such a worker wait for ever; `init_worker` is told the process that started it."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(os, "setpgrp", lambda: None)
+    monkeypatch.setattr(signal, "set_wakeup_fd", lambda _: None)
+    seen = {}
+    monkeypatch.setattr("util.cache.DataLoader", lambda *_, **options: seen.update(options) or [])
+    assert list(PackDataset.pack(Namespace(tile=None), np.arange(3), 2)) == []
+    seen["worker_init_fn"](0)  # its parent is not this process
+    assert ended == [1]
+
+
+@pytest.mark.parametrize(
     ("flags", "key"),
     [(["--crop_interpolation", "bicubic"], "crop_interpolation"), (["--payload", "zstd"], "payload")],
 )
@@ -297,9 +335,9 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-def far_index(folder: Path) -> None:
+def far_index(folder: Path, offset: int = 2**40) -> None:
     index = np.load(folder / "index.npy")
-    index["offset"][3] = 2**40
+    index["offset"][3] = offset
     np.save(folder / "index.npy", index)
 
 
@@ -314,7 +352,10 @@ def far_index(folder: Path) -> None:
         (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[:5]), "has .5,. entries"),
         (far_index, r"index\.npy points beyond the shards"),
         (lambda f: spoil(f, "manifest.json", b"{"), "damaged cache"),
-        (lambda f: manifest(f, format="pixmim-cache-9"), "'pixmim-cache-9', not 'pixmim-cache-1'"),
+        (lambda f: spoil(f, "manifest.json", b"[" * 10**5), "damaged cache"),
+        (lambda f: manifest(f, payload="webp"), "'pixmim-cache-1' with 'webp'"),
+        (lambda f: far_index(f, 2**64 - 8), r"index\.npy points beyond the shards"),
+        (lambda f: manifest(f, format="pixmim-cache-9"), "'pixmim-cache-9' .* not 'pixmim-cache-1'"),
         (lambda f: manifest(f, shards=[{"bytes": 0, "sha256": "", "name": "/etc/passwd"}]), r"shard-00000\.bin has"),
     ],
 )

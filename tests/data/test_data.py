@@ -1,8 +1,11 @@
 """Folders, decoding, order of the samples, loaders, unreadable images and transforms."""
 
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from argparse import Namespace
@@ -12,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, PRETRAIN, call, class_folders, one_rank, pretrain, records, smooth
+from conftest import CPU, PRETRAIN, ROOT, call, class_folders, one_rank, pretrain, records, smooth
 from PIL import Image
 from torchvision import transforms as T
 
 from util.args import IMAGENET_MEAN, IMAGENET_STD
-from util.data.batches import DevicePrefetcher, eval_loader, train_loader
+from util.data.batches import DevicePrefetcher, eval_loader, report_small_memory, train_loader
 from util.data.decode import read_image
 from util.data.folders import image_folder, list_images
 from util.data.pixels import PixelOptions
@@ -262,6 +265,56 @@ def step_batches(photos, tmp_path, size: int, accum: int, crop: str = "src", wor
     micros = list(zip(*shares, strict=True))
     steps = [[x for each in micros[i : i + accum] for x in each] for i in range(0, len(micros), accum)]
     return [{name: torch.cat([x[name] for x in step]) for name in step[0]} for step in steps]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
+@pytest.mark.parametrize("free", [0, 2 * 2**20, 2**30])
+def test_workers_without_shared_memory_pass_the_same_batches_through_pipes(free, photos, tmp_path, monkeypatch, capsys):
+    """Docker's /dev/shm has 64 MiB. Two workers that may both fill a batch need twice its size, and a MiB each."""
+    monkeypatch.setattr("util.data.samples.free_shared_memory", lambda: free)
+    report_small_memory.cache_clear()
+    source, crop = image_folder(str(photos)), pretrain_transform("src", (16, 24), "bilinear")
+    epochs = []
+    for workers in (0, 2):
+        run = one_rank(tmp_path, batch_size=4, num_workers=workers)
+        loader = train_loader(run, source, crop, flip=True, noise_length=6)
+        loader.batch_sampler.start(1)
+        epochs.append([*DevicePrefetcher(loader, CPU)])
+    for alone, given in zip(*epochs, strict=True):
+        assert alone.keys() == given.keys()
+        assert all(torch.equal(alone[name], given[name]) for name in alone)
+        assert given["images"].is_shared() == (free == 2**30)
+    warned = "/dev/shm" in capsys.readouterr().err
+    assert warned == (free != 2**30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_trains_on_a_small_dev_shm(photos, tmp_path):
+    words = [
+        "--data_path",
+        photos,
+        "--output_dir",
+        tmp_path,
+        *PRETRAIN,
+        "--batch_size",
+        4,
+        "--num_workers",
+        2,
+        "--epochs",
+        1,
+    ]
+    command = (
+        f"mount -t tmpfs -o size=1m none /dev/shm && {sys.executable} main_pretrain.py {shlex.join(map(str, words))}"
+    )
+    found = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if "ermission denied" in found.stderr or "not permitted" in found.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert found.returncode == 0, found.stderr
+    assert "/dev/shm has 1 MiB free, too little" in found.stderr
+    assert "1 epochs finished" in found.stdout
 
 
 @pytest.mark.parametrize(

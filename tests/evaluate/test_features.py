@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import DEVICE, MODEL, call, ended, files, result, spawn
 from PIL import Image
 from safetensors import safe_open
+from safetensors.numpy import load_file
 from torch.testing import assert_close
 
 import main_features
@@ -236,3 +238,36 @@ def test_several_ranks_are_refused(photos, pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr("main_features.init_world", lambda *_: type("World", (), {"size": 2}))
     with pytest.raises(ValueError, match=r"main_features\.py .* 2"):
         extract(photos, pretrained / "last.pth", tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("ending", [".npy", ".safetensors"])
+def test_a_full_disk_is_one_line_and_the_same_command_continues(ending, photos, pretrained, tmp_path):
+    output, (_, hard) = tmp_path / f"x{ending}", resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = ["--data_path", photos, "--checkpoint", pretrained / "last.pth", "--batch_size", 4, *ON_CPU, "--output"]
+    result("main_features", *words, tmp_path / f"whole{ending}")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))  # of 4,928 bytes
+    try:
+        with pytest.raises(OSError, match=rf"^--output {output}: File too large; free disk space"):
+            result("main_features", *words, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not output.exists()
+    result("main_features", *words, output)
+    a, b = (
+        load_file(x)["features"] if ending == ".safetensors" else np.load(x)
+        for x in (output, tmp_path / f"whole{ending}")
+    )
+    assert np.array_equal(a, b)
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_disk_that_is_too_small_is_refused_after_the_first_batch(photos, pretrained, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    for free, ending, fits in ((4800, ".npy", True), (4799, ".npy", False), (9599, ".safetensors", False)):
+        monkeypatch.setattr("main_features.shutil.disk_usage", lambda _, free=free: usage._replace(free=free))
+        words = ["--data_path", photos, "--checkpoint", pretrained / "last.pth", *ON_CPU]
+        if fits:
+            result("main_features", *words, "--output", tmp_path / f"x{ending}")
+        else:
+            with pytest.raises(OSError, match=rf"--output {tmp_path}/x{ending} needs 0 MiB .* are free"):
+                result("main_features", *words, "--output", tmp_path / f"x{ending}")

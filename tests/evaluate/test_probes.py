@@ -153,6 +153,9 @@ def test_the_row_of_the_protocol_is_marked_saved_and_printed(probed, photos):
     assert [(x["pool"], x["blr"]) for x in rows] == [(p, b) for p in ("ep", "token", "mean") for b in (0.1, 3)]
     assert best["pool"] == "ep"  # whatever the other rows have
     assert best["acc1"] == max(x["acc1"] for x in rows if x["pool"] == "ep")
+    assert {pool: x["acc1"] for pool, x in best["pools"].items()} == {
+        pool: max(x["acc1"] for x in rows if x["pool"] == pool) for pool in ("ep", "token", "mean")
+    }
     again = evaluated(folder, photos)
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
 
@@ -160,7 +163,7 @@ def test_the_row_of_the_protocol_is_marked_saved_and_printed(probed, photos):
 def test_the_table_marks_one_row():
     row = {"acc1": 50.0, "acc5": 100.0, "mean_class_acc": 9.5, "loss": 1.25}
     rows = [row | {"pool": pool, "blr": 0.1, "acc1": acc1} for pool, acc1 in (("ep", 50.0), ("token", 60.0))]
-    head, first, second, rule = main_linprobe.format_table(rows, rows[0]).splitlines()
+    head, first, second, rule = main_linprobe.format_table(rows, rows[0])
     assert head.split() == ["pool", "blr", "acc1", "acc5", "mean_class_acc", "loss"]
     assert first.split() == ["*", "ep", "0.1", "50.0", "100.0", "9.5", "1.25"]
     assert second.split() == ["token", "0.1", "60.0", "100.0", "9.5", "1.25"]

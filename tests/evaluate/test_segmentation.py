@@ -247,6 +247,12 @@ def test_neighbours_find_the_square_and_choose_k_on_train(masked, tmp_path):
     assert found["iou"]["1"] > 30  # a bright square is found without training
 
 
+def test_neighbours_vote_in_float32_with_a_bf16_encoder(masked, tmp_path):
+    words = ["--checkpoint", "none", *MODEL, "--method", "knn", "--k", 3, "--short_side", 0]
+    whole, half = (segment(tmp_path, masked, *words, "--amp", amp) for amp in ("off", "bf16"))
+    assert half["miou"] == pytest.approx(whole["miou"], abs=3)
+
+
 # -------------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -256,6 +262,14 @@ def heads(pretrained, masked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("segment")
     words = ["--checkpoint", pretrained / "last.pth", *TRAIN, "--layers", 1, 2, "--blr", 0.1, 2]
     return folder, segment(folder, masked, *words)
+
+
+def test_heads_are_evaluated_and_trained_in_bf16(heads, masked, tmp_path, pretrained):
+    folder, best = heads
+    words = ["--eval", "--checkpoint", folder / "segmenter.pth", "--amp", "bf16"]
+    assert segment(tmp_path, masked, *words)["miou"] == pytest.approx(best["miou"], abs=3)
+    words = ["--checkpoint", pretrained / "last.pth", *TRAIN, "--layers", 1, 2, "--blr", 0.1, 2, "--amp", "bf16"]
+    assert segment(tmp_path, masked, *words)["miou"] == pytest.approx(best["miou"], abs=6)
 
 
 def test_the_best_head_is_logged_saved_and_evaluated_again(heads, masked):
@@ -342,7 +356,7 @@ def test_two_ranks_equal_one(pretrained, masked, tmp_path):
         (["--method", "knn", "--finetune"], "--method knn: not with --finetune"),
         (["--blr", 1, 2, "--finetune"], "several --blr: not with --finetune"),
         (["--crop_pct", 0.5], "--crop_pct 0.5: segmentation uses whole images"),
-        (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more; --model vit_pico is none"),
+        (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more; which --model vit_pico is not"),
         (
             ["--finetune", "--model", "vit_tiny", "--input_size", 48, 32],
             "--input_size 48 32, --patch_size 8: DPT needs sides of a multiple of 32",

@@ -20,7 +20,7 @@ import transformers
 from PIL import Image
 from reference.make import read
 from safetensors.torch import save_file
-from test_convert import HOSTS, SIZES, Evil, are_equal, build_pixmim, load_line, make_classifier, save_content
+from test_convert import HOSTS, SIZES, Evil, are_equal, build_pixmim, load_line, make_classifier, perturb, save_content
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -562,6 +562,17 @@ def test_classifiers_give_the_same_logits_in_every_library(kind, mae, tmp_path):
         for encoder_only in (False, True):
             with pytest.raises(ValueError, match=r"--to hf.* use --to timm"):
                 write_format(state, tmp_path, "hf", args=args, encoder_only=encoder_only)
+
+
+@torch.no_grad()
+def test_onnx_features_are_the_mean_of_all_class_tokens(tmp_path):
+    encoder = perturb(MaskedViT(**SIZES, reg_tokens=3))
+    path = write_format(encoder.state_dict(), tmp_path, "onnx", args={"class_tokens": 4})
+    tokens = encoder.forward_features(IMAGES)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    [features] = session.run(["features"], {"images": IMAGES.numpy()})
+    assert are_close(torch.from_numpy(features), tokens[:, :4].mean(1))
+    assert not are_close(tokens[:, 0], tokens[:, :4].mean(1))  # timm's feature
 
 
 @torch.no_grad()

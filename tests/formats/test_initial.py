@@ -132,8 +132,9 @@ def continued(photos, pretrained, output, *words):
     return output
 
 
-def test_a_frozen_encoder_keeps_its_weights_for_these_epochs_only(photos, pretrained, tmp_path):
-    run = continued(photos, pretrained, tmp_path / "run")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_encoder_keeps_its_weights_for_these_epochs_only(optimizer, photos, pretrained, tmp_path):
+    run = continued(photos, pretrained, tmp_path / "run", "--optimizer", optimizer)
     before = weights(pretrained)["model"]
     after = [torch.load(run / f"epoch-000{n}.pth", weights_only=True)["model"] for n in (1, 2)]
     encoder = [name for name in before if "decoder" not in name and name != "mask_token" and name != "pos_embed"]

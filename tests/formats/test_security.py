@@ -8,6 +8,7 @@ import signal
 import socket
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest
 import torch
 from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, spawn
 
+from util.checkpoint.state import read_checkpoint, write_checkpoint
 from util.data.archives import Archives, scan_archive
 from util.data.decode import read_image
 from util.data.pixels import PixelOptions
+from util.formats.read import read_weights
 
 REFUSAL = "refused|is damaged or no checkpoint|not a readable checkpoint"
 
@@ -264,3 +267,80 @@ def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos,
     assert port in {number for _, number in seen}
     others = {address for address, number in seen if number != port}
     assert all(re.fullmatch(r"0100007F|0{24}01000000|0{16}FFFF00000100007F", address) for address in others), seen
+
+
+# --------------------------------------------------------------------------------------- settings, names, inflating files
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "vit_of_a_fork"), ("model", 3), ("patch_size", 0), ("patch_size", "x"), ("patch_size", [1, "y"]), ("mean", -1),
+        ("std", True), ("mask_unit", 0), ("mask_ratio", float("nan")), ("lowpass_radius", 10**12), ("crop_pct", -1),
+        ("decoder_heads", 1.5), ("input_size", "wide"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("main", ["main_knn", "visualize"])
+def test_settings_that_no_version_writes_are_refused_or_not_needed(main, name, value, pretrained, photos, tmp_path):
+    content = read_checkpoint(pretrained / "last.pth")
+    args = content["args"] | {name: value}
+    write_checkpoint(tmp_path / "x.pth", {"model": content["model"], "args": args, "progress": content["progress"]})
+    words = (
+        ["--data_path", photos] if main == "main_knn" else ["--images", photos / "val", "--output", tmp_path / "x.png"]
+    )
+    command = [*words, "--checkpoint", tmp_path / "x.pth", *(DEVICE if main == "main_knn" else DEVICE[4:])]
+    if name == "input_size":  # the position embedding tells it
+        assert call(main, *command)
+        return
+    with pytest.raises(ValueError, match=rf"x\.pth.*{name}") as error:
+        call(main, *command)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_would_inflate_is_refused_before_it_is_read(pretrained, tmp_path):
+    with zipfile.ZipFile(pretrained / "last.pth") as old, zipfile.ZipFile(tmp_path / "x.pth", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr("archive/data/bomb", bytes(10**7), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "x.pth").stat().st_size < 10**7
+    with pytest.raises(ValueError, match="members are larger than the file"):
+        read_checkpoint(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth is not a readable checkpoint"):
+        read_weights(tmp_path / "x.pth")
+
+
+TITLE = "\x1b]0;owned\x07"  # sets the title of a terminal
+
+
+def test_names_cannot_speak_for_the_program(pretrained, photos, tmp_path):
+    """A tensor and an image whose names hold control characters and a forged last line."""
+    forged = f"a{TITLE}\nmain_knn.py: all fine"
+    content = read_checkpoint(pretrained / "last.pth")
+    torch.save({"model": content["model"] | {forged: torch.ones(1)}}, tmp_path / "x.pth")
+    status, out, err = ended(spawn("main_knn.py", "--checkpoint", tmp_path / "x.pth", "--data_path", photos, *DEVICE))
+    assert status == 1
+    assert r"a\x1b]0;owned\x07\nmain_knn.py: all fine" in err.splitlines()[-1]
+    assert not set("\x1b\x07") & set(out + err)
+    shutil.copytree(photos, tmp_path / "photos")
+    (next((tmp_path / "photos" / "train").iterdir()) / f"{forged}.png").write_bytes(b"no image")
+    (next((tmp_path / "photos" / "train").iterdir()) / f"{forged}.txt").touch()
+    words = ["--checkpoint", pretrained / "last.pth", "--data_path", tmp_path / "photos", *DEVICE]
+    for more in ([], ["--on_bad_image", "skip"], ["--verbose_data"]):
+        _, out, err = ended(spawn("main_knn.py", *words, *more))
+        assert not set("\x1b\x07") & set(out + err)
+        assert r"owned\x07\nmain_knn.py" in out + err
+        assert "main_knn.py: all fine" not in (out + err).splitlines()
+    words = [
+        "--data_path",
+        tmp_path / "photos",
+        "--output_dir",
+        tmp_path / "run",
+        *PRETRAIN,
+        "--batch_size",
+        4,
+        "--on_bad_image",
+        "skip",
+    ]
+    status, out, err = ended(spawn("main_pretrain.py", *words))
+    assert status == 0, err
+    assert not set("\x1b\x07") & set(out + err)

@@ -1,6 +1,7 @@
 """Charts of runs from their log.jsonl."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -43,6 +44,37 @@ def test_each_chart_has_a_line_per_run_that_logged_its_key(tmp_path, drawn):
     }
     with Image.open(tmp_path / "new" / "x.png") as picture:
         assert picture.size == (18, 4)
+
+
+def test_runs_of_the_same_name_have_lines_of_their_own(tmp_path, drawn):
+    for folder, loss in (("a", 1), ("b", 2)):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        (tmp_path / folder / "run" / "log.jsonl").write_text(json.dumps({"epoch": 1, "loss": loss}) + "\n")
+    call("util.plots.curves", tmp_path / "a" / "run", tmp_path / "b" / "run", "--output", tmp_path / "x.png")
+    assert drawn["loss"][0] == {"a/run": ([1], [1]), "b/run": ([1], [2])}
+
+
+def test_a_full_disk_keeps_the_old_picture_and_names_it(pretrained, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.png cannot be written \(.*\); the previous file is unchanged"):
+            call("util.plots.curves", pretrained, "--output", tmp_path / "x.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+    assert (tmp_path / "x.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"epoch": null, "loss": 1}\n', '{"epoch": "x"}\n', "\udcff\n", '{"epoch": 1, "lo', "[1]\n"]
+)
+def test_damaged_lines_are_left_out(line, tmp_path, drawn):
+    good = json.dumps({"epoch": 1, "loss": 0.5}) + "\n"
+    (tmp_path / "log.jsonl").write_bytes((good + line).encode(errors="surrogateescape"))
+    call("util.plots.curves", tmp_path, "--output", tmp_path / "x.png")
+    assert drawn["loss"][0] == {tmp_path.name: ([1], [0.5])}
 
 
 def test_draws_the_log_of_a_real_run(pretrained, tmp_path):

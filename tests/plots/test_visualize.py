@@ -192,7 +192,7 @@ def test_one_line_says_what_is_assumed_of_a_file_that_does_not_state_its_method(
 ):
     torch.save({"model": weights(pretrained)["model"]}, tmp_path / "mae.pth")
     command = ["--checkpoint", tmp_path / "mae.pth", "--images", photos / "val", "--output", tmp_path / "x.png"]
-    *notes, _ = call("visualize", *command, *DEVICE[4:], *flags.split())
+    notes = [line for line in call("visualize", *command, *DEVICE[4:], *flags.split())[:-1] if line[0] != "{"]
     assert len(notes) == (assumed is not None)
     assert all(words in notes[0] for words in assumed or ())
     assert "norm_pix_loss" not in "".join(notes) or "norm_pix_loss" not in flags
@@ -245,8 +245,16 @@ def test_the_spectrum_is_that_of_the_reconstruction(pretrained, photos, tmp_path
     monkeypatch.setattr(
         "util.plots.reconstruction.draw_power", lambda images, radius: shown.update(images, r=radius) or BLANK
     )
-    draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--spectrum")
+    lines = call("visualize", "--checkpoint", pretrained / "last.pth", "--images", photos / "val", "--output",
+                 tmp_path / "x.png", "--spectrum")  # fmt: skip
     assert list(shown) == ["input", "target", "prediction", "error", "r"]
+    found = json.loads(lines[0])
+    wrong = torch.where(shown["error"] != 0, shown["prediction"] - shown["input"], 0.0).double().numpy()
+    k = np.fft.fftfreq(16, 1 / 16)
+    low = np.ceil(np.hypot(k[:, None], k)) <= found["radius"]  # the rings up to the radius
+    parts = [np.fft.ifft2(np.fft.fft2(wrong) * keep).real for keep in (low, ~low)]
+    expected = [255 * np.sqrt(np.square(part).mean()) for part in parts]
+    assert [found["rms_below"], found["rms_above"]] == pytest.approx(expected, rel=1e-5)
     assert torch.allclose(shown["prediction"] - shown["target"], shown["error"], atol=1e-6)
     assert shown["r"] == 40 * 16 / 224
 

@@ -71,7 +71,7 @@ def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
         import tifffile
     with tifffile.TiffFile(file) as tiff:
         series, page = tiff.series[0], tiff.series[0].keyframe
-        # overviews and masks, as GDAL adds them, are no further images
+        # overviews and masks, as GDAL adds them, do not count as images
         others = [x.shape for x in tiff.series[1:] if not (x.keyframe.is_reduced or x.keyframe.is_mask)]
         if others:
             raise ValueError(

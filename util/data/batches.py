@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 from util.data.cache import Cache
 from util.data.folders import Source
 from util.data.samplers import EvalSampler, TrainSampler
-from util.data.samples import Samples
+from util.data.samples import Samples, free_shared_memory
 from util.dist import World
 from util.run import Run
 
@@ -97,9 +99,12 @@ def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device:
     )
 
 
-def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, noise_length: int = 0) -> Any:
-    """Loader of training data. `loader.batch_sampler.start(epoch, step)` sets where the next iteration begins."""
-    samples = Samples(source, transform, run.args, flip=flip, noise_length=noise_length, replace_bad=True)
+def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, **options) -> Any:
+    """Loader of training data. `loader.batch_sampler.start(epoch, step)` sets where the next iteration begins.
+
+    `options` of Samples.
+    """
+    samples = Samples(source, transform, run.args, flip=flip, replace_bad=True, **options)
     return make_loader(samples, TrainSampler(len(samples), run), run.args.num_workers, run.world.device)
 
 
@@ -126,6 +131,17 @@ def pop_bad(part: dict) -> list[tuple[str, str]]:
     return part.pop("bad")
 
 
+@cache
+def report_small_memory() -> None:
+    """Print once that loader workers pass their batches through pipes."""
+    free = free_shared_memory() / 2**20
+    print(
+        f"warning: /dev/shm has {free:.0f} MiB free, too little for the loader workers: batches go through pipes, which is slower; "
+        "enlarge it (docker run --shm-size=8g or --ipc=host)",
+        file=sys.stderr,
+    )
+
+
 class DevicePrefetcher:
     """Batches of a loader on the device. A batch is copied while the device still computes the step before."""
 
@@ -150,6 +166,9 @@ class DevicePrefetcher:
 
     def copy(self, parts: list[dict]) -> dict:
         """Parts on the host -> one batch on the device."""
+        if isinstance(parts[0]["images"], np.ndarray):
+            report_small_memory()
+            parts = [{name: torch.from_numpy(value) for name, value in part.items()} for part in parts]
         with torch.cuda.stream(self.stream):  # does nothing for None
             moved = [{name: value.to(self.device, non_blocking=True) for name, value in part.items()} for part in parts]
             batch = moved[0] if len(moved) == 1 else {k: torch.cat([part[k] for part in moved]) for k in moved[0]}
@@ -162,7 +181,8 @@ class DevicePrefetcher:
 
 
 def load_batch(samples: Samples, indices: Sequence[int], device: torch.device) -> dict:
-    """These samples of epoch 0 as one batch on the device."""
-    batch = next(iter(DevicePrefetcher([samples.__getitems__([(0, i) for i in indices])], device)))
+    """These samples of the first epoch after all stages, 0 without stages, as one batch on the device."""
+    epoch = max((stage.end for stage in samples.stages), default=0)
+    batch = next(iter(DevicePrefetcher([samples.__getitems__([(epoch, i) for i in indices])], device)))
     samples.source.close()  # training starts a stream from its beginning
     return batch

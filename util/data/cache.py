@@ -15,8 +15,10 @@ from PIL import Image
 
 from util.data.folders import Source
 from util.data.pixels import PixelOptions
+from util.files import printable
 
 FORMAT = "pixmim-cache-1"
+PAYLOADS = ("raw", "zstd", "jpeg")
 PIXEL_FLAGS = ("bands", "value_range", "alpha")
 ENTRY = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")]
@@ -69,8 +71,8 @@ class Cache(Source):
         self.folder = Path(folder)
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text())
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
+            if manifest["format"] != FORMAT or manifest["payload"] not in PAYLOADS:
+                raise ValueError(f"its format is {manifest['format']!r} with {manifest['payload']!r}, not {FORMAT!r}")
             self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
             self.flags |= {flag: manifest.get(flag) for flag in PIXEL_FLAGS}
             self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
@@ -82,8 +84,8 @@ class Cache(Source):
             self.check_index(manifest["images"], sizes)
             cut = self.folder / "tiles.npy"
             self.tiles = np.load(cut, allow_pickle=False) if cut.exists() else None  # (N, 3): image, top, left
-        except (ValueError, KeyError, TypeError, IndexError, EOFError) as error:
-            raise ValueError(f"--data_path {folder} is a damaged cache: {error}; build it again") from error
+        except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, OverflowError) as error:
+            raise ValueError(f"--data_path {folder} is a damaged cache: {printable(error)}; build it again") from error
         self.raise_open_limit()
         self.labels = self.index["label"]
         self.files: dict[int, int] = {}
@@ -102,7 +104,12 @@ class Cache(Source):
             found = path.stat().st_size if path.exists() else "no"
             if found != size:
                 raise ValueError(f"{path.name} has {found} bytes of {size}")
-        if index["shard"].max() >= len(sizes) or np.any(index["offset"] + index["bytes"] > sizes[index["shard"]]):
+        outside = index["shard"].max() >= len(sizes)
+        if (
+            outside
+            or np.any(index["offset"] > sizes[index["shard"]])
+            or np.any(index["offset"] + index["bytes"] > sizes[index["shard"]])
+        ):
             raise ValueError("index.npy points beyond the shards")
 
     def raise_open_limit(self) -> None:
@@ -124,6 +131,8 @@ class Cache(Source):
                 "another part of the image each time; use --crop src, or --data_path with the images"
             )
         asked = vars(args) | {"input_size": list(args.input_size)}
+        if asked.get("sizes"):
+            raise ValueError(f"--sizes: the cache {self.folder} holds one size; use --data_path with the images")
         for flag, cached in self.flags.items():
             if flag in PIXEL_FLAGS and asked.get(flag) in (None, "auto", ["auto"]):
                 continue  # `resolve_pixels` takes the cache's

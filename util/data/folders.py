@@ -14,6 +14,7 @@ from PIL import Image
 from util.data.decode import EXTENSIONS, FORMATS, has_image_content, read_image
 from util.data.pixels import PixelOptions
 from util.data.timeouts import DiskTimeout, time_limit
+from util.files import printable
 
 IMAGE, HIDDEN = "image", "hidden or system"  # kinds of files beside their extensions
 SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information"}
@@ -224,7 +225,10 @@ def folder_source(folder: Path, files: dict[str, list[bytes]], query: Query) -> 
     left_out = {kind: (len(names), os.fsdecode(names[0])) for kind, names in others.items()}
     if query.verbose_data:
         print(
-            "".join(f"left out ({kind}): {os.fsdecode(x)}\n" for kind, names in others.items() for x in names), end=""
+            "".join(
+                f"left out ({kind}): {printable(os.fsdecode(x))}\n" for kind, names in others.items() for x in names
+            ),
+            end="",
         )
     count = sum(len(names) for kind, names in others.items() if kind != HIDDEN)
     if not paths or count > len(paths):

@@ -1,7 +1,10 @@
 """Samples: the images of a source, decoded, cropped and stacked to parts of a batch."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +17,33 @@ from util.data.timeouts import DiskTimeout, time_limit
 from util.rng import CROP, MASK, SampleRng
 
 
+class Stage(NamedTuple):
+    """Crop and number of random values of the mask in the epochs before `end`."""
+
+    end: int
+    transform: Callable
+    noise_length: int
+
+
 class Samples(Dataset):
-    """Images of a source by (epoch, index). An unreadable image is reported in the result, not raised."""
+    """Images of a source by (epoch, index). An unreadable image is reported in the result, not raised.
+
+    `stages`, in ascending order, replace `transform` and `noise_length` in the epochs before the last one's end.
+    """
 
     def __init__(
-        self, source: Source, transform: Callable, args, *, flip=False, noise_length: int = 0, replace_bad: bool = False
+        self,
+        source: Source,
+        transform: Callable,
+        args,
+        *,
+        flip=False,
+        noise_length: int = 0,
+        replace_bad: bool = False,
+        stages: Sequence[Stage] = (),
     ):
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
+        self.stages = stages
         self.seed, self.options, self.replace_bad = args.seed, PixelOptions.from_args(args), replace_bad
         self.on_bad_image = getattr(args, "on_bad_image", None)  # visualize.py has no such flag and stops
         self.timeout_s = 60 * args.timeout_minutes
@@ -35,6 +58,8 @@ class Samples(Dataset):
         here because exceptions of workers arrive with a traceback. Without `images` all of them were left out.
         """
         bad: list[tuple[str, str]] = []
+        last = Stage(0, self.transform, self.noise_length)
+        _, transform, noise_length = next((stage for stage in self.stages if keys[0][0] < stage.end), last)
         try:
             self.source.start_epoch(keys[0][0])
             self.source.prefetch([i for _, i in keys])
@@ -43,12 +68,12 @@ class Samples(Dataset):
         crops, masks = SampleRng(self.seed, CROP), SampleRng(self.seed, MASK)
         flips: list[bool] = []
         index: list[int] = []
-        noise = np.empty((len(keys), self.noise_length), np.float32)
+        noise = np.empty((len(keys), noise_length), np.float32)
         images = None
         for epoch, i in keys:
             rng, n = crops.at(epoch, i), len(index)
             try:
-                sample = self.read_sample(i, rng, None if images is None else images[n], bad)
+                sample = self.read_sample(i, transform, rng, None if images is None else images[n], bad)
             except ValueError as error:
                 return {"bad": bad, "stop": str(error)}
             if sample is None:
@@ -69,9 +94,14 @@ class Samples(Dataset):
             "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
             "index": torch.tensor(index),
         }
-        return batch | ({"flip": torch.tensor(flips)} if self.flip else {}) | {"bad": bad}
+        batch |= {"flip": torch.tensor(flips)} if self.flip else {}
+        if get_worker_info() and not stacked.is_shared():  # arrays go through a pipe, tensors through shared memory
+            return {name: value.numpy() for name, value in batch.items()} | {"bad": bad}
+        return batch | {"bad": bad}
 
-    def read_sample(self, i: int, rng: Any, out: np.ndarray | None, bad: list) -> tuple[np.ndarray, int] | None:
+    def read_sample(
+        self, i: int, transform: Callable, rng: Any, out: np.ndarray | None, bad: list
+    ) -> tuple[np.ndarray, int] | None:
         """(pixels, index) of image i; if unreadable, of the next readable one, or None. Appends to `bad`.
 
         ValueError without --on_bad_image skip, if no image can be read, or if the disk does not answer.
@@ -81,7 +111,7 @@ class Samples(Dataset):
             index = candidate % len(self)
             try:
                 with time_limit(self.timeout_s):
-                    return self.transform(self.source.read(index, self.options), rng, out), index
+                    return transform(self.source.read(index, self.options), rng, out), index
             except Exception as error:  # decoders raise everything from OSError to struct.error
                 name = self.source.name(index).replace("\n", "\\n")
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -94,8 +124,16 @@ class Samples(Dataset):
         return None
 
 
+def free_shared_memory() -> float:
+    """Free bytes of /dev/shm, by which workers pass tensors; Docker gives it 64 MiB. inf where there is none."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+
+
 def alloc_batch(count: int, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised (count, *shape) uint8; in a worker process in shared memory, which saves a copy."""
-    if get_worker_info() is None:
+    """Uninitialised (count, *shape) uint8; in a worker process in shared memory if it has room, which saves a copy."""
+    worker, size = get_worker_info(), count * math.prod(shape)
+    # each worker of this machine may be about to fill a batch
+    workers = worker.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if worker else 0
+    if worker is None or free_shared_memory() < workers * (size + 2**20):
         return torch.from_numpy(np.empty((count, *shape), np.uint8))  # NumPy asks for huge pages, torch does not
     return default_collate([torch.zeros((), dtype=torch.uint8).expand(count, *shape)])[0]

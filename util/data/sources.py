@@ -21,7 +21,7 @@ from util.data.pixels import PixelOptions
 from util.data.streams import Stream, import_webdataset, is_stream
 from util.data.tables import TABLES, open_parquet, open_table, order_classes
 from util.dist import rank_from_env
-from util.files import write_atomic
+from util.files import printable, write_atomic
 from util.rng import SUBSET, generator
 
 COMPRESSED = re.compile(r".*\.(tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)
@@ -152,11 +152,15 @@ def open_sources(
                 raise ValueError(f"{parts[0].place} has one class; kNN and classifiers need at least two")
     for part in parts:
         if rank_from_env()[0] == 0:
-            print(f"{flag} {part.summary()}" + (f"; {len(part) / total:.1%} of all images" if len(parts) > 1 else ""))
+            share = f"; {len(part) / total:.1%} of all images" if len(parts) > 1 else ""
+            print(printable(f"{flag} {part.summary()}{share}"))
             if query.verbose_data and part.classes:
                 counts = np.bincount(part.labels, minlength=len(part.classes)).tolist()
                 print(
-                    "".join(f"class {name}: {n} images\n" for name, n in zip(part.classes, counts, strict=True)), end=""
+                    "".join(
+                        f"class {printable(name)}: {n} images\n" for name, n in zip(part.classes, counts, strict=True)
+                    ),
+                    end="",
                 )
     return parts[0] if len(parts) == 1 else Concat(parts)
 
@@ -187,7 +191,9 @@ def pretrain_source(args: Namespace) -> Source:
     """Unlabelled images of --data_path of any kind."""
     source = open_sources(args.data_path, query_of(args, pretraining=True), "--data_path")
     if args.stream_samples and not isinstance(source, Stream):
-        raise ValueError(f"--stream_samples {args.stream_samples}: omit it, --data_path {source.name(0)} is no stream")
+        raise ValueError(
+            f"--stream_samples {args.stream_samples}: omit it, --data_path {source.name(0)} is not a stream"
+        )
     if isinstance(source, Cache):
         source.check_flags(args)
     return source

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from util.data.folders import IMAGE, Folder, Query, Source, find_split, kind_of
+from util.files import printable
 
 DEFAULTS = {  # columns that are used if no flag names one, in any case
     "image": ("image", "file_name", "filename", "path", "filepath", "file", "image_path", "img"),
@@ -129,7 +130,7 @@ def table_of_paths(path: Path, columns: dict[str, list[str]], query: Query) -> F
     source = Folder(paths, path.parent)
     source.place = str(path)
     if missing := missing_files(paths):
-        lines = "".join(f"missing: {os.fsdecode(paths[i])}\n" for i in missing) if query.verbose_data else ""
+        lines = "".join(f"missing: {printable(os.fsdecode(paths[i]))}\n" for i in missing) if query.verbose_data else ""
         print(lines, end="")
         text = f"{len(missing)} of {len(paths)} files do not exist, such as {os.fsdecode(paths[missing[0]])}"
         if query.on_bad_image == "stop" or len(missing) == len(paths):

@@ -50,6 +50,10 @@ def read_architecture(
             weights.class_tokens if weights.class_tokens > 1 else None
         )  # None = the model's, 1 or none
         if weights.model:
+            if (args.model or weights.model) not in encoders:
+                raise ValueError(
+                    f"--checkpoint {args.checkpoint} has --model {weights.model}, which is unknown here; name its size by --model"
+                )
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
             found["model"] = find_model(weights, args, encoders)
@@ -159,7 +163,7 @@ def features(encoder: Encoder, images: Tensor) -> Tensor:
 
 
 def is_finetuned(weights: Weights | None) -> bool:
-    """Whether labels have trained the encoder: it has a head, and is no probe of this project."""
+    """Whether labels have trained the encoder: it has a head, and was not a probe of this project."""
     return bool(weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args)
 
 

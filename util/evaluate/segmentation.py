@@ -107,7 +107,7 @@ def build_dpt(args: Namespace, encoder: Encoder, num_classes: int, drop_path: fl
     except ImportError as error:
         raise ValueError("--finetune needs a package: pip install segmentation-models-pytorch") from error
     if len(getattr(encoder, "blocks", ())) < 4:
-        raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more; --model {args.model} is none")
+        raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more, which --model {args.model} is not")
     if encoder.patch not in (4, 8, 16, 32) or any(side % 32 for side in args.input_size):
         size = " ".join(map(str, args.input_size))
         raise ValueError(
@@ -377,6 +377,7 @@ class PatchVotes(nn.Module):
         queries = F.normalize(x.flatten(2).mT.flatten(0, 1), dim=1)
         values = max(len(self.bank.features), self.num_classes * p * p * len(self.ks))
         rows = max(1, 2**26 // values)  # 256 MiB at a time
-        votes = torch.cat([self.votes(part) for part in queries.split(rows)])
+        with torch.autocast(queries.device.type, enabled=False):
+            votes = torch.cat([self.votes(part) for part in queries.split(rows)])
         votes = votes.view(b, h, w, len(self.ks), self.num_classes, p, p)
         return votes.permute(0, 3, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4)

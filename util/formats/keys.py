@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from util.files import printable
+
 State = dict[str, Tensor]
 
 
@@ -133,7 +135,7 @@ FORMATS = {  # host -> the formats that can hold it
 
 def join_names(names: list[str]) -> str:
     """The first four names and the number of the remaining ones."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return printable(", ".join(names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from util.args import default_crop_pct
+from util.files import printable
 from util.formats.keys import (
     DROPPED,
     FINAL_NORM,
@@ -27,7 +28,7 @@ from util.formats.keys import (
     tensor_sizes,
 )
 from util.formats.unpickle import load_content
-from util.formats.weights import METHOD, Weights
+from util.formats.weights import METHOD, Weights, check_settings
 
 BATCH_NORMS = (("head.0", "head.1", "head"), ("neck.bn", "head.layers.head", "head.layers.head"))  # of linear probes
 BATCH_NORM_KEYS = ("running_mean", "running_var", "num_batches_tracked")
@@ -215,7 +216,7 @@ def _detect_source(box: dict, state: State) -> tuple[str, State]:
 def _report(path: Path, text: str) -> None:
     """Print one line about a file, on the first rank only."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"{path}: {text}", flush=True)
+        print(printable(f"{path}: {text}"), flush=True)
 
 
 def _select_state(path: Path, box: dict, use_ema: bool) -> dict:
@@ -305,6 +306,11 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     if about:
         args, unused = _config_args(path, about, state)
         dropped += unused
+    if source == "pixmim":
+        try:
+            check_settings(args)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return _with_size(path, Weights.from_state(state, args, source, dropped), input_size)
 
 

@@ -17,6 +17,10 @@ METHOD: dict[str, Any] = {  # settings of pre-training -> type of their value
     "fuse_layers": list | tuple, "predict_ratio": float | int, "pos_embed": str,
 }  # fmt: skip
 PIXELS: dict[str, Any] = {"bands": list | tuple, "value_range": list | tuple, "alpha": str}
+LIMITS: dict[str, tuple[Any, float, float]] = {  # settings of our own runs -> type, least, most; None = any
+    "mask_ratio": (float | int, 1e-6, 1 - 1e-6), "predict_ratio": (float | int, 0, 1), "crop_pct": (float | int, 0.01, 1),
+    "lowpass_radius": (float | int, 0, 10**6),
+} | dict.fromkeys(("patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads", "mask_unit", "class_tokens"), (int, 1, 10**6))  # fmt: skip
 HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
 
 
@@ -142,6 +146,20 @@ class Weights:
     def averages_normed(self) -> bool:
         """Whether the classifier is a probe on the mean of the patch tokens after the final norm."""
         return self.num_classes > 0 and not self.pooled and self.pool == "mean"
+
+
+def check_settings(args: dict[str, Any]) -> None:
+    """ValueError if a setting of our own run has a type or value that no version of this project writes."""
+    bad = [name for name in ("mean", "std") if not isinstance(args.get(name) or [], list | tuple)]
+    bad += [name for name in ("model", "lowpass", "decoder") if not isinstance(args.get(name) or "", str)]
+    for name, (kind, least, most) in LIMITS.items():
+        x = args.get(name)
+        if x is not None and (not isinstance(x, kind) or isinstance(x, bool) or not least <= x <= most):
+            bad.append(name)
+    if bad:
+        raise ValueError(
+            f"its setting {bad[0]} is {args[bad[0]]!r}, which this project does not write: use the original file"
+        )
 
 
 OWN = ("model", "patch_size", "in_chans", "decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels")

@@ -29,11 +29,18 @@ def read_curve(folder: str, key: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
+def name_runs(runs: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [Path(run).resolve().parts for run in runs]
+    length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 0)
+    return ["/".join(p[-length:]) if length else run for p, run in zip(parts, runs, strict=True)]
+
+
 def main() -> None:
     args = get_parser().parse_args()
-    charts = []
+    charts, names = [], name_runs(args.runs)
     for key, title in TITLES.items():
-        curves = {Path(run).resolve().name: read_curve(run, key) for run in args.runs}
+        curves = {name: read_curve(run, key) for name, run in zip(names, args.runs, strict=True)}
         lines = {name: points for name, points in curves.items() if points[0]}
         if lines:
             values = [y for _, ys in lines.values() for y in ys]

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from util.files import write_atomic
+
 
 def save_picture(path: str, pixels: np.ndarray) -> None:
-    """Write pixels (H, W, 3) uint8 to a picture file; its folder is created."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    """Write pixels (H, W, 3) uint8 to a picture file, atomically; its folder is created."""
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, partial(Image.fromarray(pixels).save, format=Image.registered_extensions()[file.suffix.lower()]))
 
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
