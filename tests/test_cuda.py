@@ -22,6 +22,7 @@ METHODS = {
     "cross": "--decoder cross --fuse_levels --predict_ratio 0.5 --class_tokens 3 --pos_embed learned --drop_path 0.1",
     "convvit": "--model convvit_pico --input_size 32",
     "mff": "--model mff_vit_pico --input_size 32",
+    "muon": "--optimizer muon --input_size 32 --sizes 16:0.5 32:0.5",
 }
 
 
@@ -30,15 +31,15 @@ def test_pretraining_on_a_pretended_gpu_equals_the_cpu_bit_for_bit(method, photo
     words = [*ALL, *METHODS[method].split()]
     pretrain(photos, tmp_path / "cpu", *words)
     with pretended_cuda():
-        pretrain(photos, tmp_path / "gpu", *words, *GPU, "--epochs", 1, "--warmup_epochs", 0)
-        with pytest.raises(ValueError, match="was trained with --epochs 1"):
+        pretrain(photos, tmp_path / "gpu", *words, *GPU, "--seed", 1)
+        with pytest.raises(ValueError, match="was trained with --seed 1"):
             pretrain(photos, tmp_path / "gpu", *words, *GPU)
         pretrain(photos, tmp_path / "gpu", *words, *GPU, "--resume", "none", "--overwrite")
     assert_same_run(tmp_path / "cpu", tmp_path / "gpu")
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-@pytest.mark.parametrize("method", ["vit", "cross", "convvit", "mff"])
+@pytest.mark.parametrize("method", ["vit", "cross", "convvit", "mff", "muon"])
 def test_loss_in_half_precision_is_close_to_float32(method, amp, photos, tmp_path):
     words = [*METHODS[method].split()]
     pretrain(photos, tmp_path / "off", *words)
@@ -142,14 +143,16 @@ def test_no_step_of_pretraining_waits_for_the_device(words, cuda, photos, tmp_pa
     assert eight == two
 
 
-def test_no_step_of_finetuning_waits_and_that_of_a_probe_waits_once(cuda, pretrained, photos, tmp_path):
-    flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos]
-    two, eight = (waits_of(n, cuda, "main_finetune", *flags, "--output_dir", tmp_path / f"f{n}") for n in (2, 8))
-    assert eight == two
-    two, eight = (waits_of(n, cuda, "main_linprobe", *flags, "--output_dir", tmp_path / f"p{n}") for n in (2, 8))
-    assert [(code.partition(" ")[2][:21], n) for (_, code), n in (eight - two).items()] == [
-        ("elif norm.isfinite():", 6)
-    ]
+def test_no_step_of_finetuning_waits_and_those_of_lars_and_muon_wait_once(cuda, pretrained, photos, tmp_path):
+    start = ["--checkpoint", pretrained / "last.pth", "--data_path", photos]
+    tune = ["main_finetune", *start]
+    probe = ["main_linprobe", *start]
+    muon = ["main_pretrain", *PRETRAIN, "--optimizer", "muon", "--data_path", photos, "--image_every", 0]
+    for words, waiting in ((tune, 0), (probe, 6), (muon, 6)):
+        place = ["--output_dir", tmp_path / words[0]]
+        two, eight = (waits_of(n, cuda, *words, *place, "--resume", "none", "--overwrite") for n in (2, 8))
+        found = {code.partition(" ")[2][:21]: n for (_, code), n in (eight - two).items()}
+        assert found == ({"elif norm.isfinite():": waiting} if waiting else {}), words[0]
 
 
 def test_a_planted_item_is_named_with_its_line(cuda, photos, tmp_path, monkeypatch):
