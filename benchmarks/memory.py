@@ -1,8 +1,8 @@
 """GPU memory of a training step, without a GPU. `python -m benchmarks.memory --model vit_base --batch_size 512`
 
-Takes the flags and recipes of main_pretrain.py; the optimiser counts as AdamW. The step runs on tensors without numbers (torch's FakeTensorMode), and the
-sizes of all that are alive at once are added up. Not counted, but left free on a card: the CUDA context, workspaces of
-libraries, DDP's buckets and fragmentation.
+Takes the flags and recipes of main_pretrain.py; the optimiser counts as AdamW. The step runs on tensors without numbers
+(torch's FakeTensorMode), and the sizes of all that are alive at once are added up. Not counted, but left free on a card: the
+CUDA context, workspaces of libraries, DDP's buckets and fragmentation.
 """
 
 import argparse

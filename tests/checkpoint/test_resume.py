@@ -642,7 +642,8 @@ def test_hanging_rank_ends_the_other_within_the_timeout(photos, tmp_path):
 
 @pytest.mark.slow  # three interpreters
 def test_ranks_save_and_end_if_their_torchrun_is_killed(photos, tmp_path):
-    flags = [*TWO_RANKS, "--epochs", 500, "--knn_every", 0, "--data_path", photos, "--output_dir", tmp_path]
+    flags = [*TWO_RANKS, "--epochs", 500, "--knn_every", 0, "--timeout_minutes", 1, "--data_path", photos]
+    flags += ["--output_dir", tmp_path]
     torchrun = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_pretrain.py", *flags)
     while not (tmp_path / "last.pth").exists() and torchrun.poll() is None:
         time.sleep(0.1)
