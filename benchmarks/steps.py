@@ -38,13 +38,14 @@ throughput.main()
 """
 
 
-def start(variant: str) -> subprocess.Popen:
+def start(variant: str) -> Any:
     """Process that does a step for each line on stdin and prints its seconds."""
-    folder, _, flags = variant.rpartition(":")
+    other, _, flags = variant.rpartition(":")
+    folder = Path(other).resolve() if other else Path(__file__).parents[1]
     command = [sys.executable, "-c", SERVER, "--device", "cpu", *shlex.split(flags)]
-    environment = os.environ | {"PYTHONPATH": str(Path(folder).resolve()), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder or ".", env=environment, stdin=pipe, stdout=pipe, text=True)
+    return subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
 
 def step_seconds(process: Any) -> float:
@@ -53,7 +54,7 @@ def step_seconds(process: Any) -> float:
     process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-        raise ValueError(f"this variant stopped, see above: {shlex.join(process.args[4:])}")
+        raise ValueError(f"this variant stopped, see above: {shlex.join(process.args[5:])}")
     return float(line)
 
 
