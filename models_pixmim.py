@@ -453,7 +453,7 @@ class PixMIM(nn.Module):
 def use_products(x: Tensor, length: int) -> bool:
     """True where explicit matrix products are faster than fused attention: on a CPU in half precision.
 
-    Torch's kernel needs less memory, so it is left to it where the scores of all heads would be large.
+    Longer sequences use the fused kernel, which needs less memory.
     """
     return x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and length <= 1024
 
