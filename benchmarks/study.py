@@ -194,7 +194,9 @@ class Runner:
         folder = Path(self.args.output_dir, self.study.name, arm.name, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         log, started = folder / f"{step}.txt", time.monotonic()
-        commit = git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()  # the checkout may have moved on
+        commit = (
+            git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
+        )  # the checkout may have moved on
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
         with log.open("a") as file, log.open() as output:
