@@ -49,6 +49,7 @@ class Arm(NamedTuple):
     seeds: list[int]
     steps: list[str]
     seconds: float | None  # of an epoch of pre-training, measured alone
+    values: dict[str, str]  # of other names in braces: those of [study], unless the arm has its own
 
 
 class Study(NamedTuple):
@@ -109,8 +110,9 @@ def read_study(path: str) -> Study:
             seeds = [int(seed) for seed in arm.get("seeds", about["seeds"]).split()]
             names = arm.get("steps", " ".join(name for name in steps if name != "pretrain" or "encoder" not in arm))
             title, flags, seconds = arm.get("title", section), arm.get("flags", ""), arm.getfloat("epoch_seconds")
-            arms.append(Arm(section, title, flags, encoder, seeds, names.split(), seconds))
-            if unknown := {*arm} - KEYS | {*names.split()} - {*steps}:
+            values = {name: arm.get(name, value) for name, value in about.items()}
+            arms.append(Arm(section, title, flags, encoder, seeds, names.split(), seconds, values))
+            if unknown := {*arm} - KEYS - {*about} | {*names.split()} - {*steps}:
                 raise ValueError(
                     f"[{section}] has {' '.join(sorted(unknown))}, which is neither a key of an arm nor a step"
                 )
@@ -124,7 +126,7 @@ def read_study(path: str) -> Study:
 
 def command_of(study: Study, arm: Arm, seed: int, step: str, folder: str, data: dict[str, str]) -> list[str]:
     """Words of a step's command; ValueError if it names data that are not given."""
-    names = data | {"seed": str(seed), "run": f"{folder}/{study.name}/{arm.name}/{seed}", "flags": arm.flags}
+    names = arm.values | data | {"seed": str(seed), "run": f"{folder}/{study.name}/{arm.name}/{seed}", "flags": arm.flags}
     try:
         names["encoder"] = arm.encoder.format(**names)
         return shlex.split(study.steps[step].format(**names))
@@ -194,7 +196,9 @@ class Runner:
         folder = Path(self.args.output_dir, self.study.name, arm.name, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         log, started = folder / f"{step}.txt", time.monotonic()
-        commit = git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()  # the checkout may have moved on
+        commit = (
+            git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
+        )  # the checkout may have moved on
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
         with log.open("a") as file, log.open() as output:

@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, call
+from conftest import MODEL, ROOT, call
 from PIL import Image
 from test_models import small_pixmim
 from torch import nn
@@ -131,3 +132,16 @@ def test_ranks_times_runs_with_one_and_two_ranks(tmp_path):
     (row,) = (tmp_path / "rows.md").read_text().splitlines()[2:]
     alone, together, ratio = map(float, re.search(r"1 rank (\S+) s, 2 ranks (\S+) s; (\S+)", row).groups())
     assert ratio == pytest.approx(together / alone, rel=0.01)
+
+
+@pytest.mark.slow
+def test_steps_times_variants_of_this_and_another_checkout(tmp_path):
+    small = shlex.join(map(str, SMALL))
+    variants = [f"{small} --batch_size 1", f"{ROOT}:{small} --batch_size 512"]
+    call("benchmarks.steps", *variants, "--rounds", 3, "--append", tmp_path / "rows.md")
+    (row,) = (tmp_path / "rows.md").read_text().splitlines()[2:]
+    ratios = [float(x) for x in re.findall(r" s; (\S+) \(", row)]
+    assert ratios[0] == 1
+    assert ratios[1] > 2  # 512 images
+    with pytest.raises(ValueError, match="--no_such_flag"):
+        call("benchmarks.steps", "--no_such_flag 1")

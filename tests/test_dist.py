@@ -3,6 +3,7 @@
 import json
 import re
 from datetime import timedelta
+from resource import RUSAGE_SELF, getrusage
 from unittest.mock import MagicMock
 
 import pytest
@@ -28,6 +29,14 @@ def test_python_without_srun_runs_as_a_single_process_in_an_sbatch_job():
     assert rank_from_env({}) == (0, 1, 0)
     assert rank_from_env({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}) == (0, 1, 0)
     assert rank_from_env({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == (0, 1, 0)
+
+
+def test_freed_memory_is_used_again_without_page_faults():
+    init_world("cpu", "off")
+    torch.ones(2**26)
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    torch.ones(2**26 - 2**12)  # 65,532 pages; a block of the same size would need some more for its alignment
+    assert getrusage(RUSAGE_SELF).ru_minflt - before < 100
 
 
 def test_rank_is_read_from_torchrun():

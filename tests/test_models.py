@@ -57,9 +57,9 @@ def small_pixmim(target: nn.Module | None = None, in_chans: int = 3, **kwargs) -
 
 @pytest.mark.parametrize(
     ("length", "amp", "fused"),
-    [(5, False, True), (256, False, True), (5, True, False), (256, True, False), (257, True, True)],
+    [(5, False, True), (256, False, True), (5, True, False), (1024, True, False), (1025, True, True)],
 )
-def test_attention_equals_timms_unfused_in_bf16_up_to_256_tokens_else_fused(length, amp, fused):
+def test_attention_equals_timms_unfused_in_bf16_up_to_1024_tokens_else_fused(length, amp, fused):
     x, timms, ours = torch.randn(2, length, 24), Attention(24, 3, qkv_bias=True), ShortAttention(24, 3, qkv_bias=True)
     ours.load_state_dict(perturb(timms).state_dict())
     timms.fused_attn = fused

@@ -243,6 +243,7 @@ def test_right_commands_of_every_kind_pass(monkeypatch):
         "python -m benchmarks.loading",
         "python -m benchmarks.ranks",
         "python -m benchmarks.startup",
+        "python -m benchmarks.steps '--amp bf16' '../old:--amp bf16'",
         "python -m tests.soak --data_path PHOTOS --kills 40",
         "python -m demo.digits",
         "FUZZ=300 .venv/bin/python -m pytest tests/test_fuzz.py",

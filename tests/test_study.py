@@ -28,15 +28,16 @@ while name == "slow" and not Path(run, "go").exists():
     time.sleep(0.01)
 if value == "broken":
     sys.exit("no such thing")
-print(json.dumps({"acc1": float(value), "heads": {"mean": {"acc1": 1.0}}}))
+print(json.dumps({"acc1": float(value), "heads": {"mean": {"acc1": float(sys.argv[4])}}}))
 """
 STUDY = """
 [study]
 about = a test
 seeds = 0 1 2
+nested = 1.0
 [steps]
-first = {script} first {seed}{flags} {run}
-second = {script} %s 5 {run}
+first = {script} first {seed}{flags} {run} {nested}
+second = {script} %s 5 {run} 0
 [columns]
 first = first acc1
 nested = first heads mean acc1
@@ -44,6 +45,7 @@ nested = first heads mean acc1
 flags = .5
 [b]
 title = the | other
+nested = 3.0
 flags = .25
 seeds = 1 2
 """
@@ -91,7 +93,7 @@ def test_means_deviations_and_paired_differences_are_those_computed_by_hand(stud
     run(study)
     a, b = [0.5, 1.5, 2.5], [1.25, 2.25]
     pairs = [1.25 - 1.5, 2.25 - 2.5]
-    means = f"{mean(b):.1f} ± {stdev(b):.1f} | 1.0 ± 0.0 |"
+    means = f"{mean(b):.1f} ± {stdev(b):.1f} | 3.0 ± 0.0 |"
     assert run(study, "--table") == [
         "a test",
         "",
@@ -102,7 +104,7 @@ def test_means_deviations_and_paired_differences_are_those_computed_by_hand(stud
         "",
         "| minus a, of the same seed (standard error) | seeds | first | nested |",
         "| --- | --- | --- | --- |",
-        f"| the \\| other | 1 2 | {mean(pairs):+.1f} ({stdev(pairs) / 2**0.5:.1f}) | +0.0 (0.0) |",
+        f"| the \\| other | 1 2 | {mean(pairs):+.1f} ({stdev(pairs) / 2**0.5:.1f}) | +2.0 (0.0) |",
     ]
     records = read_lines(study.parent / "records")
     one = [x | {"result": {"acc1": 7.0}} if x["seed"] == 2 else x for x in records if x["arm"] == "b"]

@@ -168,6 +168,13 @@ def choose_device(device: str, size: int, local_rank: int) -> torch.device:
     return chosen
 
 
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next tensors; by default each step gets it anew from Linux, by page faults."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are in the heap too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     """Join the process group that torchrun or Slurm describes: NCCL on GPUs, gloo on CPUs.
 
@@ -178,6 +185,8 @@ def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     end_with_launcher()
     chosen = choose_device(device, size, local_rank)
     check_precision(amp, chosen)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     control = None
     if size > 1:
         timeout = timedelta(minutes=timeout_minutes)
