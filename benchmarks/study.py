@@ -126,7 +126,9 @@ def read_study(path: str) -> Study:
 
 def command_of(study: Study, arm: Arm, seed: int, step: str, folder: str, data: dict[str, str]) -> list[str]:
     """Words of a step's command; ValueError if it names data that are not given."""
-    names = arm.values | data | {"seed": str(seed), "run": f"{folder}/{study.name}/{arm.name}/{seed}", "flags": arm.flags}
+    names = (
+        arm.values | data | {"seed": str(seed), "run": f"{folder}/{study.name}/{arm.name}/{seed}", "flags": arm.flags}
+    )
     try:
         names["encoder"] = arm.encoder.format(**names)
         return shlex.split(study.steps[step].format(**names))
