@@ -1,5 +1,6 @@
 """Atomic file writes, and checksums that detect damaged files."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -43,7 +44,7 @@ def lock_file(opened: int, message: str) -> None:
 def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
     """Write bytes, or whatever `fill(file)` writes, to `path`; the old file is replaced once the new one is on disk.
 
-    OSError with the path and the reason if that fails; the old file is then unchanged.
+    OSError with the path, the reason and its errno if that fails; the old file is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -59,7 +60,9 @@ def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
-        raise OSError(f"{path} cannot be written ({reason}); the previous file is unchanged") from error
+        failure = OSError(f"{path} cannot be written ({reason}); the previous file is unchanged")
+        failure.errno = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        raise failure from error
     sync_folder(path.parent)
     return path
 

@@ -83,7 +83,10 @@ def args_to_dict(args: Namespace) -> dict:
 def git(*command: str) -> bytes:
     """Output of git in this repository; empty if there is no git or no repository."""
     with suppress(OSError):
-        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, check=False).stdout
+        # safe.directory: a checkout may belong to another user
+        return subprocess.run(
+            ["git", "-c", "safe.directory=*", *command], cwd=Path(__file__).parent, capture_output=True, check=False
+        ).stdout
     return b""
 
 

@@ -1,9 +1,11 @@
 """Interrupted runs resume bit for bit: signals, kills, damaged checkpoints, full disks, non-finite steps and lost ranks."""
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 import time
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +40,7 @@ import main_linprobe
 import main_pretrain
 from util.checkpoint.resume import Progress
 from util.checkpoint.saver import Saver
-from util.checkpoint.state import read_checkpoint, store_checkpoint
+from util.checkpoint.state import read_checkpoint, store_checkpoint, write_checkpoint
 from util.checkpoint.writer import Writer
 from util.dist import World
 from util.files import write_atomic
@@ -409,6 +412,82 @@ def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fa
     with pytest.raises(OSError, match=r"No space left on device.*--on_full_disk"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 1)
     assert tries[0] <= len(calls) <= tries[0] + 2
+
+
+def test_an_error_of_the_writer_that_nobody_foresaw_ends_the_run(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match="division by zero; mend that and run the same command"):
+        pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EIO])
+def test_other_errors_than_a_full_disk_end_the_run(code, photos, tmp_path, monkeypatch):
+    """chattr +i, a disk that has become read-only, a deleted folder: waiting would not help."""
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) > 8 and Path(target).name == "last.pth":
+            raise OSError(code, os.strerror(code), str(target))
+        return real(source, target)
+
+    monkeypatch.setattr("util.checkpoint.state.os.replace", replace)
+    with pytest.raises(
+        OSError, match=rf"{os.strerror(code)}: .*last\.pth.*; mend that and run the same command to resume"
+    ):
+        pretrain(photos, tmp_path, *STEPS, "--epochs", 4, "--save_minutes", 0)
+    monkeypatch.undo()
+    pretrain(photos, tmp_path, *STEPS, "--epochs", 4)  # resumes what was saved before
+    assert read_checkpoint(tmp_path / "last.pth")["progress"]["epoch"] == 3
+
+
+def test_a_log_without_its_checkpoints_is_not_deleted_in_silence(photos, tmp_path):
+    pretrain(photos, tmp_path, *STEPS)
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"--output_dir {tmp_path} has the log of a run.*--resume none --overwrite"):
+        pretrain(photos, tmp_path, *STEPS)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+    assert any((tmp_path / "tensorboard").iterdir())
+    pretrain(photos, tmp_path, *STEPS, "--resume", "none", "--overwrite")
+    assert records(tmp_path)[0]["epoch"] < 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(photos, tmp_path):
+    pretrain(photos, tmp_path, *STEPS)
+    early = [
+        line for line in (tmp_path / "log.jsonl").read_text().splitlines(keepends=True) if json.loads(line)["epoch"] < 1
+    ]
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+    (tmp_path / "log.jsonl").write_text("".join(early))
+    pretrain(photos, tmp_path, *STEPS)
+    assert max(record["epoch"] for record in records(tmp_path)) == 2
+
+
+def test_another_number_of_threads_is_named(pretrained, photos, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
+    content = read_checkpoint(tmp_path / "run" / "last.pth") | {"threads": 7}
+    del content["format"]
+    sizes = [
+        "--epochs",
+        2,
+        "--batch_size",
+        8,
+        "--warmup_epochs",
+        1,
+        "--blr",
+        0.03,
+        "--image_every",
+        0,
+        "--save_every",
+        1,
+    ]
+    words = [*PRETRAIN, *sizes, "--data_path", photos, "--output_dir", tmp_path / "run"]
+    assert not any("threads" in line for line in call("main_pretrain", *words))
+    write_checkpoint(tmp_path / "run" / "last.pth", content)
+    assert any("saved with 7 threads" in line and "OMP_NUM_THREADS=7" in line for line in call("main_pretrain", *words))
 
 
 def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(uninterrupted, photos, tmp_path):

@@ -17,6 +17,7 @@ from util.args import resolve_defaults
 from util.checkpoint.state import FORMAT_1, NotARun, read_checkpoint
 from util.files import link_atomic, lock_file
 from util.formats.keys import mae_names
+from util.log import read_records
 from util.run import Run, args_to_dict
 
 # Flags that a resumed run may change: they affect where and how fast it runs, not what it computes.
@@ -154,7 +155,7 @@ def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optim
 
 def lock_folder(folder: Path) -> None:
     """Lock OUTPUT_DIR until this process ends; ValueError if another process holds the lock."""
-    opened = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open as long as the process lives
+    opened = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open as long as the process lives
     holder = os.read(opened, 100).decode(errors="replace") or "another run"
     lock_file(opened, f"--output_dir {folder}: {holder} is writing there; wait for it or stop it")
     with suppress(OSError):  # the disk may be full
@@ -166,6 +167,12 @@ def claim_folder(run: Run, path: Path | None) -> None:
     """Prepare OUTPUT_DIR for a run that resumes from `path` (None: a new run, which deletes the old one)."""
     folder, last = run.folder, run.folder / "last.pth"
     if path is None:
+        # each epoch ends with a checkpoint, so they have been removed
+        if run.resume == "auto" and any(record["epoch"] > 1 for record in read_records(folder / "log.jsonl")):
+            raise ValueError(
+                f"--output_dir {folder} has the log of a run, but not its checkpoints; put them back, choose another folder, "
+                "or delete the log by --resume none --overwrite"
+            )
         names = ("epoch-*.pth", "last.pth", "previous.pth", "log.jsonl", "bad_images.txt")
         for old in [old for name in names for old in folder.glob(name)]:
             old.unlink()

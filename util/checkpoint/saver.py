@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from util.checkpoint.resume import (
     Progress,
     check_same_run,
@@ -21,7 +23,7 @@ from util.checkpoint.writer import Writer
 from util.formats.keys import mae_names
 from util.run import args_to_dict, write_config
 
-NOTHING, SAVE, DISK_FULL, STOP = range(4)  # what a rank requests after a step; all ranks follow the largest
+NOTHING, SAVE, UNSAVED, STOP = range(4)  # what a rank requests after a step; all ranks follow the largest
 
 
 class Saver:
@@ -52,6 +54,12 @@ class Saver:
             load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
             position = f"epoch {progress.epoch + 1} of {run.args.epochs}, {progress.step} of {self.steps} steps done"
             run.log.info(f"resumed from {path}: {position}")
+            threads = content.get("threads", torch.get_num_threads())
+            if run.world.device.type == "cpu" and threads != torch.get_num_threads():
+                run.log.info(
+                    f"warning: saved with {threads} threads, now {torch.get_num_threads()}: sums of another order differ by about 1e-7; "
+                    f"OMP_NUM_THREADS={threads} continues bit for bit"
+                )
         if run.world.is_main:
             claim_folder(run, found[0] if found else None)
             write_config(run)
@@ -65,8 +73,8 @@ class Saver:
         requested = self.agreement.exchange(self.own_request())
         if requested == NOTHING:
             return
-        if requested == DISK_FULL:
-            self.fail_disk_full()
+        if requested == UNSAVED:
+            self.fail_unsaved()
         progress = position()
         self.save(progress)
         if requested == STOP:
@@ -76,8 +84,8 @@ class Saver:
         """What this rank requests."""
         if self.stop_request.signal:
             return STOP
-        if self.writer.error and self.run.args.on_full_disk == "stop":
-            return DISK_FULL
+        if self.writer.failed or (self.writer.error and self.run.args.on_full_disk == "stop"):
+            return UNSAVED
         return SAVE if self.is_save_due() else NOTHING
 
     def is_save_due(self) -> bool:
@@ -96,8 +104,8 @@ class Saver:
         requested = max(self.run.world.gather(self.own_request()))
         if requested == STOP:
             self.stop(progress)
-        if requested == DISK_FULL:
-            self.fail_disk_full()
+        if requested == UNSAVED:
+            self.fail_unsaved()
 
     def save(self, progress: Progress, permanent: str | None = None) -> None:
         """Copy the state to host memory; the writer thread stores it while training continues."""
@@ -111,6 +119,7 @@ class Saver:
             "scaler": state.scaler.state_dict(),
             "statistics": statistics,
             "progress": progress._asdict(),
+            "threads": torch.get_num_threads(),
             "steps": self.steps,
             "data": self.data,
             "batch": run.batch,
@@ -157,10 +166,11 @@ class Saver:
         stored = self.writer.flush(keep_waiting=lambda: waits and not self.stop_request.signal)
         self.stop_request.restore()
         if not stored:
-            self.fail_disk_full()
+            self.fail_unsaved()
 
-    def fail_disk_full(self) -> None:
+    def fail_unsaved(self) -> None:
         """Raise OSError with the reason why the checkpoint cannot be written."""
+        remedy = "mend that" if self.writer.failed else "free disk space (--on_full_disk)"
         self.writer.cancel()
         reason = self.writer.error or "rank 0 cannot write the checkpoint"
-        raise OSError(f"{reason}; free disk space and run the same command to resume (--on_full_disk)")
+        raise OSError(f"{reason}; {remedy} and run the same command to resume")

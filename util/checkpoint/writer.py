@@ -1,5 +1,6 @@
 """The thread that writes checkpoints while training continues."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,12 @@ class Writer:
         self.pending: tuple[dict, str | None] | None = None  # (content, permanent name); a thread runs while it is set
         self.error: Exception | None = None  # of the last attempt
         self.retry_now = threading.Event()
+
+    @property
+    def failed(self) -> bool:
+        """True after an error that waiting does not mend: all but a full disk or quota and too little memory."""
+        full = isinstance(self.error, OSError) and self.error.errno in (errno.ENOSPC, errno.EDQUOT, None)
+        return self.error is not None and not full and not isinstance(self.error, MemoryError)
 
     @property
     def busy(self) -> bool:
@@ -41,8 +48,10 @@ class Writer:
         while given := self.pending:
             try:
                 store_checkpoint(self.folder, *given)
-            except (OSError, MemoryError) as error:
+            except Exception as error:  # whatever it is, the run must learn of it
                 self.error = error
+                if self.failed:  # the run ends in its next step
+                    return
                 self.info(f"warning: {error}. Free disk space; retrying every {self.retry:.0f} s.")
                 if not self.wait_for_retry():
                     return
@@ -69,9 +78,9 @@ class Writer:
 
         Returns True if everything is stored.
         """
-        while self.pending and (self.busy or keep_waiting()):
+        while self.pending and (self.busy or (keep_waiting() and not self.failed)):
             time.sleep(0.005)
-        if self.pending:
+        if self.pending and not self.failed:
             self.error = None
             self.retry_now.set()
             while self.busy:
