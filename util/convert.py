@@ -10,7 +10,7 @@ if not __package__:  # python util/convert.py
     sys.path[0] = str(Path(__file__).parents[1])
 
 from util.args import Parser, SizeAction, number
-from util.files import printable
+from util.files import printable, write_failure
 from util.formats.commands import load_command
 from util.formats.hub import push
 from util.formats.keys import DECODER, FORMATS
@@ -55,6 +55,8 @@ def convert(
         if folder and out.is_dir():
             out.rmdir()
         os.replace(temporary, out)
+    except (OSError, RuntimeError) as error:
+        raise write_failure(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)

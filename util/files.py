@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import zipfile
@@ -41,6 +42,14 @@ def lock_file(opened: int, message: str) -> None:
         pass
 
 
+def write_failure(path: Path, error: OSError | RuntimeError) -> OSError:
+    """The error of a file that could not be written, with its path, reason and errno; torch raises RuntimeError for a full disk."""
+    reason = str(error).split("\n")[0]
+    failure = OSError(f"{path} cannot be written ({reason}); the previous file is unchanged")
+    failure.errno = error.errno if isinstance(error, OSError) else errno.ENOSPC
+    return failure
+
+
 def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
     """Write bytes, or whatever `fill(file)` writes, to `path`; the old file is replaced once the new one is on disk.
 
@@ -59,12 +68,26 @@ def write_atomic(path: Path, fill: bytes | Callable[[BinaryIO], Any]) -> Path:
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0]
-        failure = OSError(f"{path} cannot be written ({reason}); the previous file is unchanged")
-        failure.errno = error.errno if isinstance(error, OSError) else errno.ENOSPC
-        raise failure from error
+        raise write_failure(path, error) from error
     sync_folder(path.parent)
     return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file that `read_json` reads, with the `content_hash` of what is in it."""
+    plain = json.loads(json.dumps(content))
+    write_atomic(path, (json.dumps(plain | {"sha256": content_hash(plain)}, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """The dictionary in a file of `write_json`; ValueError with its path if it is damaged. Earlier files have no checksum."""
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or ("sha256" in content and not checksum_matches(content)):
+            raise ValueError("its checksum is wrong")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({printable(error)})") from error
+    return content
 
 
 def append_line(path: Path, line: str) -> None:
@@ -91,6 +114,12 @@ def link_atomic(source: Path, path: Path) -> None:
     except OSError:
         with source.open("rb") as file:
             write_atomic(path, lambda copy: shutil.copyfileobj(file, copy))
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_hash(content: Any) -> str:

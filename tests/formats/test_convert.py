@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_same
+from conftest import assert_same, ended, spawn
 from reference.make import read
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -874,6 +874,16 @@ def test_a_full_disk_changes_no_file_and_leaves_no_temporary_file(mae, tmp_path,
         convert.convert(path, out, "timm")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["in.pth", "out.pth"]
     assert out.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("target", ["timm", "mae", "mmpretrain", "mmseg", "detectron2", "timm --folder", "hf"])
+def test_a_file_too_large_is_one_line_with_its_name(target, mae, tmp_path):
+    path, out = save_content(tmp_path, {"model": mae}), tmp_path / "out"
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\nfrom util.convert import main; main()"
+    status, _, err = ended(spawn("-c", limited, path, out, "--to", *target.split()))
+    assert status == 1
+    assert re.fullmatch(rf"error: {out} cannot be written \(.*\); the previous file is unchanged\n", err)
+    assert [x.name for x in tmp_path.iterdir()] == ["in.pth"]
 
 
 def test_formats_import_only_torch_and_the_standard_library():

@@ -108,10 +108,12 @@ def rename_tensors(state: State, target: str, backbone: str) -> State:
 
 def _save_folder(folder: Path, state: State, files: dict[str, dict]) -> None:
     """Write model.safetensors and JSON files; transformers 4.x requires the format in the metadata."""
-    from safetensors.torch import save_file  # a dependency of timm; only this format needs it
+    from safetensors.torch import save  # a dependency of timm; only this format needs it
 
     folder.mkdir()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(
+        save(state, metadata={"format": "pt"})
+    )  # save_file has errors of its own
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
