@@ -163,8 +163,8 @@ def parse_lines(text: str) -> list[dict]:
     """The records in lines of log.jsonl, without truncated or damaged ones."""
     records = []
     for line in text.splitlines(keepends=True):
-        with suppress(ValueError):
-            record = json.loads(line)
+        with suppress(ValueError, RecursionError):
+            format_line(record := json.loads(line))  # refuses nan
             if line.endswith("\n") and isinstance(record, dict) and type(record.get("epoch")) in (int, float):
                 records.append(record)
     return records

@@ -68,7 +68,17 @@ def test_a_full_disk_keeps_the_old_picture_and_names_it(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"epoch": null, "loss": 1}\n', '{"epoch": "x"}\n', "\udcff\n", '{"epoch": 1, "lo', "[1]\n"]
+    "line",
+    [
+        '{"epoch": null, "loss": 1}\n',
+        '{"epoch": "x"}\n',
+        "\udcff\n",
+        '{"epoch": 1e999}\n',
+        '{"epoch": 1, "loss": "x"}\n',
+        "[" * 10**5 + "\n",
+        '{"epoch": 1, "lo',
+        "[1]\n",
+    ],
 )
 def test_damaged_lines_are_left_out(line, tmp_path, drawn):
     good = json.dumps({"epoch": 1, "loss": 0.5}) + "\n"

@@ -25,7 +25,7 @@ def read_curve(folder: str, key: str) -> tuple[list[float], list[float]]:
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"RUN {folder}: {path} does not exist; RUN must be the --output_dir of a run")
-    points = [(record["epoch"], record[key]) for record in read_records(path) if record.get(key) is not None]
+    points = [(record["epoch"], record[key]) for record in read_records(path) if type(record.get(key)) in (int, float)]
     return [x for x, _ in points], [y for _, y in points]
 
 
