@@ -17,6 +17,7 @@ import torch
 from benchmarks.results import append
 from util.args import Parser, number, run_main
 from util.data.cache import ENTRY, FORMAT, shard_path
+from util.files import hash_file
 
 OPEN_SOURCE = """
 import resource, sys, time
@@ -44,7 +45,13 @@ def make_cache(folder: Path, count: int) -> None:
         os.truncate(shard_path(folder, shard), length)
     manifest = {"format": FORMAT, "input_size": [224, 224], "crop_interpolation": "bilinear", "in_chans": 3}
     shards = [{"bytes": int(length), "sha256": ""} for length in lengths]
-    manifest |= {"payload": "raw", "images": count, "classes": [], "shards": shards, "index_sha256": ""}
+    manifest |= {
+        "payload": "raw",
+        "images": count,
+        "classes": [],
+        "shards": shards,
+        "index_sha256": hash_file(folder / "index.npy"),
+    }
     for name in ("plan.json", "manifest.json"):
         (folder / name).write_text(json.dumps(manifest))
 

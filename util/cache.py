@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -29,20 +28,15 @@ from util.data.folders import Source
 from util.data.pixels import MAX_PIXELS, PixelOptions
 from util.data.ranges import resolve_pixels
 from util.data.sources import indexed_source
-from util.files import printable, write_atomic
+from util.files import hash_file, printable, read_json, write_atomic, write_json
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Compare the shards and the index with their digests in the manifest."""
+    """Compare the shards with their digests in the manifest; `Cache` does so with the index."""
     cache = Cache(args.cache)
     files = {shard_path(cache.folder, shard): digest for shard, digest in enumerate(cache.shard_digests)}
-    files[cache.folder / "index.npy"] = cache.index_digest
-    damaged = []
-    for path, digest in tqdm(files.items(), unit="file", file=sys.stdout):
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                damaged.append(path.name)
-    if damaged:
+    bar = tqdm(files.items(), unit="file", file=sys.stdout)
+    if damaged := [path.name for path, digest in bar if hash_file(path) != digest]:
         raise ValueError(f"{args.cache}: damaged: {' '.join(damaged)}; delete them and build again with the same flags")
     print(f"{args.cache}: {len(cache)} images in {len(cache.shard_digests)} shards, all undamaged")
 
@@ -100,11 +94,11 @@ class PackDataset(Dataset):
 def read_plan(path: Path) -> dict:
     """The plan of an earlier call; ValueError if it is damaged."""
     try:
-        plan = json.loads(path.read_bytes())
+        plan = read_json(path)
         if type(plan["images_per_shard"]) is int and plan["images_per_shard"] > 0:
             return plan
         reason = "no images_per_shard"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         reason = printable(error)
     raise ValueError(f"{path} is damaged ({reason}): delete its folder and build again")
 
@@ -171,24 +165,26 @@ class Builder:
                 f"--out {self.folder} needs {needed / 2**30:.2f} GiB more, but only {free / 2**30:.2f} GiB are free; "
                 "choose another disk, a smaller --input_size or --payload zstd or jpeg"
             )
-        write_atomic(plan_path, json.dumps(self.plan).encode())
+        write_json(plan_path, self.plan)
 
     def shard_ranges(self) -> list[tuple[int, int]]:
         """(first image, one past the last) of each shard."""
         count, per_shard = len(self.source), self.plan["images_per_shard"]
         return [(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
 
-    def load_shard_index(self, shard: int) -> tuple[np.ndarray, str, np.ndarray | None] | None:
-        """(index entries, SHA-256, image and place of each tile) of a finished shard; None if it is unfinished or has another size."""
+    def load_shard_index(self, shard: int) -> tuple[np.ndarray, str, np.ndarray] | None:
+        """(index entries, SHA-256, image and place of each entry) of a finished shard; None if it is unfinished or of other images."""
         path, part = shard_path(self.folder, shard), self.folder / f"shard-{shard:05d}.npz"
         if not (path.exists() and part.exists()):
             return None
         try:
             with part.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 entries, digest, size = found["entries"], str(found["digest"]), int(found["size"])
-                places = found["places"] if self.args.tile else None
+                places = found["places"]
             if entries.dtype != ENTRY or entries.ndim != 1:
                 raise ValueError(f"it holds {entries.dtype}")
+            if not np.array_equal(np.unique(places[:, 0]), np.arange(*self.shard_ranges()[shard])):
+                raise ValueError("it holds other images")
         except Exception as error:  # a damaged zip raises everything from OSError to zlib.error
             tqdm.write(f"{part} is damaged ({printable(error)}): its shard is built again", file=sys.stdout)
             return None
@@ -250,7 +246,7 @@ class Builder:
         shards = [{"bytes": size, "sha256": part[1]} for size, part in zip(sizes, parts, strict=True) if part]
         digest = hashlib.sha256(content.getvalue()).hexdigest()
         manifest = self.plan | {"images": len(index), "shards": shards, "index_sha256": digest}
-        write_atomic(self.folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+        write_json(self.folder / "manifest.json", manifest)
 
 
 def build(args: argparse.Namespace) -> None:

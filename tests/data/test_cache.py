@@ -28,6 +28,7 @@ from util.data.folders import image_folder
 from util.data.pixels import PixelOptions
 from util.data.sources import pretrain_source
 from util.data.transforms import pretrain_transform
+from util.files import read_json, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python >= 3.12: forked workers
 BUILD = ["--workers", 1, "--shard_mib", 0.004]  # two images of 16 x 24 pixels per shard
@@ -215,6 +216,29 @@ def test_a_damaged_plan_is_named(content, packed, photos, tmp_path):
         build(photos, out)
 
 
+def change_value(path: Path, name: str, value: object) -> None:
+    """Change a value in a JSON file, but not its checksum."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+
+def test_a_changed_value_in_a_plan_or_manifest_is_named(packed, photos, tmp_path):
+    out = shutil.copytree(packed, tmp_path / "cache")
+    change_value(out / "manifest.json", "crop_interpolation", "bicubic")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(its checksum is wrong"):
+        Cache(out)
+    change_value(out / "plan.json", "images_per_shard", 3)
+    with pytest.raises(ValueError, match=r"plan\.json is damaged \(its checksum is wrong"):
+        build(photos, out)
+
+
+def test_a_shard_of_other_images_is_built_again(packed, photos, tmp_path):
+    out = shutil.copytree(packed, tmp_path / "cache")
+    shutil.copy(out / "shard-00002.npz", out / "shard-00001.npz")
+    shutil.copy(out / "shard-00002.bin", out / "shard-00001.bin")
+    assert any("shard-00001.npz is damaged (it holds other images)" in line for line in build(photos, out))
+    assert files(out)["index.npy"] == files(packed)["index.npy"]
+
+
 def test_workers_end_if_their_build_was_killed_while_they_were_born(monkeypatch):
     """torch would let such a worker wait for ever; `init_worker` is told the process that started it."""
     ended = []
@@ -327,7 +351,7 @@ def spoil(folder: Path, name: str, content: bytes) -> None:
 
 def manifest(folder: Path, **changes) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_json(path, read_json(path) | changes)
 
 
 class Bomb:
@@ -351,6 +375,7 @@ def far_index(folder: Path, offset: int = 2**40) -> None:
         (lambda f: np.save(f / "index.npy", np.array([Bomb()], object)), "damaged cache: .*Python objects"),
         (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[:5]), "has .5,. entries"),
         (far_index, r"index\.npy points beyond the shards"),
+        (lambda f: far_index(f, 0), r"checksum of index\.npy is wrong"),
         (lambda f: spoil(f, "manifest.json", b"{"), "damaged cache"),
         (lambda f: spoil(f, "manifest.json", b"[" * 10**5), "damaged cache"),
         (lambda f: manifest(f, payload="webp"), "'pixmim-cache-1' with 'webp'"),
@@ -383,7 +408,7 @@ def test_verify_names_an_index_with_a_changed_offset(packed, tmp_path):
     index = np.load(folder / "index.npy")
     index["offset"][1] -= 1
     np.save(folder / "index.npy", index)
-    with pytest.raises(ValueError, match=r"damaged: index\.npy;"):
+    with pytest.raises(ValueError, match=r"the checksum of index\.npy is wrong"):
         call("util.cache", "verify", folder)
 
 

@@ -1,7 +1,6 @@
 """Packed cache of resized images: format and reading. `util/cache.py` builds it."""
 
 import io
-import json
 import os
 import resource
 import threading
@@ -15,7 +14,7 @@ from PIL import Image
 
 from util.data.folders import Source
 from util.data.pixels import PixelOptions
-from util.files import printable
+from util.files import hash_file, printable, read_json
 
 FORMAT = "pixmim-cache-1"
 PAYLOADS = ("raw", "zstd", "jpeg")
@@ -70,18 +69,20 @@ class Cache(Source):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
+            manifest = read_json(self.folder / "manifest.json")
             if manifest["format"] != FORMAT or manifest["payload"] not in PAYLOADS:
                 raise ValueError(f"its format is {manifest['format']!r} with {manifest['payload']!r}, not {FORMAT!r}")
             self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
             self.flags |= {flag: manifest.get(flag) for flag in PIXEL_FLAGS}
             self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
             self.shard_digests = [str(shard["sha256"]) for shard in manifest["shards"]]
-            self.index_digest, self.names_digest = str(manifest["index_sha256"]), manifest.get("names")
+            self.names_digest = manifest.get("names")
             sizes = np.array([int(shard["bytes"]) for shard in manifest["shards"]], np.uint64)
             index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
             self.index = index.view(np.ndarray)  # still mapped; a memmap is slower to index
             self.check_index(manifest["images"], sizes)
+            if hash_file(self.folder / "index.npy") != manifest["index_sha256"]:
+                raise ValueError("the checksum of index.npy is wrong")
             cut = self.folder / "tiles.npy"
             self.tiles = np.load(cut, allow_pickle=False) if cut.exists() else None  # (N, 3): image, top, left
         except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, OverflowError) as error:
