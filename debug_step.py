@@ -6,7 +6,6 @@ the weights before the step. A run on several ranks needs torchrun with as many 
 """
 
 import importlib
-import json
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from util.args import Parser, number, resolve_defaults, run_main
 from util.checkpoint.resume import Progress, find_checkpoint, load_checkpoint
 from util.data.batches import DevicePrefetcher
 from util.dist import autocast, init_world
-from util.files import write_atomic
+from util.files import read_json, write_atomic
 from util.formats.keys import mae_names
 from util.log import Log
 from util.rng import seed_everything, step_seed
@@ -91,7 +90,7 @@ def read_config(folder: Path) -> dict:
     """Content of config.json in the output folder of a run; ValueError if it is missing or damaged."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         return config | {"args": Namespace(**config["args"] | {"input_size": tuple(config["args"]["input_size"])})}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or damaged; RUN is the --output_dir of a run") from error

@@ -16,8 +16,6 @@ OUTPUT_DIR holds
     .lock                   held while a process writes here
 """
 
-import hashlib
-import json
 import os
 import socket
 import subprocess
@@ -33,7 +31,7 @@ import torch
 import torchvision
 
 from util.dist import World, cpu_has_bf16, init_world
-from util.files import write_atomic
+from util.files import read_json, write_atomic, write_json
 from util.log import Log
 from util.lr_sched import warmup_cosine
 
@@ -102,12 +100,6 @@ def versions() -> dict:
     }
 
 
-def hash_file(path: str) -> str:
-    """SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def split_effective_batch(effective: int, batch_size: int, ranks: int) -> tuple[int, int]:
     """(images per forward pass, at most `batch_size`; forward passes) of each rank for `effective` images per step."""
     per_rank, rest = divmod(effective, ranks)
@@ -128,12 +120,16 @@ def launcher_ids() -> dict[str, str]:
     return found
 
 
+def read_config(folder: Path) -> dict:
+    """Content of config.json in the output folder of a run; {} if it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        return read_json(folder / "config.json")
+    return {}
+
+
 def is_restart(folder: Path) -> bool:
     """True if a launcher has restarted the command that began the run in this folder."""
-    try:
-        written = json.loads((folder / "config.json").read_text())["jobs"]
-    except (OSError, ValueError, KeyError):
-        return False
+    written = read_config(folder).get("jobs", {})
     now = launcher_ids()
     if not int(os.environ.get("SLURM_RESTART_COUNT", 0)):  # one allocation may run several commands
         now.pop("slurm", None)
@@ -204,7 +200,7 @@ def write_config(run: Run) -> None:
         "origin": run.origin,
         **versions(),
     }
-    write_atomic(run.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_json(run.folder / "config.json", config)
     if changes := git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD"):  # of tracked files
         write_atomic(run.folder / "changes.diff", changes)
     else:

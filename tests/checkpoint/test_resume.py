@@ -630,6 +630,17 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
         call("debug_step", tmp_path / "nowhere", 3)
 
 
+@pytest.mark.parametrize("content", [b"[]", b"null", b'{"jobs": []}', b'{"args": null}', b"\xff", b"[" * 10**5])
+def test_a_run_resumes_with_a_damaged_config_file(content, photos, pretrained, tmp_path):
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    whole, content = json.loads((run / "config.json").read_text()), content.replace(b"{", b'{"sha256": "0", ')
+    (run / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run/config.json is missing or damaged"):
+        call("debug_step", run, 3)
+    pretrain(photos, run, "--save_every", 1, "--image_every", 1)
+    assert json.loads((run / "config.json").read_text())["args"] == whole["args"] | {"output_dir": str(run)}
+
+
 def test_nonfinite_step_keeps_probe_weights_and_batch_norm_statistics(pretrained, photos, tmp_path, monkeypatch):
     states, after_step, made, calls = [], Saver.after_step, main_linprobe.probe_loss, []
 

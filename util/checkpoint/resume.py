@@ -1,6 +1,5 @@
 """Which checkpoint a run resumes from, whether it belongs to this run, and loading it."""
 
-import json
 import os
 import shlex
 import shutil
@@ -18,7 +17,7 @@ from util.checkpoint.state import FORMAT_1, NotARun, read_checkpoint
 from util.files import link_atomic, lock_file
 from util.formats.keys import mae_names
 from util.log import read_records
-from util.run import Run, args_to_dict
+from util.run import Run, args_to_dict, read_config
 
 # Flags that a resumed run may change: they affect where and how fast it runs, not what it computes.
 FREE = {
@@ -56,10 +55,8 @@ def candidates(folder: Path, resume: str) -> list[Path]:
 def recorded_args(args: Namespace) -> dict:
     """Arguments in the config.json beside the checkpoint that this command resumes from; {} for a new run."""
     paths = candidates(Path(args.output_dir), args.resume)
-    try:
-        return json.loads((paths[0].parent / "config.json").read_text())["args"] if paths else {}
-    except (OSError, ValueError, KeyError):  # deleted or damaged: decided again, and compared with the checkpoint
-        return {}
+    # deleted or damaged: decided again, and compared with the checkpoint
+    return read_config(paths[0].parent).get("args", {}) if paths else {}
 
 
 def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Path, dict, Progress] | None:

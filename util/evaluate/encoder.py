@@ -12,12 +12,12 @@ from util.args import channel_statistics
 from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
+from util.files import hash_file
 from util.formats.initial import adapt_channels
 from util.formats.keys import join_names, to_timm
 from util.formats.read import read_weights, weights_file
 from util.formats.resize import resample_pos_embed
 from util.formats.weights import Weights
-from util.run import hash_file
 
 # timm's VisionTransformer, or an encoder with its forward_features, forward_head, num_prefix_tokens, embed_dim
 Encoder = Any
