@@ -42,7 +42,7 @@ from util.evaluate.encoder import (
     read_architecture,
 )
 from util.evaluate.scores import print_result
-from util.files import lock_file, write_atomic
+from util.files import lock_file, printable, read_json, write_atomic, write_json
 from util.meters import log_bad_images
 from util.run import args_to_dict
 
@@ -78,19 +78,29 @@ def join_names(names: list[str]) -> bytes:
     return "".join(f"{name}\0" for name in names).encode(errors="surrogateescape")
 
 
-def read_partial(side: Path, size: int, names: list[str], key: dict) -> dict:
-    """What an interrupted call has done, from PATH.partial.json; {"done": 0, ...} if there is none that fits."""
+def read_partial(side: Path, file: BinaryIO, names: list[str], key: dict) -> tuple[dict, Any]:
+    """(What an interrupted call has done, from PATH.partial.json; SHA-256 of its rows in `file`, which is cut to them).
+
+    {"done": 0, ...} if there is none that fits.
+    """
+    state = {"key": key, "done": 0, "unreadable": [], "size": 0, "start": 0, "row": None}
     if side.exists():
-        state = json.loads(side.read_text())
-        if (
-            state["key"] == key
-            and state["names"] == hash_names(names[: state["done"]]).hexdigest()
-            and state["size"] <= size
-        ):
-            print(f"continues after {state['done']} of {len(names)} images", file=sys.stderr)
-            return state
-        print(f"{side} is of other flags or images: starting from the first image", file=sys.stderr)
-    return {"key": key, "done": 0, "unreadable": [], "size": 0, "row": None}
+        try:
+            found = read_json(side)
+            if found["key"] == key and found["names"] == hash_names(names[: found["done"]]).hexdigest():
+                file.truncate(found["size"])
+                file.seek(found["start"])
+                rows = hashlib.file_digest(file, "sha256")
+                if rows.hexdigest() != found["rows"]:
+                    raise ValueError(f"{side.with_suffix('')} is damaged")
+                print(f"continues after {found['done']} of {len(names)} images", file=sys.stderr)
+                return found, rows
+            reason = f"{side} is of other flags or images"
+        except (ValueError, KeyError) as error:  # KeyError: of an earlier version
+            reason = str(error)
+        print(printable(f"{reason}: starting from the first image"), file=sys.stderr)
+    file.truncate(0)
+    return state, hashlib.sha256()
 
 
 def write_header(file: BinaryIO, shape: list[int]) -> None:
@@ -117,8 +127,7 @@ def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], 
     partial, side = (path.with_name(f"{path.name}.partial{suffix}") for suffix in ("", ".json"))
     with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         lock_file(file.fileno(), f"--output {path}: another process is writing it")
-        state = read_partial(side, partial.stat().st_size, names, key)
-        file.truncate(state["size"])
+        state, written = read_partial(side, file, names, key)
         digest = hash_names(names[: state["done"]])
         seconds = 0.5 if sys.stderr.isatty() else 30
         with tqdm(total=len(names), initial=state["done"], unit="image", mininterval=seconds, file=sys.stderr) as bar:
@@ -127,14 +136,16 @@ def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], 
                     state["row"] = rows.shape[1:]
                     check_space(path, rows[:1].nbytes * len(names))
                     write_header(file, [0, *state["row"]])
+                    state["start"] = file.tell()
                 file.seek(0, os.SEEK_END)
-                file.write(rows.tobytes())
+                file.write(content := rows.tobytes())
+                written.update(content)
                 file.flush()
                 os.fsync(file.fileno())
                 state["unreadable"] += sorted({*range(state["done"], done)} - {*used})
                 digest.update(join_names(names[state["done"] : done]))
-                state |= {"done": done, "names": digest.hexdigest(), "size": file.tell()}
-                write_atomic(side, json.dumps(state).encode())
+                state |= {"done": done, "names": digest.hexdigest(), "rows": written.hexdigest(), "size": file.tell()}
+                write_json(side, state)
                 bar.update(done - bar.n)
             if state["row"] is None:
                 raise ValueError("--data_path: no image can be read")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import tarfile
@@ -232,6 +233,33 @@ def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_
     extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "z.npy", "--batch_size", 2, "--pool", "mean")
     assert "other flags or images" in capfd.readouterr().err
     assert not np.array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "z.npy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("x.npy.partial", lambda x: x[:200] + bytes([x[200] ^ 8]) + x[201:]),
+        ("x.npy.partial", lambda x: x[:1000]),
+        ("x.npy.partial.json", lambda x: x[:40] + b"\xff" + x[40:]),
+        ("x.npy.partial.json", lambda x: x[:40]),
+        ("x.npy.partial.json", lambda x: b"[]"),
+        ("x.npy.partial.json", lambda x: re.sub(rb'"size": \d+', b'"size": -1', x)),
+    ],
+)
+def test_a_damaged_partial_file_is_named_and_begun_again(name, damage, photos, pretrained, tmp_path, capfd):
+    words = ["--batch_size", 4, *ON_CPU, "--data_path", photos, "--checkpoint", pretrained / "last.pth", "--output"]
+    result("main_features", *words, tmp_path / "whole.npy")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="the same command continues"):
+            result("main_features", *words, tmp_path / "x.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    result("main_features", *words, tmp_path / "x.npy")
+    assert f"{tmp_path / name} is damaged" in capfd.readouterr().err
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_several_ranks_are_refused(photos, pretrained, tmp_path, monkeypatch):
