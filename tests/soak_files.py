@@ -66,6 +66,9 @@ def module(name: str, *words, limit: int | None = None) -> list:
     return ["-c", f"{limited}import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)", *words]
 
 
+words = str.split  # of a command line
+
+
 def run(command: list) -> tuple[int | None, str, str]:
     return ended(spawn(*command))
 
@@ -91,32 +94,30 @@ class Files:
                 tar.add(self.images / split, split)
         now, data_path = self.now, ["--data_path", self.images, "--on_bad_image", "skip"]
         checkpoint, common = now / "run" / "last.pth", [*DEVICE, "--on_bad_image", "skip"]
-        trained = [*PRETRAIN, "--batch_size", 8, "--warmup_epochs", 1, "--save_every", 1, "--on_full_disk", "stop"]
-        self.pretrain = ["main_pretrain.py", *trained, "--epochs", 3, "--image_every", 1, *data_path, "--output_dir"]
+        trained = [*PRETRAIN, *words("--batch_size 8 --warmup_epochs 1 --save_every 1 --on_full_disk stop")]
+        self.pretrain = ["main_pretrain.py", *trained, *words("--epochs 3 --image_every 1"), *data_path, "--output_dir"]
         knn = ["main_knn.py", "--checkpoint", checkpoint, *common]
         self.knn = [*knn, "--data_path", self.images]
         probe = ["main_linprobe.py", *DEVICE, *data_path]
-        self.features = ["main_features", "--checkpoint", checkpoint, *data_path, "--device", "cpu", "--num_workers", 0,
-                         "--batch_size", 4, "--output"]  # fmt: skip
-        self.build = ["util.cache", "build", *data_path, "--input_size", 16, "--tile", 20, "--shard_mib", 0.02,
-                      "--workers", 0, "--out"]  # fmt: skip
+        extract = words("--device cpu --num_workers 0 --batch_size 4 --output")
+        self.features = ["main_features", "--checkpoint", checkpoint, *data_path, *extract]
+        pack = words("--input_size 16 --tile 20 --shard_mib 0.02 --workers 0 --out")
+        self.build = ["util.cache", "build", *data_path, *pack]
         on_cache = [
             "main_pretrain.py",
             *trained,
-            "--epochs",
-            1,
-            "--data_path",
+            *words("--epochs 1 --data_path"),
             now / "cache",
             "--output_dir",
             now / "c",
         ]
         cached = "cache/manifest.json cache/index.npy cache/tiles.npy cache/plan.json cache/shard-*.bin"
-        resumed = (
+        run_files = (
             "config.json log.jsonl changes.diff bad_images.txt tensorboard/* last.pth previous.pth epoch-0001.pth .lock"
         )
+        resumed = " ".join(f"run/{name}" for name in words(run_files))
         self.tools = {
-            "resume": Tool(" ".join(f"run/{name}" for name in resumed.split()), [*self.pretrain, now / "run"],
-                           lambda _: self.weights("run")),
+            "resume": Tool(resumed, [*self.pretrain, now / "run"], lambda _: self.weights("run")),
             "debug_step.py": Tool("run/config.json run/last.pth run/epoch-0001.pth", ["debug_step.py", now / "run", 5], last_line),
             "curves": Tool("run/log.jsonl", module("util.plots.curves", now / "run", "--output", now / "x.png"), last_line),
             "report": Tool("results.jsonl", module("util.report", now / "results.jsonl"), str),
@@ -136,21 +137,8 @@ class Files:
                 f"{name}{parts}", module("util.convert", now / name, now / "back.pth", "--to", "mae"),
                 lambda _: content_hash(read_weights(now / "back.pth").state),
             )  # fmt: skip
-        self.prepare(
-            [
-                *probe,
-                "--checkpoint",
-                checkpoint,
-                "--epochs",
-                1,
-                "--warmup_epochs",
-                0,
-                "--train_fraction",
-                0.5,
-                "--batch_size",
-                4,
-            ]
-        )
+        short = words("--epochs 1 --warmup_epochs 0 --train_fraction 0.5 --batch_size 4 --checkpoint")
+        self.prepare([*probe, *short, checkpoint])
 
     def weights(self, folder: str) -> str:
         content = read_checkpoint(self.now / folder / "last.pth")
@@ -172,13 +160,13 @@ class Files:
         (now / "run" / "epoch-0003.pth").unlink()
         (now / "run" / "changes.diff").touch()
         shutil.copytree(now, self.whole)
-        self.results = {name: self.try_tool(tool, None)[1] for name, tool in self.tools.items()}
+        self.results = {name: self.try_tool(tool)[1] for name, tool in self.tools.items()}
 
     def restore(self) -> None:
         shutil.rmtree(self.now)
         shutil.copytree(self.whole, self.now)
 
-    def try_tool(self, tool: Tool, damage: tuple[Path, str] | None) -> tuple[str, object, str]:
+    def try_tool(self, tool: Tool, damage: tuple[Path, str] | None = None) -> tuple[str, object, str]:
         """(what happened, result or None, errors) of a tool after the damage of a file."""
         self.restore()
         if damage:
@@ -187,9 +175,8 @@ class Files:
             if kind == "deleted":
                 path.unlink()
         status, out, err = run(tool.command)
-        name = damage[0] if damage else Path("-")
-        found = outcome(status, out + err, name.name, name.parent.name)
         assert damage or status == 0, err
+        found = outcome(status, out + err, *([path.name, path.parent.name] if damage else []))
         return found, tool.result(out) if found == "right" else None, out[-2000:] + err
 
 
@@ -244,9 +231,8 @@ def full_round(files: Files, disk: Path, mounted: bool) -> tuple[str, str, str]:
             filler.write(bytes(max(0, shutil.disk_usage(disk).free - free)))
     status, out, err = run(module(*commands[name], limit=None if mounted else max(1, free)))
     (disk / "filler").unlink(missing_ok=True)
-    found, left = outcome(status, out + err, path.name, str(disk)), [p.name for p in disk.iterdir()]
-    temporary = [x for x in left if "tmp" in x]
-    if temporary or (may_exist and status and not path.read_bytes().startswith(old)):
+    found, left = outcome(status, out + err, str(path)), [entry.name for entry in disk.iterdir()]
+    if any("tmp" in name for name in left) or (may_exist and status and not path.read_bytes().startswith(old)):
         found = "differs"
     for entry in disk.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -268,6 +254,7 @@ def soak(data: Path, rounds: int, seed: int, work: Path) -> dict[str, Counter]:
             if found not in ("right", "line"):
                 print(f"--- {turn} {name}: {found}: {details}", file=sys.stderr, flush=True)
     finally:
+        FORKS.close()
         if mounted:
             subprocess.run(["umount", "-l", disk], check=True)
     return counts
@@ -281,7 +268,6 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as work:
         counts = soak(args.data_path, args.rounds, args.seed, Path(work))
-    FORKS.close()
     print(f"| file or tool | {' | '.join(COUNTED)} |\n| --- |{' --- |' * len(COUNTED)}")
     total = sum(counts.values(), Counter())
     for name, found in [*sorted(counts.items()), ("total", total)]:
