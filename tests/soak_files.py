@@ -200,7 +200,7 @@ def damage_round(files: Files) -> tuple[str, str, str]:
     path, kind = random.choice(sorted(files.now.glob(pattern))), random.choice([*KINDS])
     found, result, text = files.try_tool(files.tools[name], (path, kind))
     if found == "right" and result != files.results[name]:
-        found = "differs"
+        found = "line" if "damaged" in text else "differs"
     return f"{name}: {pattern}", found, f"{kind} {path.name}\n{text}"
 
 
