@@ -880,7 +880,7 @@ def test_a_full_disk_leaves_no_incomplete_folder(mae, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save", full)
     with pytest.raises(OSError, match="No space"):
         write_format(mae, tmp_path, "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
