@@ -15,7 +15,7 @@ from PIL import Image
 
 from util.data.folders import Source
 from util.data.pixels import PixelOptions
-from util.files import printable
+from util.files import needs_package, printable
 
 FORMAT = "pixmim-cache-1"
 PAYLOADS = ("raw", "zstd", "jpeg")
@@ -26,10 +26,8 @@ ENTRY = np.dtype(
 
 
 def import_zstandard() -> Any:
-    try:
+    with needs_package("zstandard", "--payload zstd"):
         return import_module("zstandard")
-    except ImportError as error:
-        raise ValueError("--payload zstd needs the package zstandard: pip install zstandard") from error
 
 
 def encode_payload(payload: str, pixels: np.ndarray) -> bytes:
