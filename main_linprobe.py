@@ -13,7 +13,7 @@ from timm.optim import Lars
 from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
 from util.args import classifier_parser, number, run_main
-from util.checkpoint.resume import recorded_args
+from util.checkpoint.resume import average_statistics, recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import eval_loader, train_loader
 from util.data.folders import Source
@@ -122,7 +122,7 @@ def main() -> None:
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)
-        model.average_statistics(run.world)
+        average_statistics(model, run.world)
         saver.after_epoch(progress)
         results = validate(run, model, val_loader, len(val.classes), epoch + 1, protocol)
     saver.close()

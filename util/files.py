@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,15 @@ def printable(text: object) -> str:
     Names of images and tensors are foreign. Bytes that are not UTF-8 (surrogates) become escapes as well.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+@contextmanager
+def needs_package(package: str, what: str) -> Iterator[None]:
+    """ValueError with the install line if an import of an optional package in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{what} needs the package {package}: pip install {package}") from error
 
 
 def sync_folder(folder: Path) -> None:

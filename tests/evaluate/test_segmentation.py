@@ -381,7 +381,7 @@ def test_convmae_is_segmented(masked, tmp_path):
 
 def test_without_the_package_finetune_names_it(masked, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
-    with pytest.raises(ValueError, match="--finetune needs a package: pip install segmentation-models-pytorch"):
+    with pytest.raises(ValueError, match=r"--finetune needs the package .*: pip install segmentation-models-pytorch"):
         segment(tmp_path, masked, "--checkpoint", "none", *MODEL, "--finetune", *TRAIN)
 
 

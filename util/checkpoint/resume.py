@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from util.args import resolve_defaults
 from util.checkpoint.state import FORMAT_1, NotARun, read_checkpoint
+from util.dist import World
 from util.files import link_atomic, lock_file
 from util.formats.keys import mae_names
 from util.log import read_records
@@ -131,6 +132,12 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     """Running means and variances of the batch norms. They differ from rank to rank."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+
+
+def average_statistics(model: nn.Module, world: World) -> None:
+    """Average the running statistics over all ranks, in place."""
+    for value in running_statistics(model):
+        value.copy_(world.sum(value.double()) / world.size)  # float64: the mean of equal values is exact
 
 
 def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optimizer, scaler) -> None:

@@ -1,8 +1,7 @@
 """Files whose values are not 8-bit colours: TIFF, 16-bit PNG and PGM, NumPy, DICOM; formats of optional packages."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
@@ -11,19 +10,11 @@ import PIL
 from PIL import Image, ImageOps
 
 from util.data.pixels import PixelOptions, Stored, range_of_type
+from util.files import needs_package
 
 GEOTIFF = (34735, 33550)  # GeoKeyDirectory, ModelPixelScale
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-
-
-@contextmanager
-def needs_package(package: str, what: str) -> Iterator[None]:
-    """ValueError with the install line if an import in the block fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f"is {what}, which needs the package {package}: pip install {package}") from error
 
 
 def turn_upright(values: np.ndarray, orientation: int) -> np.ndarray:
@@ -67,7 +58,7 @@ def declared_range(tags: Any) -> tuple[float, float] | None:
 
 def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
     """All samples and pages of a TIFF that Pillow does not read in full."""
-    with needs_package("tifffile", "a TIFF of several bands or pages, or of an uncommon type of number"):
+    with needs_package("tifffile", "is a TIFF of several bands or pages, or of an uncommon type of number, which"):
         import tifffile
     with tifffile.TiffFile(file) as tiff:
         series, page = tiff.series[0], tiff.series[0].keyframe
@@ -174,7 +165,7 @@ def read_npy(file: Any, options: PixelOptions) -> Stored:
 
 def read_dicom(file: Any, options: PixelOptions) -> Stored:
     """Frames of a DICOM file, rescaled to its units (CT: Hounsfield units)."""
-    with needs_package("pydicom", "a DICOM file"):
+    with needs_package("pydicom", "is a DICOM file, which"):
         import pydicom
         from pydicom.pixels import apply_modality_lut
     dataset = pydicom.dcmread(file)
@@ -216,7 +207,7 @@ def read_foreign(file: str | BytesIO, options: PixelOptions, error: Exception) -
             f"is AVIF, which Pillow {PIL.__version__} does not read: pip install --upgrade pillow"
         ) from error
     if brand in HEIF and b"avif" not in head[8:40]:
-        with needs_package("pillow-heif", "HEIC"):
+        with needs_package("pillow-heif", "is HEIC, which"):
             from pillow_heif import register_heif_opener
         register_heif_opener()
         return Image.open(file, formats=["HEIF"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from util.data.folders import Source
 from util.data.pixels import PixelOptions
-from util.files import hash_file, printable, read_json
+from util.files import hash_file, needs_package, printable, read_json
 
 FORMAT = "pixmim-cache-1"
 PAYLOADS = ("raw", "zstd", "jpeg")
@@ -25,10 +25,8 @@ ENTRY = np.dtype(
 
 
 def import_zstandard() -> Any:
-    try:
+    with needs_package("zstandard", "--payload zstd"):
         return import_module("zstandard")
-    except ImportError as error:
-        raise ValueError("--payload zstd needs the package zstandard: pip install zstandard") from error
 
 
 def encode_payload(payload: str, pixels: np.ndarray) -> bytes:

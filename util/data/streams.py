@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib import import_module
 from io import BytesIO
 from itertools import count
 from typing import Any
@@ -21,6 +22,7 @@ from util.data.archives import has_key, iter_files
 from util.data.decode import EXTENSIONS
 from util.data.folders import IMAGE, Source, kind_of
 from util.dist import rank_from_env
+from util.files import needs_package
 from util.rng import ORDER, generator
 
 SHUFFLE_BUFFER = 1000  # encoded images from which a worker draws the next one
@@ -34,11 +36,8 @@ def is_stream(data_path: str) -> bool:
 
 def import_webdataset() -> Any:
     """The optional package, which only streams and lists in braces need."""
-    try:
-        import webdataset
-    except ImportError as error:
-        raise ValueError("streams and {..} need the package webdataset: pip install webdataset") from error
-    return webdataset
+    with needs_package("webdataset", "a stream or a list in braces"):
+        return import_module("webdataset")
 
 
 def open_shard(url: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from util.data.folders import IMAGE, Folder, Query, Source, find_split, kind_of
-from util.files import printable
+from util.files import needs_package, printable
 
 DEFAULTS = {  # columns that are used if no flag names one, in any case
     "image": ("image", "file_name", "filename", "path", "filepath", "file", "image_path", "img"),
@@ -25,10 +25,8 @@ TABLES = (".txt", ".csv", ".tsv")
 
 
 def import_parquet() -> Any:
-    try:
+    with needs_package("pyarrow", "a .parquet file"):
         return import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError(".parquet files need the package pyarrow: pip install pyarrow") from error
 
 
 def choose_columns(path: Path, names: Sequence[str], query: Query) -> dict[str, str]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.dist import World
 from util.evaluate.encoder import (
     Encoder,
     encoder_blocks,
@@ -112,12 +111,6 @@ class Probe(nn.Module):
         super().train(mode)
         self.encoder.eval()
         return self
-
-    def average_statistics(self, world: World) -> None:
-        """Average the running statistics over all ranks, in place."""
-        for head in self.heads:
-            for value in (head.bn.running_mean, head.bn.running_var):
-                value.copy_(world.sum(value.double()) / world.size)  # float64: the mean of equal values is exact
 
     @torch.no_grad()
     def pool_features(self, images: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint.resume import running_statistics
+from util.checkpoint.resume import average_statistics
 from util.checkpoint.state import copy_to_host, read_checkpoint, write_checkpoint
 from util.data.batches import DevicePrefetcher, eval_loader
 from util.data.folders import Source
@@ -24,6 +24,7 @@ from util.data.masks import fit_size, split_masks, stack_bands
 from util.data.transforms import Normalize
 from util.dist import World, autocast
 from util.evaluate.encoder import Encoder, forward_blocks, load_encoder, pooling
+from util.files import needs_package
 from util.formats.keys import to_mae
 from util.formats.weights import Weights
 from util.formats.write import select_tensors, write_weights
@@ -102,10 +103,8 @@ class DenseProbe(nn.Module):
 
 def build_dpt(args: Namespace, encoder: Encoder, num_classes: int, drop_path: float) -> nn.Module:
     """DPT of segmentation_models_pytorch on this encoder: images -> logits (B, K, H, W). ValueError without the package."""
-    try:
+    with needs_package("segmentation-models-pytorch", "--finetune"):
         import segmentation_models_pytorch as smp
-    except ImportError as error:
-        raise ValueError("--finetune needs a package: pip install segmentation-models-pytorch") from error
     if len(getattr(encoder, "blocks", ())) < 4:
         raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more, which --model {args.model} is not")
     if encoder.patch not in (4, 8, 16, 32) or any(side % 32 for side in args.input_size):
@@ -298,8 +297,7 @@ def mask_loader(args: Namespace, world: World, source: Source) -> DevicePrefetch
 
 def validate_segmenter(run: Run, model: nn.Module, source: Source, epoch: int) -> list[dict]:
     """Results of `evaluate_segmenter`; logs those of the best head. Averages batch-norm statistics over the ranks first."""
-    for value in running_statistics(model):
-        value.copy_(run.world.sum(value.double()) / run.world.size)
+    average_statistics(model, run.world)
     results = evaluate_segmenter(run.args, run.world, model, source, run)
     best = max(results, key=lambda result: result["miou"])
     run.log.scalars({"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}})

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from util.files import needs_package
+
 
 def push(folder: Path, name: str) -> None:
     """Upload a folder to the Hugging Face Hub. A new repository is private. OSError if the upload fails."""
-    try:
+    with needs_package("huggingface_hub", f"--push_to_hub {name}"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ValueError(f"--push_to_hub {name} needs huggingface_hub: pip install huggingface_hub") from error
     try:
         api = HfApi()
         api.create_repo(name, private=True, exist_ok=True)
