@@ -96,7 +96,9 @@ def read_partial(side: Path, file: BinaryIO, names: list[str], key: dict) -> tup
                 print(f"continues after {found['done']} of {len(names)} images", file=sys.stderr)
                 return found, rows
             reason = f"{side} is of other flags or images"
-        except (ValueError, KeyError) as error:  # KeyError: of an earlier version
+        except KeyError:
+            reason = f"{side} is of an earlier version"
+        except ValueError as error:
             reason = str(error)
         print(printable(f"{reason}: starting from the first image"), file=sys.stderr)
     file.truncate(0)

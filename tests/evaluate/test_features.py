@@ -243,6 +243,7 @@ def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_
         ("x.npy.partial.json", lambda x: x[:40] + b"\xff" + x[40:]),
         ("x.npy.partial.json", lambda x: x[:40]),
         ("x.npy.partial.json", lambda x: b"[]"),
+        ("x.npy.partial.json", lambda x: re.sub(rb',\s*"(rows|sha256)": "\w+"', b"", x)),
         ("x.npy.partial.json", lambda x: re.sub(rb'"size": \d+', b'"size": -1', x)),
     ],
 )
@@ -258,7 +259,7 @@ def test_a_damaged_partial_file_is_named_and_begun_again(name, damage, photos, p
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     result("main_features", *words, tmp_path / "x.npy")
-    assert f"{tmp_path / name} is damaged" in capfd.readouterr().err
+    assert re.search(rf"{tmp_path / name} is (damaged|of an earlier version)", capfd.readouterr().err)
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
