@@ -260,12 +260,16 @@ def soak(data: Path, rounds: int, seed: int, work: Path) -> dict[str, Counter]:
     return counts
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, required=True, help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("--rounds", type=int, default=300, help="damaged files and full disks")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as work:
         counts = soak(args.data_path, args.rounds, args.seed, Path(work))
     print(f"| file or tool | {' | '.join(COUNTED)} |\n| --- |{' --- |' * len(COUNTED)}")

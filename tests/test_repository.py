@@ -245,6 +245,7 @@ def test_right_commands_of_every_kind_pass(monkeypatch):
         "python -m benchmarks.startup",
         "python -m benchmarks.steps '--amp bf16' '../old:--amp bf16'",
         "python -m tests.soak --data_path PHOTOS --kills 40",
+        "python -m tests.soak_files --data_path PHOTOS --rounds 300 --seed 2",
         "python -m demo.digits",
         "FUZZ=300 .venv/bin/python -m pytest tests/test_fuzz.py",
         "torchrun --nproc_per_node=2 debug_step.py output/pixmim 1234  # on two ranks",
