@@ -371,6 +371,7 @@ def far_index(folder: Path, offset: int = 2**40) -> None:
         (lambda f: spoil(f, "shard-00001.bin", b"x"), r"shard-00001\.bin has 1 bytes of \d+"),
         (lambda f: (f / "shard-00004.bin").unlink(), r"shard-00004\.bin has no bytes of"),
         (lambda f: spoil(f, "index.npy", b""), "damaged cache"),
+        (lambda f: spoil(f, "index.npy", (f / "index.npy").read_bytes().replace(b"  ", b" (", 1)), "damaged cache"),
         (lambda f: spoil(f, "index.npy", (f / "index.npy").read_bytes()[:-30]), "damaged cache"),
         (lambda f: np.save(f / "index.npy", np.array([Bomb()], object)), "damaged cache: .*Python objects"),
         (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[:5]), "has .5,. entries"),

@@ -83,7 +83,9 @@ class Cache(Source):
                 raise ValueError("the checksum of index.npy is wrong")
             cut = self.folder / "tiles.npy"
             self.tiles = np.load(cut, allow_pickle=False) if cut.exists() else None  # (N, 3): image, top, left
-        except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, OverflowError) as error:
+        except OSError:  # names its file
+            raise
+        except Exception as error:  # NumPy raises everything up to tokenize.TokenError for a damaged header
             raise ValueError(f"--data_path {folder} is a damaged cache: {printable(error)}; build it again") from error
         self.raise_open_limit()
         self.labels = self.index["label"]
