@@ -234,7 +234,7 @@ INVALID_EVALUATIONS = {
     "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
     "main_finetune --model vit_base": "--model vit_base: .*of another shape",
     "main_finetune --aa none-such": "--aa none-such",
-    "main_finetune --aa rand-m9-foo": "--aa rand-m9-foo .*foo has no number",
+    "main_finetune --aa rand-m9-foo": "--aa rand-m9-foo: .*foo has no number",
     "main_finetune --batch_size 3": "--batch_size 3: mixup and cutmix mix pairs",
     "main_finetune --effective_batch 5": "--batch_size 1: mixup and cutmix mix pairs",
     "main_knn --data_path /nowhere": "/nowhere/train",

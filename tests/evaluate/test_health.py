@@ -1,5 +1,6 @@
 """Warnings about pre-training runs that learn nothing."""
 
+import math
 import re
 from functools import partial
 
@@ -190,3 +191,43 @@ def test_a_run_of_an_earlier_version_resumes_without_the_early_losses(photos, tm
     log.write_text("".join(x for x in log.read_text().splitlines(keepends=True) if "share_of_constant" not in x))
     ending()
     assert [record["epoch"] for record in records(tmp_path, "share_of_constant")] == [2, 3]
+
+
+def test_an_example_loss_that_is_not_finite_is_one_warning_and_no_number(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("util.evaluate.health.compare_with_constant", lambda *_: (math.nan, 1.0))
+    lines = call(
+        "main_pretrain",
+        *PRETRAIN,
+        "--epochs",
+        2,
+        "--batch_size",
+        8,
+        "--warmup_epochs",
+        1,
+        "--image_every",
+        0,
+        "--data_path",
+        photos,
+        "--output_dir",
+        tmp_path,
+    )
+    assert [line for line in lines if "not finite" in line] == [
+        f"warning: epoch {epoch}: the loss of the example images is not finite" for epoch in range(3)
+    ]
+    assert [record["example_loss"] for record in records(tmp_path, "example_loss")] == [None] * 3
+    call(
+        "main_pretrain",
+        *PRETRAIN,
+        "--epochs",
+        2,
+        "--batch_size",
+        8,
+        "--warmup_epochs",
+        1,
+        "--image_every",
+        0,
+        "--data_path",
+        photos,
+        "--output_dir",
+        tmp_path,
+    )  # resumes

@@ -356,7 +356,7 @@ def test_two_ranks_equal_one(pretrained, masked, tmp_path):
         (["--method", "knn", "--finetune"], "--method knn: not with --finetune"),
         (["--blr", 1, 2, "--finetune"], "several --blr: not with --finetune"),
         (["--crop_pct", 0.5], "--crop_pct 0.5: segmentation uses whole images"),
-        (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more; which --model vit_pico is not"),
+        (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more, which --model vit_pico is not"),
         (
             ["--finetune", "--model", "vit_tiny", "--input_size", 48, 32],
             "--input_size 48 32, --patch_size 8: DPT needs sides of a multiple of 32",

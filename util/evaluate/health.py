@@ -1,5 +1,6 @@
 """Checks of a pre-training run: example images before the first step, loss against a constant prediction."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -110,8 +111,12 @@ class LossCheck:
             self.add(0)
 
     def add(self, epoch: int) -> None:
-        """Log the loss of the example images after this many epochs."""
+        """Log the loss of the example images after this many epochs; one that is not finite is no share of a constant's."""
         loss, constant = compare_with_constant(self.model, *self.examples)
+        if not math.isfinite(loss):
+            self.run.log.info(f"warning: epoch {epoch}: the loss of the example images is not finite")
+            self.run.log.scalars({"epoch": epoch, "example_loss": None})
+            return
         self.shares[epoch] = loss / max(constant, 1e-12)
         self.run.log.scalars({"epoch": epoch, "example_loss": loss, SHARE: self.shares[epoch]})
 
@@ -119,6 +124,8 @@ class LossCheck:
         """Log the loss after this epoch of `steps` updates, and warn if nothing is learned for a new cause."""
         if epoch not in self.shares:
             self.add(epoch)
+        if epoch not in self.shares:
+            return
         args, now = self.run.args, self.shares[epoch]
         known = [self.shares.get(n, now) for n in range(epoch + 1)]  # a run of an earlier version has no early values
         schedule = self.run.lr, steps, args.warmup_epochs, args.epochs
