@@ -395,7 +395,7 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
             "; run the same command again to resume, with fewer --num_workers if memory was short"
         )
         return f"a data-loader worker died or timed out: {reason}{remedy}"
-    if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+    if not is_rank():
         return None
     if "EADDRINUSE" in str(error):
         return f"MASTER_PORT {os.environ.get('MASTER_PORT')} is used by another process on this node; set it to a free port"
@@ -404,6 +404,11 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
     if RANK_ERROR.search(str(error)):
         return f"another rank died or did not answer within --timeout_minutes; see its output ({reason})"
     return None
+
+
+def is_rank() -> bool:
+    """True if a launcher started this process as one of its ranks, as far as the environment tells."""
+    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
 def exit_after_save() -> None:
@@ -456,6 +461,9 @@ def run_main(main: Callable[[], None]) -> None:
     prepare_process()
     try:
         main()
+        if is_rank():  # Python's own exit has aborted there now and then, in a thread of torch (status 134)
+            sys.stdout.flush()
+            os._exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
