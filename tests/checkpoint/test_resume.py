@@ -126,19 +126,22 @@ def test_probing_and_fine_tuning_resume_within_an_epoch_bit_for_bit(
     assert all(torch.equal(value, other["model"][k]) for k, value in one["model"].items())
 
 
-def test_second_signal_exits_immediately(photos, tmp_path):
-    script = """
-import hashlib, os, signal, threading, main_pretrain
+def test_a_second_signal_exits_immediately_but_not_a_repetition_within_a_second(photos, tmp_path):
+    script = f"""
+import hashlib, pathlib, os, signal, threading, main_pretrain
 from util.checkpoint.saver import Saver
 def after_step(self, progress):
     os.kill(os.getpid(), signal.SIGTERM)
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    for seconds in (0.2, 1.4):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.8, pathlib.Path({str(tmp_path / "survived")!r}).touch).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # runs no signal handler, as a collective
 Saver.after_step = after_step
 main_pretrain.main()
 """
     status, _, _ = ended(spawn("-c", script, *PRETRAIN, *STEPS, "--data_path", photos, "--output_dir", tmp_path))
     assert status == 128 + signal.SIGTERM
+    assert (tmp_path / "survived").exists()
 
 
 def test_sigterm_stops_a_run_with_one_step_per_epoch(photos, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Stop requests: SIGTERM, SIGUSR1 (Slurm, before its time limit) and Ctrl-C let the step finish and be saved."""
 
+import math
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -54,13 +56,16 @@ class StopRequest:
 
 
 def exit_at_second_signal(read_end: int) -> None:
-    """Body of the thread that reads signal numbers until the other end of the pipe is closed."""
-    first = True
+    """Body of the thread that reads signal numbers until the other end of the pipe is closed.
+
+    A repetition within a second is the same request: Linux sends the signal of a parent's death once for each of its threads.
+    """
+    first = math.inf
     while number := os.read(read_end, 1):
         if number[0] in SIGNALS:
-            if not first:
+            if time.monotonic() > first + 1:
                 os._exit(128 + number[0])
-            first = False
+            first = min(first, time.monotonic())
     os.close(read_end)
 
 
