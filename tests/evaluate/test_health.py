@@ -195,39 +195,10 @@ def test_a_run_of_an_earlier_version_resumes_without_the_early_losses(photos, tm
 
 def test_an_example_loss_that_is_not_finite_is_one_warning_and_no_number(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("util.evaluate.health.compare_with_constant", lambda *_: (math.nan, 1.0))
-    lines = call(
-        "main_pretrain",
-        *PRETRAIN,
-        "--epochs",
-        2,
-        "--batch_size",
-        8,
-        "--warmup_epochs",
-        1,
-        "--image_every",
-        0,
-        "--data_path",
-        photos,
-        "--output_dir",
-        tmp_path,
-    )
-    assert [line for line in lines if "not finite" in line] == [
+    words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--warmup_epochs", 1, "--image_every", 0]
+    command = partial(call, "main_pretrain", *words, "--data_path", photos, "--output_dir", tmp_path)
+    assert [line for line in command() if "not finite" in line] == [
         f"warning: epoch {epoch}: the loss of the example images is not finite" for epoch in range(3)
     ]
     assert [record["example_loss"] for record in records(tmp_path, "example_loss")] == [None] * 3
-    call(
-        "main_pretrain",
-        *PRETRAIN,
-        "--epochs",
-        2,
-        "--batch_size",
-        8,
-        "--warmup_epochs",
-        1,
-        "--image_every",
-        0,
-        "--data_path",
-        photos,
-        "--output_dir",
-        tmp_path,
-    )  # resumes
+    command()  # resumes
