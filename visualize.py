@@ -18,6 +18,7 @@ from util.args import (
     add_method_arguments,
     add_model_arguments,
     add_pixel_arguments,
+    default_radius,
     number,
     picture,
     resolve_defaults,
@@ -182,7 +183,7 @@ def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: t
     made = reconstruct(model, Normalize(args, device)(batch), noise, args)
     if not args.spectrum:
         return draw_reconstruction(made)
-    radius = made.radius or 40 * min(args.input_size) / 224
+    radius = made.radius or default_radius(args.input_size)
     below, above = (255 * power**0.5 for power in split_power(made.filled - made.images, radius))
     print(json.dumps({"radius": radius, "rms_below": below, "rms_above": above}))
     return draw_spectrum(made)

@@ -349,6 +349,11 @@ def channel_statistics(in_chans: int, mean, std) -> tuple[tuple[float, ...], tup
     return tuple(mean), tuple(std)
 
 
+def default_radius(size: tuple[int, int]) -> float:
+    """Radius of the low-pass target in bins: the paper's 40 at 224 px, in proportion to the shorter side."""
+    return 40 * min(size) / 224
+
+
 def default_crop_pct(size: tuple[int, int]) -> float:
     """Side of the evaluation crop as a share of the resized image, as in facebookresearch/mae: 1 above 224 px."""
     return 224 / 256 if max(size) <= 224 else 1.0
@@ -362,7 +367,7 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
     defaults: dict[str, Any] = PRETRAIN | METHOD
     found: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in vars(args).items()}
     if found.get("lowpass_radius", 0) in ("auto", None):
-        found["lowpass_radius"] = 40 * min(found["input_size"]) / 224
+        found["lowpass_radius"] = default_radius(found["input_size"])
     if found.get("crop_interpolation", "") in ("auto", None):
         found["crop_interpolation"] = "bilinear" if found["crop"] == "src" else "bicubic"
     if "mean" in found:
@@ -409,6 +414,16 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
 def is_rank() -> bool:
     """True if a launcher started this process as one of its ranks, as far as the environment tells."""
     return "RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
+def end_rank(status: int) -> None:
+    """End a process that a launcher started; does nothing in others.
+
+    Python's own exit has aborted there in a thread of torch, with status 134, by which Slurm does not requeue.
+    """
+    if is_rank():
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def exit_after_save() -> None:
@@ -461,9 +476,11 @@ def run_main(main: Callable[[], None]) -> None:
     prepare_process()
     try:
         main()
-        if is_rank():  # Python's own exit has aborted there now and then, in a thread of torch (status 134)
-            sys.stdout.flush()
-            os._exit(0)
+        end_rank(0)
+    except SystemExit as ending:
+        if isinstance(ending.code, int):
+            end_rank(ending.code)
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:

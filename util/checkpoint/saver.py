@@ -1,6 +1,5 @@
 """Saving, resuming and stopping a run. Every rank calls these methods; only rank 0 writes."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -140,9 +139,6 @@ class Saver:
         )
         self.stop_request.restore()
         self.run.close()
-        if self.run.world.size > 1:  # Python's own exit has aborted here (status 134, by which Slurm does not requeue)
-            sys.stdout.flush()
-            os._exit(self.stop_request.exit_status)
         sys.exit(self.stop_request.exit_status)
 
     def flush(self) -> bool:
