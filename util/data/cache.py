@@ -105,12 +105,9 @@ class Cache(Source):
             found = path.stat().st_size if path.exists() else "no"
             if found != size:
                 raise ValueError(f"{path.name} has {found} bytes of {size}")
-        outside = index["shard"].max() >= len(sizes)
-        if (
-            outside
-            or np.any(index["offset"] > sizes[index["shard"]])
-            or np.any(index["offset"] + index["bytes"] > sizes[index["shard"]])
-        ):
+        limits = sizes[np.minimum(index["shard"], len(sizes) - 1)]
+        beyond = (index["offset"] > limits) | (index["offset"] + index["bytes"] > limits)  # the sum may overflow
+        if index["shard"].max() >= len(sizes) or beyond.any():
             raise ValueError("index.npy points beyond the shards")
 
     def raise_open_limit(self) -> None:
