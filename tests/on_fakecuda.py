@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import main_pretrain
 from benchmarks import memory
+from util.checkpoint.state import copy_to_host
 from util.meters import Meter
 
 LIBRARY = ctypes.CDLL(None)
@@ -52,6 +53,16 @@ def of_six_steps(photos, folder, *words) -> Counter:
 def test_copies_are_real():
     x = torch.randn(1000)
     assert torch.equal(x.pin_memory().cuda(non_blocking=True).clone().cpu(), x)
+
+
+def test_a_checkpoint_is_copied_with_one_wait():
+    content = {"model": [torch.randn(3, 5, device="cpu") for _ in range(50)], "step": 7}
+    on_device = {"model": [x.cuda() for x in content["model"]], "step": 7}
+    before = count()
+    found = copy_to_host(on_device)
+    assert (count() - before)["waits"] == 1
+    assert found["step"] == 7
+    assert all(x.equal(y) and x.is_pinned() for x, y in zip(found["model"], content["model"], strict=True))
 
 
 CASES = ["", "--amp fp16", "--grad_checkpointing", "--decoder cross", "--model convvit_pico --input_size 32"]

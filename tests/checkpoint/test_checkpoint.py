@@ -86,6 +86,28 @@ def test_full_disk_keeps_the_old_file_and_raises_an_error(run):
     assert not list(run.glob(".*.tmp"))
 
 
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file whose pages hold the tensor; "" for memory of the process."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, *_, name = line.split(maxsplit=5) if line.count("/") else [*line.split(), ""]
+        first, last = (int(part, 16) for part in where.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return name
+    raise AssertionError("the tensor is in no part of the memory")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files")
+def test_ranks_share_the_pages_of_a_checkpoint(tmp_path):
+    path, values = tmp_path / "x.pth", torch.arange(1_000_000)
+    write_checkpoint(path, {"model": values})
+    assert mapped_file(read_checkpoint(path)["model"]) != str(path)
+    shared = read_checkpoint(path, mmap=True)["model"]
+    assert mapped_file(shared) == str(path)
+    assert torch.equal(shared, values)
+    shared.zero_()  # in a private copy
+    assert torch.equal(read_checkpoint(path)["model"], values)
+
+
 def without_block_numbers(names) -> set[str]:
     """Tensor names with N in place of block numbers."""
     return {re.sub(r"(?<=blocks\.)\d+", "N", name) for name in names}

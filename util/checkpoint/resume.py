@@ -68,7 +68,7 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
     damaged = []
     for path in candidates(run.folder, run.resume):
         try:
-            content = read_checkpoint(path)
+            content = read_checkpoint(path, mmap=run.world.size > 1)
             if "progress" not in content:
                 raise NotARun(path)
         except ValueError as error:

@@ -22,12 +22,19 @@ class NotARun(ValueError):
 
 
 def copy_to_host(content: Any) -> Any:
-    """Nested copy in which every tensor is a contiguous copy in host memory."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if isinstance(content, dict):
-        return {key: copy_to_host(value) for key, value in content.items()}
-    return type(content)(map(copy_to_host, content)) if isinstance(content, list | tuple) else content
+    """Nested copy in which every tensor is a contiguous copy in host memory, from a GPU in pinned memory."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", non_blocking=True, copy=True, memory_format=torch.contiguous_format)
+        if isinstance(value, dict):
+            return {key: copy(part) for key, part in value.items()}
+        return type(value)(map(copy, value)) if isinstance(value, list | tuple) else value
+
+    copied = copy(content)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # one wait for all tensors
+    return copied
 
 
 def write_checkpoint(path: Path, content: dict) -> Path:
@@ -36,15 +43,18 @@ def write_checkpoint(path: Path, content: dict) -> Path:
     return write_atomic(path, partial(torch.save, content | {"sha256": content_hash(content)}))
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Content of a checkpoint of this project; ValueError if it is damaged, NotARun if it is foreign."""
+def read_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """Content of a checkpoint of this project; ValueError if it is damaged, NotARun if it is foreign.
+
+    `mmap`: its tensors are pages of the file, which the ranks of a node share.
+    """
     try:
         with path.open("rb") as file:
             old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
         if old or path.suffix == ".safetensors":
             raise UnpicklingError
         check_zip(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         ours = isinstance(content, dict) and content.get("format") in (FORMAT, FORMAT_1)
         if ours and content["format"] == FORMAT and not checksum_matches(content):
             raise ValueError("its checksum is wrong")
