@@ -66,9 +66,8 @@ def fake_device() -> Iterator[Memory]:
     with ExitStack() as stack:
         with patch.object(torch.cuda, "is_available", lambda: True):  # else no backward pass would run
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(
-            patch.object(models_pixmim, "use_products", lambda *_: False)
-        )  # fused attention, as on GPUs
+        # fused attention, as on GPUs
+        stack.enter_context(patch.object(models_pixmim, "use_products", lambda *_: False))
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         yield stack.enter_context(Memory())

@@ -198,9 +198,8 @@ class Runner:
         folder = Path(self.args.output_dir, self.study.name, arm.name, str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         log, started = folder / f"{step}.txt", time.monotonic()
-        commit = (
-            git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
-        )  # the checkout may have moved on
+        # now: the checkout may have moved on since the start
+        commit = git("describe", "--always", "--dirty", "--abbrev=12").decode().strip()
         with log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
         with log.open("a") as file, log.open() as output:
@@ -218,11 +217,9 @@ class Runner:
             print(f"{name}: failed: {reason} ({log})", file=sys.stderr, flush=True)
             return False
         record = {"study": self.study.name, "arm": arm.name, "seed": seed, "step": step, "command": shlex.join(stated)}
-        minutes, starts = (
-            (time.monotonic() - started) / 60,
-            log.read_text().splitlines().count(f"$ {shlex.join(command)}"),
-        )
-        record |= {"commit": commit, "date": date.today().isoformat(), "minutes": round(minutes, 2), "starts": starts}
+        minutes = round((time.monotonic() - started) / 60, 2)
+        starts = log.read_text().splitlines().count(f"$ {shlex.join(command)}")
+        record |= {"commit": commit, "date": date.today().isoformat(), "minutes": minutes, "starts": starts}
         record |= {"jobs": self.args.jobs, "load": round(os.getloadavg()[1], 1)}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         record |= {"machine": describe_machine(device), "result": measured(printed, folder)}

@@ -138,9 +138,8 @@ def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
         "flip": torch.rand(size, device=device) < 0.5,
         "noise": torch.rand(size, model.noise_length, device=device),
     }
-    normalised = normalize(
-        batch
-    )  # channels-last in memory, as the uint8 images are; the baseline's loader yields planes
+    # channels-last in memory, as the uint8 images are; the baseline's loader yields planes
+    normalised = normalize(batch)
     return batch | {"normalised": normalised, "planes": normalised.contiguous()}
 
 

@@ -148,10 +148,8 @@ def one_rank(breaker: Breaker, command: list, disk: Path, images: Path, kills: i
     for kind in random.choices(kinds, k=kills) if kills > len(kinds) else random.sample(kinds, kills):
         status: tuple[int, ...] = (-9,)
         if kind in ("SIGTERM", "SIGUSR1"):
-            status, action = (
-                (75, -signal.Signals[kind]),
-                send(signal.Signals[kind]),
-            )  # negative: before its handler is installed
+            status = 75, -signal.Signals[kind]  # negative: before its handler is installed
+            action = send(signal.Signals[kind])
         elif kind == "full disk":
             action = lambda process: fill(process, disk)  # noqa: E731
         elif kind == "images vanish":

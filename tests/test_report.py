@@ -95,9 +95,8 @@ def test_a_missing_measure_is_empty_in_markdown(tmp_path, three_groups):
         "| 2 | pre-trained vit_tiny lowpass_radius=16 | 52 ± 2.6 (n=3) | 61 ± 1 (n=3) |",
         "| 3 | pre-trained vit_tiny lowpass_radius=0 | 48.5 ± 2.1 (n=2) |  |",
     ]
-    assert (
-        lines.count("python main_knn.py --x") == lines.count("python main_linprobe.py --x") == 1
-    )  # equal in this test
+    # equal in this test
+    assert lines.count("python main_knn.py --x") == lines.count("python main_linprobe.py --x") == 1
     probes = "; ".join(f"row 2, linprobe photos, seeds [{seed}, 0]" for seed in range(3))
     assert f"# commit abc: {probes}" in lines
 

@@ -40,9 +40,8 @@ def test_sample_rng_equals_a_new_generator_for_each_sample():
     for epoch, i in ((0, 0), (3, 10**7), (3, 5), (3, 10**7)):
         ours, own = draws.at(epoch, i), generator(2**63, MASK, epoch, i)
         for rng in (ours, own):
-            rng.random(
-                7, np.float32
-            )  # an odd number of 32-bit draws: the next sample must not use the half word left over
+            # an odd number of 32-bit draws: the next sample must not use the half word left over
+            rng.random(7, np.float32)
         assert ours.random() == own.random()
         assert np.array_equal(ours.random(5, np.float32), own.random(5, np.float32))
 

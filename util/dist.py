@@ -156,9 +156,8 @@ def choose_device(device: str, size: int, local_rank: int) -> torch.device:
         if size > 1 and "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
             raise ValueError("RANK is set, but LOCAL_RANK, the rank within the node, is not; use torchrun or srun")
         count = torch.cuda.device_count()
-        own = (
-            count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-        )  # a Slurm task may see its own GPU only, as number 0
+        # a Slurm task may see its own GPU only, as number 0
+        own = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
         if local_rank >= count and not own:
             raise ValueError(f"local rank {local_rank} has no GPU, {count} visible; start one rank per GPU")
         if chosen.index is None:

@@ -60,9 +60,8 @@ def run(pretrained, tmp_path):
 def test_save_killed_at_any_point_leaves_a_complete_checkpoint(location, run):
     before = read_checkpoint(run / "last.pth")
     status, _, err = ended(spawn("-c", SAVE_AND_KILL, *location.split(), run))
-    if (
-        location == "os.replace 4"
-    ):  # four renames: .new.pth, epoch-NNNN.pth, last.pth to previous.pth, the new file to last.pth
+    # four renames: .new.pth, epoch-NNNN.pth, last.pth to previous.pth, the new file to last.pth
+    if location == "os.replace 4":
         assert status == 0, err
     else:
         assert status == -9, err

@@ -86,9 +86,8 @@ def test_knn_votes_equal_a_loop_over_all_neighbours(k):
     votes = knn_votes(cosines, labels[found], 4, 0.07)
     for query, mine in zip(queries.numpy(), votes, strict=True):
         slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
-        assert_close(
-            mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6
-        )  # ours have the weight 1 for the nearest
+        # ours have the weight 1 for the nearest
+        assert_close(mine / mine.sum(), slow / slow.sum(), rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------------ kNN
@@ -270,9 +269,8 @@ def test_a_probe_trains_only_its_heads_and_statistics(probed, pretrained):
     assert after.keys() - fresh == to_timm(before).keys()
     for name in after.keys() - fresh:
         assert torch.equal(after[name], before[name])
-    assert not torch.equal(
-        after["heads.0.head.weight"], after["heads.2.head.weight"]
-    )  # equal initial weights, other learning rates
+    # equal initial weights, other learning rates
+    assert not torch.equal(after["heads.0.head.weight"], after["heads.2.head.weight"])
     assert after["heads.0.bn.num_batches_tracked"] == 2 * 2
     assert after["heads.1.head.bias"].norm() > 0
 

@@ -282,10 +282,8 @@ def test_keys_order_cosines_and_prefer_the_lower_index_of_equal_ones():
 @pytest.mark.parametrize("k", [1, 7, 40])
 def test_nearest_equals_sorting_all_cosines_even_with_ties(k, monkeypatch):
     monkeypatch.setattr("util.evaluate.knn.BLOCK", 11)
-    bank, queries = (
-        F.normalize(torch.randn(10, 6)).repeat(4, 1),
-        F.normalize(torch.randn(5, 6)),
-    )  # each image four times
+    bank = F.normalize(torch.randn(10, 6)).repeat(4, 1)  # each image four times
+    queries = F.normalize(torch.randn(5, 6))
     index = torch.randperm(40)
     cosines, found = nearest(ALONE, bank, index, queries, k)
     for query, row, numbers in zip(queries, cosines, found, strict=True):

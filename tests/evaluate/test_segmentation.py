@@ -56,10 +56,8 @@ def pico(size=(16, 16)) -> nn.Module:
 
 def test_scores_equal_a_confusion_matrix_written_out():
     rng = np.random.default_rng(0)
-    truth, guess = (
-        rng.integers(-1, 3, (2, 7, 9)),
-        rng.integers(0, 4, (2, 7, 9)),
-    )  # classes 3 and 4 have no true pixel, 4 none
+    # classes 3 and 4 have no true pixel, 4 none
+    truth, guess = rng.integers(-1, 3, (2, 7, 9)), rng.integers(0, 4, (2, 7, 9))
     confusion = Confusion(5, CPU)
     for t, g in zip(truth, guess, strict=True):
         confusion.add(torch.from_numpy(t), torch.from_numpy(g))

@@ -46,9 +46,8 @@ def read_architecture(
         found = {name: getattr(weights, name) for name in flags}
         if args.in_chans not in (None, weights.in_chans):  # the file's statistics are those of its channels
             found |= {"mean": None, "std": None}
-        found["class_tokens"] = (
-            weights.class_tokens if weights.class_tokens > 1 else None
-        )  # None = the model's, 1 or none
+        # None = the model's, 1 or none
+        found["class_tokens"] = weights.class_tokens if weights.class_tokens > 1 else None
         if weights.model:
             if (args.model or weights.model) not in encoders:
                 raise ValueError(

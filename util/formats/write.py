@@ -111,9 +111,8 @@ def _save_folder(folder: Path, state: State, files: dict[str, dict]) -> None:
     from safetensors.torch import save  # a dependency of timm; only this format needs it
 
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes(
-        save(state, metadata={"format": "pt"})
-    )  # save_file has errors of its own
+    content = save(state, metadata={"format": "pt"})  # save_file has errors of its own
+    (folder / "model.safetensors").write_bytes(content)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
