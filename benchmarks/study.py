@@ -30,7 +30,7 @@ from benchmarks.results import describe_machine
 from util.args import Parser, number, picture, run_main
 from util.files import append_line
 from util.log import read_records
-from util.plots.charts import draw_lines
+from util.plots.charts import draw_lines, draw_points
 from util.plots.grids import save_picture
 from util.report import numbers, table
 from util.run import git
@@ -69,20 +69,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--records", metavar="FILE", help="lines of finished steps (default: docs/results/STUDY.jsonl)")
     add("--arms", nargs="+", metavar="ARM", help="only these")
     add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="only these (default: those of the file)")
-    add(
-        "--jobs",
-        type=number(int, 1),
-        default=1,
-        help="arms at once; with GPUs each has one, on CPUs its share of the cores",
-    )
+    add("--jobs", type=number(int, 1), default=1, help="runs at once, each on its GPU or its share of the cores")
     add("--table", action="store_true", help="run nothing, print the table of the records")
     add("--page", metavar="FILE", help="with --table: write it into this page, between <!-- STUDY --> and <!-- end -->")
-    add(
-        "--chart",
-        type=picture,
-        metavar="FILE",
-        help="with --table: kNN during pre-training over epoch_seconds, .png or .jpg",
-    )
+    add("--chart", type=picture, metavar="FILE", help="with --table: picture of --columns, a point for each seed")
+    add("--columns", nargs="+", metavar="TITLE", help="with --chart: columns of the table (default: the first)")
+    add("--curves", type=picture, metavar="FILE", help="with --table: kNN during pre-training over epoch_seconds")
     return parser
 
 
@@ -228,20 +220,29 @@ class Runner:
         return True
 
 
-def summarise(study: Study, records: list[dict]) -> str:
-    """Markdown: what is asked, a table of arms by columns (mean ± sample standard deviation), and one of paired differences."""
-    values: dict[tuple[str, str], dict[int, float]] = {}
+def values_of(study: Study, records: list[dict]) -> dict[str, dict[str, dict[int, float]]]:
+    """Title of each column -> name of each arm -> seed -> value."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
     for record in records:
         for key, value in numbers(record["result"]).items():
-            values.setdefault((record["arm"], f"{record['step']} {key}"), {})[record["seed"]] = value
+            found.setdefault((record["arm"], f"{record['step']} {key}"), {})[record["seed"]] = value
+    return {
+        title: {arm.name: found.get((arm.name, source), {}) for arm in study.arms}
+        for title, source in study.columns.items()
+    }
+
+
+def summarise(study: Study, records: list[dict]) -> str:
+    """Markdown: what is asked, a table of arms by columns (mean ± sample standard deviation), and one of paired differences."""
+    values = values_of(study, records)
     first, *others = study.arms
     head = ["", "seeds", *study.columns]
     means, differences = [head], [[f"minus {first.title}, of the same seed (standard error)", *head[1:]]]
     for arm in study.arms:
-        found = [values.get((arm.name, source), {}) for source in study.columns.values()]
+        found = [column[arm.name] for column in values.values()]
         seeds = " ".join(map(str, sorted({seed for cell in found for seed in cell})))
         means.append([arm.title, seeds, *(format_mean(cell.values(), "{:.1f}", " ± {:.1f}") for cell in found)])
-        known = [values.get((first.name, source), {}) for source in study.columns.values()]
+        known = [column[first.name] for column in values.values()]
         pairs = [
             [x - old[seed] for seed, x in cell.items() if seed in old] for cell, old in zip(found, known, strict=True)
         ]
@@ -266,6 +267,16 @@ def write_into(page: Path, study: Study, text: str) -> None:
     page.write_text(f"{before}{start}{text}{end}{rest.partition(end)[2]}")
 
 
+def panels(study: Study, records: list[dict], columns: list[str] | None) -> dict[str, dict[str, list[float]]]:
+    """Title of these columns, or of the first -> title of each measured arm -> values of its seeds."""
+    values = values_of(study, records)
+    if unknown := {*(columns or [])} - {*values}:
+        raise ValueError(f"--columns {' '.join(sorted(unknown))}: the table has {'; '.join(values)}")
+    chosen = columns or [*values][:1]
+    measured = [arm for arm in study.arms if any(values[title][arm.name] for title in chosen)]
+    return {title: {arm.title: [*values[title][arm.name].values()] for arm in measured} for title in chosen}
+
+
 def curves(study: Study, records: list[dict]) -> dict[str, tuple[list[float], list[float]]]:
     """Title of each arm with epoch_seconds -> (minutes, kNN top-1 in %, the mean over its seeds)."""
     lines = {}
@@ -288,8 +299,10 @@ def main() -> None:
         if args.page:
             write_into(Path(args.page), study, text)
         if args.chart:
+            save_picture(args.chart, draw_points(panels(study, found, args.columns)))
+        if args.curves:
             label = "kNN top-1 accuracy in % during pre-training"
-            save_picture(args.chart, draw_lines(curves(study, found), label, "minutes"))
+            save_picture(args.curves, draw_lines(curves(study, found), label, "minutes"))
         return
     known = [arm.name for arm in study.arms]
     if unknown := {*(args.arms or [])} - {*known}:

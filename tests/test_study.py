@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, call
 from test_repository import check_script
 
-from benchmarks.study import command_of, read_lines, read_study, summarise
+from benchmarks.study import command_of, panels, read_lines, read_study, summarise
 
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.ini"))
 # a step that counts its starts; `wait` stays until a file is there
@@ -111,6 +111,17 @@ def test_means_deviations_and_paired_differences_are_those_computed_by_hand(stud
     lines = summarise(read_study(str(study)), one).splitlines()
     assert f"| {mean([1.25, 7]):.1f} ± {stdev([1.25, 7]):.1f} |" in lines[5]
     assert len(lines) == 9  # no pair without the first arm
+
+
+def test_a_chart_has_the_values_of_each_measured_arm_and_seed(study):
+    run(study, "--arms", "b")
+    found = read_study(str(study)), read_lines(study.parent / "records")
+    assert panels(*found, None) == {"first": {"the | other": [1.25, 2.25]}}
+    assert panels(*found, ["nested"]) == {"nested": {"the | other": [3.0, 3.0]}}
+    run(study, "--table", "--chart", study.parent / "chart.png", "--columns", "first", "nested")
+    assert (study.parent / "chart.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="--columns second: the table has first; nested"):
+        panels(*found, ["second"])
 
 
 def test_a_killed_study_stops_its_runs_and_continues(study):

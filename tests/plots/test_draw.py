@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import ImageFont
 
-from util.plots.charts import COLORS, draw_lines
+from util.plots.charts import COLORS, draw_lines, draw_points
 from util.plots.grids import draw_columns, wrap_label
 
 
@@ -48,11 +48,16 @@ def test_row_labels_widen_the_grid():
     assert np.array_equal(labelled[:, -bare.shape[1] + 8 :], bare[:, 8:])
 
 
+def colored_anywhere(chart: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the pixels of exactly this colour."""
+    return np.nonzero((chart == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1))
+
+
 def colored(chart: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pixels of exactly this colour, without the legend in the upper left corner."""
+    """`colored_anywhere` without the legend in the upper left corner."""
     chart = chart.copy()
     chart[:170, :330] = 255
-    return np.nonzero((chart == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1))
+    return colored_anywhere(chart, color)
 
 
 def test_lines_of_a_chart_are_at_their_values():
@@ -73,6 +78,21 @@ def level_step(chart: np.ndarray) -> float:
     high, wide = colored(chart, COLORS[1])
     low_end, high_end = high[wide <= wide.min() + 12].mean(), high[wide >= wide.max() - 12].mean()
     return low_end - high_end
+
+
+def test_points_and_means_of_a_row_are_at_their_values():
+    rows = {"a": [0.0, 10.0], "b": [5.0], "c": [10.0], "not measured": [], "d": [0.0]}
+    chart = draw_points({"first": rows, "second": {"a": [1.0]}})
+    half = chart[:, : chart.shape[1] * 6 // 10]  # names and the first panel
+    marks = {name: colored_anywhere(half, COLORS[i]) for i, name in enumerate(rows) if name != "not measured"}
+    x, y = ({name: mark[axis].mean() for name, mark in marks.items()} for axis in (1, 0))
+    assert x["a"] == pytest.approx(x["b"], abs=1)
+    assert x["c"] - x["b"] == pytest.approx(x["b"] - x["d"], abs=1)
+    assert x["c"] - x["d"] > 100
+    steps = [y["b"] - y["a"], y["c"] - y["b"], (y["d"] - y["c"]) / 2]  # the row without values has its place
+    assert steps == pytest.approx([steps[0]] * 3, abs=1)
+    bluish = np.nonzero((half[..., 2] > half[..., 0] + 40) & (half[..., 2] > half[..., 1] + 20))[1]  # points of row a
+    assert bluish.min() < x["d"] < x["c"] < bluish.max()
 
 
 def test_a_logarithmic_chart_draws_decades_at_equal_distances():

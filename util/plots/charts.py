@@ -1,6 +1,7 @@
-"""Line charts by matplotlib."""
+"""Charts by matplotlib: lines, and points in rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,45 @@ STYLE: Any = {
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
     "axes.titlesize": "medium", "legend.fontsize": "small",
 }  # fmt: skip
+
+
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator[tuple[Any, list[np.ndarray]]]:
+    """(figure of this size in inches, list to which its pixels (H, W, 3) uint8 are added at the end of the block)."""
+    from matplotlib import rc_context  # 0.5 s, so only where charts are drawn
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pixels: list[np.ndarray] = []
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        yield figure, pixels
+        canvas.draw()
+        pixels.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def draw_points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> np.ndarray:
+    """Chart (H, W, 3) uint8 of title -> name -> values: a panel for each title, in it a row of points for each name.
+
+    A line marks the mean of each row; the rows are those of the first panel.
+    """
+    names = [*next(iter(panels.values()))]
+    with new_figure(3.2 + 3.2 * len(panels), 1 + 0.45 * len(names)) as (figure, pixels):
+        for axes, (title, rows) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+        ):
+            for y, name in enumerate(names):
+                if values := rows.get(name):
+                    color = COLORS[y % len(COLORS)]
+                    axes.plot(values, [y] * len(values), "o", color=color, markersize=8, alpha=0.6)
+                    axes.plot(np.mean(values), y, "|", color=color, markersize=24, markeredgewidth=3)
+            axes.set_yticks(range(len(names)), names, fontsize="small")
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_title(title, fontsize="small")
+            axes.tick_params(axis="x", labelsize="small")
+            axes.margins(x=0.1)
+    return pixels[0]
 
 
 def draw_lines(
@@ -28,13 +68,7 @@ def draw_lines(
 
     `log`: logarithmic y axis; values below `floor` are drawn at it. `mark`: (x, label) of a vertical line.
     """
-    from matplotlib import rc_context  # 0.5 s, so only where charts are drawn
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 6), dpi=100, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+    with new_figure(7.6, 6) as (figure, pixels):
         axes = figure.subplots()
         axes.set_prop_cycle(color=COLORS, linestyle=DASHES)
         for name, (xs, ys) in lines.items():
@@ -47,5 +81,4 @@ def draw_lines(
         axes.set_title(title)
         axes.set_xlabel(x_label)
         axes.legend(loc="best")
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels[0]
