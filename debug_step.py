@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from engine_pretrain import TrainState, train_step
 from util.args import Parser, number, resolve_defaults, run_main
 from util.checkpoint.resume import Progress, find_checkpoint, load_checkpoint
+from util.checkpoint.state import copy_to_host
 from util.data.batches import DevicePrefetcher
 from util.dist import autocast, init_world
 from util.files import read_json, write_atomic
@@ -26,6 +27,14 @@ from util.formats.keys import mae_names
 from util.log import Log
 from util.rng import seed_everything, step_seed
 from util.run import Run
+
+# a flag that only this script has, in this order -> script
+SCRIPTS = {
+    "mask_column": "main_segment",
+    "probe_as": "main_linprobe",
+    "layer_decay": "main_finetune",
+    "mask_ratio": "main_pretrain",
+}
 
 
 def find_nonfinite_rows(value: Any, count: int) -> list[int]:
@@ -57,6 +66,7 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
     """Compute a step without updating anything; returns the report and writes debug-STEP.pth."""
     run, model, sampler = state.run, state.model, state.loader.batch_sampler
     done, lines, kept = epoch * sampler.steps + step, [], []
+    weights = copy_to_host(mae_names(model.state_dict()))  # the step changes running statistics
     for micro in range(run.accum_iter):
         batch = next(batches)
         images = [state.loader.dataset.source.name(i) for i in batch["index"].tolist()]
@@ -81,7 +91,6 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
     )
     suffix = f"-rank{run.world.rank}" if run.world.rank else ""
     path = run.folder / f"debug-{done + 1}{suffix}.pth"
-    weights = {name: value.cpu() for name, value in mae_names(model.state_dict()).items()}
     write_atomic(path, partial(torch.save, {"batches": kept, "model": weights, "step": done + 1}))
     return [*lines, f"{path} holds the batch and the weights before the step"]
 
@@ -124,7 +133,7 @@ def run_until(state: TrainState, progress: Progress, last: int) -> list[str]:
 
 def get_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of main_pretrain, _linprobe or _finetune")
+    parser.add_argument("run", metavar="RUN", type=Path, help="output folder of a script that trains")
     parser.add_argument("step", metavar="STEP", type=number(int, 1), help="step of the run, counted from 1")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto = GPU if available")
     return parser
@@ -134,8 +143,7 @@ def main() -> None:
     asked = get_parser().parse_args()
     config = read_config(asked.run)
     known = vars(config["args"])
-    script = "main_linprobe" if "probe_as" in known else "main_finetune" if "layer_decay" in known else "main_pretrain"
-    module = importlib.import_module(script)
+    module = importlib.import_module(next(script for flag, script in SCRIPTS.items() if flag in known))
     defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
     args = resolve_defaults(Namespace(**defaults | known | {"device": asked.device}))
     state, _ = module.setup(args, partial(open_run, asked.run, config))

@@ -1,4 +1,4 @@
-"""The training loop that pre-training, probing and fine-tuning share: loss of a batch, optimiser step, epoch."""
+"""The training loop of all scripts that train: loss of a batch, optimiser step, epoch."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator

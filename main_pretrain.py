@@ -94,7 +94,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = add_run_arguments(parser, output_dir="output/pretrain").add_argument
     add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")
     add("--knn_every", type=number(int, 0), default=0,
-        help="epochs between kNN evaluations, which need class folders in train/ and val/; 0 = none")
+        help="epochs between kNN evaluations, which need labelled train and val images; 0 = none")
     add("--knn_path", nargs="+", metavar="PATH", help=f"{CLASSES}, for kNN (default: --data_path)")
     # fmt: on
     return parser

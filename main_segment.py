@@ -6,6 +6,8 @@ Default: linear heads on frozen patch tokens, one for each --blr. --method knn t
 import argparse
 import json
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -158,13 +160,13 @@ def build_adamw(model: Any, run: Run) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, run.lr, fused=True)
 
 
-def setup(args: Namespace, world: World | None = None) -> tuple[TrainState, MaskFolder]:
+def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, MaskFolder]:
     """(training state, validation images): data, model, optimiser, loss."""
     args, weights = read_architecture(args, ENCODERS)
     train = mask_folder(args, "train")
     val = mask_folder(args, "val", train.classes)
     args = resolve_pixels(args, train, recorded_args(args))
-    run = start_run(args, world)
+    run = begin(args)
     model = build_segmenter(args, build_encoder, weights, len(train.classes), run.world, len(args.blr))
     loader = train_loader(run, train, MultiScaleCrop(args), flip=True)
     loss_fn = segmentation_loss(Normalize(args, run.world.device))
@@ -173,7 +175,7 @@ def setup(args: Namespace, world: World | None = None) -> tuple[TrainState, Mask
 
 def train(args: Namespace, world: World | None = None) -> Outcome:
     """Result of the best head; the ranks stay joined."""
-    state, val = setup(args, world)
+    state, val = setup(args, partial(start_run, world=world))
     run, args, model = state.run, state.run.args, state.model
     saver = Saver(state)
     progress = saver.resume()

@@ -53,8 +53,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     # fmt: off
     parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
-        help="pre-trained weights in any format that util/convert.py reads; without a decoder only --attention, --ep_attention, "
-             "--pca, --masks and --filter work; none = an untrained --model")
+        help="pre-trained weights in any format that util/convert.py reads; the reconstruction and "
+             "--spectrum need its decoder; none = an untrained --model")
     parser.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images; --segment: the --data_path of main_segment.py")
     parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")

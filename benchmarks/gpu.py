@@ -32,7 +32,7 @@ from util.run import versions
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "GPU.md"
-COLUMNS = ["recipe", "batch", "loss", "ms a step", "images/s", "share of peak", "target", "GiB", "foretold"]
+COLUMNS = ["recipe", "batch", "loss", "ms a step", "images/s", "share of peak", "target", "GiB", "predicted"]
 COMMANDS = [
     ["pytest", "-q", "-m", "gpu"],
     ["benchmarks.throughput", "--batch_size", "64", "256", "512", "--compile", "--append", str(REPORT)],
@@ -52,10 +52,10 @@ def time_steps(recipe: Path, device: torch.device, capacity: float, steps: int =
     Activations are recomputed if the step needs more than `capacity` GiB otherwise.
     """
     args = resolve_defaults(get_parser().parse_args([f"@{recipe}"]))
-    foretold = measure(args, args.batch_size)["peak"]
-    if foretold > capacity:
+    predicted = measure(args, args.batch_size)["peak"]
+    if predicted > capacity:
         args = Namespace(**vars(args) | {"grad_checkpointing": True})
-        foretold = measure(args, args.batch_size)["peak"]
+        predicted = measure(args, args.batch_size)["peak"]
     torch.manual_seed(0)
     model, normalize = build_model(args).to(device), Normalize(args, device)
     shape = args.batch_size, *args.input_size, args.in_chans
@@ -85,7 +85,7 @@ def time_steps(recipe: Path, device: torch.device, capacity: float, steps: int =
     row = [
         recipe.stem + checkpointing, f"{args.batch_size}", f"{first:.4f} -> {last:.4f}", f"{1000 * seconds:.0f}",
         f"{args.batch_size / seconds:.0f}", f"{flops / seconds / 1e12 / peak:.1%}" if peak else "", f"{share:.1%}",
-        f"{memory:.1f}", f"{foretold:.1f}",
+        f"{memory:.1f}", f"{predicted:.1f}",
     ]  # fmt: skip
     return row, last < first
 

@@ -121,22 +121,22 @@ class Card:
 
 
 @pytest.mark.parametrize("words", ["--amp bf16", "--amp bf16 --grad_checkpointing", "--amp off --decoder cross"])
-def test_memory_of_a_step_is_what_was_foretold(words, monkeypatch):
+def test_memory_of_a_step_is_what_was_predicted(words, monkeypatch):
     @contextmanager
     def card():
         yield Card()
 
     args = flags(*words.split())
-    foretold = memory.measure(args, 64)
+    predicted = memory.measure(args, 64)
     monkeypatch.setattr(memory, "fake_device", card)
     monkeypatch.setattr(memory, "DEVICE", torch.device("cuda", 0))
     with warnings.catch_warnings(action="ignore"):
         memory.measure(args, 2)  # makes the workspaces
         found = memory.measure(args, 64)
-    print(f"counted: {words}: peak {found['peak']:.4f} GiB, foretold {foretold['peak']:.4f}")
+    print(f"counted: {words}: peak {found['peak']:.4f} GiB, predicted {predicted['peak']:.4f}")
     for name in ("weights", "gradients", "optimizer"):
-        assert found[name] == pytest.approx(foretold[name], rel=0.001), name
-    assert found["peak"] == pytest.approx(foretold["peak"], rel=0.05)
+        assert found[name] == pytest.approx(predicted[name], rel=0.001), name
+    assert found["peak"] == pytest.approx(predicted["peak"], rel=0.05)
 
 
 def test_inductor_compiles_one_graph(photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Memory foretold by benchmarks/memory.py, against sizes that autograd and a second measurement give."""
+"""Memory predicted by benchmarks/memory.py, against sizes that autograd and a second measurement give."""
 
 import sys
 from unittest.mock import patch

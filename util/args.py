@@ -216,8 +216,8 @@ def add_pixel_arguments(group) -> None:
     group.add_argument("--bands", type=number(int, 1), nargs="+",
                        help="bands, channels or pages of each image to use, in this order; 1 = first (default: as in --checkpoint, else all)")
     group.add_argument("--value_range", type=range_word, nargs="+", action=RangeAction, metavar="auto|full|LOW HIGH|percentile P Q",
-                       help="values that become black and white. auto = as images that are not 8-bit declare, else by a sample of at "
-                            "most 256 of them, once for all; full = range of the number type, 0 to 1 for floats; LOW HIGH, or such a "
+                       help="values that become black and white. auto = one range for all images that are not 8-bit: the declared one, "
+                            "else from a sample of at most 256; full = range of the number type, 0 to 1 for floats; LOW HIGH, or such a "
                             "pair per channel = of all images; percentile = of each channel of each image (default: as in --checkpoint, else auto)")
     group.add_argument("--alpha", choices=["auto", "composite", "drop", "channel"],
                        help="fourth channel: composite = blend over white; drop = ignore; channel = use as any other; auto = composite, "

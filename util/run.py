@@ -11,6 +11,9 @@ OUTPUT_DIR holds
     bad_images.txt          unreadable images, replaced in training, left out of evaluations (--on_bad_image skip)
     classifier.pth          the trained classifier (probe and fine-tuning)
     segmenter.pth           the trained segmenter
+    results.jsonl           results and their origin, for util.report
+    train_list.txt          training images that --train_fraction or --train_list selected
+    untrained/              run of the untrained control of main_segment.py --finetune
     last.pth.damaged        a checkpoint whose checksum was wrong, set aside on resume
     debug-STEP.pth          batch and weights of one step (debug_step.py)
     .lock                   held while a process writes here

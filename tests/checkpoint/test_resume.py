@@ -419,7 +419,7 @@ def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fa
 
 def test_an_error_of_the_writer_that_nobody_foresaw_ends_the_run(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match="division by zero; mend that and run the same command"):
+    with pytest.raises(OSError, match="division by zero; fix that and run the same command"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0)
 
 
@@ -436,7 +436,7 @@ def test_other_errors_than_a_full_disk_end_the_run(code, photos, tmp_path, monke
 
     monkeypatch.setattr("util.checkpoint.state.os.replace", replace)
     with pytest.raises(
-        OSError, match=rf"{os.strerror(code)}: .*last\.pth.*; mend that and run the same command to resume"
+        OSError, match=rf"{os.strerror(code)}: .*last\.pth.*; fix that and run the same command to resume"
     ):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 4, "--save_minutes", 0)
     monkeypatch.undo()

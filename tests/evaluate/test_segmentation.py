@@ -314,8 +314,14 @@ def test_a_killed_run_resumes_bit_for_bit(heads, pretrained, masked, tmp_path, m
     words = ["--checkpoint", pretrained / "last.pth", *TRAIN, "--layers", 1, 2, "--blr", 0.1, 2]
     for step in (1, 3):  # counted from the last start
         assert interrupted(monkeypatch, step, lambda: segment(tmp_path, masked, *words)) == 75
+    stopped = weights(tmp_path)
     assert segment(tmp_path, masked, *words) == heads[1]
     assert_same_run(tmp_path, heads[0])
+    done = stopped["progress"]["epoch"] * stopped["steps"] + stopped["progress"]["step"]
+    report = call("debug_step", tmp_path, done + 1, "--device", "cpu")
+    assert any(line.startswith(f"step {done + 1}, batch 1 of 1 on rank 0: 2 images, loss ") for line in report)
+    again = torch.load(tmp_path / f"debug-{done + 1}.pth", weights_only=True)
+    assert_same(again["model"], stopped["model"])
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ class Saver:
 
     def fail_unsaved(self) -> None:
         """Raise OSError with the reason why the checkpoint cannot be written."""
-        remedy = "mend that" if self.writer.failed else "free disk space (--on_full_disk)"
+        remedy = "fix that" if self.writer.failed else "free disk space (--on_full_disk)"
         self.writer.cancel()
         reason = self.writer.error or "rank 0 cannot write the checkpoint"
         raise OSError(f"{reason}; {remedy} and run the same command to resume")

@@ -1,6 +1,6 @@
 """Images with segmentation masks: folders, decoding of masks, crops of both.
 
-A mask travels as one more band of its image: 0 = ignored, k + 1 = class k, so that whatever pads a band with zeros ignores it.
+A mask is the last band of its image: 0 = ignored, k + 1 = class k, so that pixels padded with zeros are ignored.
 """
 
 import os
