@@ -85,10 +85,8 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
     wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     scale = state.scaler.get_scale()  # 1 without fp16
     norm = nn.utils.get_total_norm(list(gradients.values())).item() / scale
-    first = " ".join(wrong[:8]) or "none"
-    lines.append(
-        f"gradient norm of this rank {norm:.6g}, loss scale {scale:g}; not finite: {len(wrong)} of {len(gradients)} gradients: {first}"
-    )
+    names = f"{len(wrong)} of {len(gradients)} gradients: {' '.join(wrong[:8]) or 'none'}"
+    lines.append(f"gradient norm of this rank {norm:.6g}, loss scale {scale:g}; not finite: {names}")
     suffix = f"-rank{run.world.rank}" if run.world.rank else ""
     path = run.folder / f"debug-{done + 1}{suffix}.pth"
     write_atomic(path, partial(torch.save, {"batches": kept, "model": weights, "step": done + 1}))

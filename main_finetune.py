@@ -64,9 +64,7 @@ def finetune_transform(args: Namespace) -> SeededTransform:
             args.input_size, True, use_prefetcher=True, interpolation="bicubic", color_jitter=None, auto_augment=policy
         )
     except AssertionError as error:
-        raise ValueError(
-            f"--aa {args.aa}: timm does not know this policy ({error}); use none or rand-m9-mstd0.5-inc1"
-        ) from error
+        raise ValueError(f"--aa {args.aa}: unknown to timm ({error}); use none or rand-m9-mstd0.5-inc1") from error
     return SeededTransform(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor
 
 

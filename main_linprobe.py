@@ -114,9 +114,8 @@ def main() -> None:
         return
     state, val = setup(args)
     run, args, model = state.run, state.run.args, state.model
-    val_loader = eval_loader(
-        args, run.world, val, eval_transform(args.input_size, args.crop_pct, val_interpolation(args.probe_as))
-    )
+    transform = eval_transform(args.input_size, args.crop_pct, val_interpolation(args.probe_as))
+    val_loader = eval_loader(args, run.world, val, transform)
     saver, protocol = Saver(state), model.heads[0].pool
     progress = saver.resume()
 

@@ -50,6 +50,7 @@ from util.plots.reconstruction import log_pictures, reconstruct
 from util.run import Run, is_due, start_run
 
 DECODER = ("decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels", "pos_embed")
+FROM_FILE = (*MODEL_FLAGS, *DECODER, "fuse_layers")  # flags that are read from --checkpoint if they are not given
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -113,9 +114,7 @@ def knn_sources(args: Namespace) -> tuple[Source, Source]:
 
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, image source): data, model, optimiser, loss."""
-    args, weights = (
-        read_architecture(args, ENCODERS, (*MODEL_FLAGS, *DECODER, "fuse_layers")) if args.checkpoint else (args, None)
-    )
+    args, weights = read_architecture(args, ENCODERS, FROM_FILE) if args.checkpoint else (args, None)
     args = resolve_defaults(args)
     source = pretrain_source(args)
     args = resolve_pixels(args, source, recorded_args(args))

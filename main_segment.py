@@ -144,13 +144,11 @@ def build_adamw(model: Any, run: Run) -> torch.optim.AdamW:
     """AdamW with a learning rate for each head, or with layer decay of the encoder."""
     args = run.args
     if args.finetune:
-        encoder = model.encoder.model
+        encoder, decay = model.encoder.model, args.layer_decay
         decoder = nn.ModuleList([model.decoder, model.segmentation_head])
-        groups = param_groups_layer_decay(
-            encoder, args.weight_decay, encoder.no_weight_decay(), layer_decay=args.layer_decay
-        )
+        groups = param_groups_layer_decay(encoder, args.weight_decay, encoder.no_weight_decay(), layer_decay=decay)
         for group in groups:
-            group["lr_scale"] *= args.layer_decay  # the decoder is the layer after the last block
+            group["lr_scale"] *= decay  # the decoder is the layer after the last block
         groups += param_groups_weight_decay(decoder, args.weight_decay)
     else:
         groups = []
@@ -217,9 +215,7 @@ def vote(args: Namespace) -> Outcome:
     chosen, held = {"k": args.k[0]}, generator(args.seed, SUBSET, 2).permutation(len(train))[: -(-len(train) // 10)]
     if len(args.k) > 1:
         if len(train) < 2:
-            raise ValueError(
-                f"--k {' '.join(map(str, args.k))}: train has one image, none to choose on; give one number"
-            )
+            raise ValueError(f"--k {' '.join(map(str, args.k))}: train has one image, none to choose on; give one")
         model = PatchVotes(encoder, bank.without(held.tolist()), classes, args.k, args)
         results = evaluate_segmenter(single, world, model, Subset(train, held))
         mious = {k: result["miou"] for k, result in zip(args.k, results, strict=True)}

@@ -18,12 +18,10 @@ def build_encoder(args: Namespace, **options) -> nn.Module:
     encoder = ENCODERS[args.model]
     if args.patch_size is not None:
         options["patch_size"] = args.patch_size
-    if args.class_tokens is not None:
+    if (tokens := args.class_tokens) is not None:
         if "reg_tokens" not in getattr(getattr(encoder, "func", encoder), "supported", ()):
-            raise ValueError(
-                f"--class_tokens {args.class_tokens}: --model {args.model} has no class tokens; use vit_* or mff_vit_*"
-            )
-        options["reg_tokens"] = args.class_tokens - 1
+            raise ValueError(f"--class_tokens {tokens}: --model {args.model} has no class tokens; use vit_* or mff_*")
+        options["reg_tokens"] = tokens - 1
     return encoder(img_size=args.input_size, in_chans=args.in_chans, **options)
 
 
@@ -35,9 +33,8 @@ def build_target(args: Namespace) -> nn.Module:
     height, width = args.input_size
     kept = low_pass_disc(args.input_size, radius, args.lowpass)
     if kept.all() or not kept.any():
-        raise ValueError(
-            f"--lowpass_radius {radius:g} keeps {'every' if kept.any() else 'no'} frequency of {height} x {width} px; 0 is the target of MAE"
-        )
+        share = "every" if kept.any() else "no"
+        raise ValueError(f"--lowpass_radius {radius:g} keeps {share} frequency of {height} x {width} px; 0 = MAE")
     return LowPass(args.input_size, radius, args.mean, args.std, args.lowpass)
 
 
@@ -66,22 +63,20 @@ def build_model(args: Namespace) -> PixMIM:
     return model
 
 
-def noise_length_at(pixels: int, model: PixMIM, args: Namespace) -> int:
+def noise_length_at(side: int, model: PixMIM, args: Namespace) -> int:
     """Number of random values of the mask of square images of a size of --sizes; ValueError if it does not fit the model."""
     if not isinstance(model.encoder, MaskedViT):
         raise ValueError(f"--sizes: --model {args.model} has one input size; use vit_* or mff_vit_*, or omit --sizes")
     unit = model.encoder.patch * model.mask_unit
-    if pixels % unit or pixels > args.input_size[0]:
-        raise ValueError(
-            f"--sizes {pixels}: use multiples of {unit} px (--patch_size x --mask_unit) up to --input_size"
-        )
-    discs = (low_pass_disc(size, args.lowpass_radius, args.lowpass) for size in ((pixels, pixels), args.input_size))
+    if side % unit or side > args.input_size[0]:
+        raise ValueError(f"--sizes {side}: use multiples of {unit} px (--patch_size x --mask_unit) up to --input_size")
+    discs = (low_pass_disc(size, args.lowpass_radius, args.lowpass) for size in ((side, side), args.input_size))
     kept, all_kept = (int(disc.sum()) for disc in discs)
     if args.lowpass_radius and kept < all_kept:
         raise ValueError(
-            f"--sizes {pixels}: has only {kept} of the target's {all_kept} frequencies; use a larger size or a smaller "
+            f"--sizes {side}: has only {kept} of the target's {all_kept} frequencies; use a larger size or a smaller "
             f"radius than --lowpass_radius {args.lowpass_radius:g}"
         )
-    grid = (pixels // model.encoder.patch,) * 2
+    grid = (side // model.encoder.patch,) * 2
     model.check_mask(grid)
     return mask_units(grid, model.mask_unit)

@@ -121,15 +121,14 @@ class ConvViT(nn.Module):
         super().__init__()
         if patch_size % 4:
             raise ValueError(f"--patch_size {patch_size}: a patch size of ConvMAE must be a multiple of 4")
-        if any(side % patch_size for side in img_size):
-            raise ValueError(
-                f"an input size of {img_size[0]} x {img_size[1]} is not a multiple of the patch size {patch_size}"
-            )
+        height, width = img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"an input size of {height} x {width} is not a multiple of the patch size {patch_size}")
         if global_pool not in ("", "avg"):
             raise ValueError(f"--pool {global_pool}: ConvMAE has only the mean of the patches; use --pool mean")
         dim1, dim2, dim = embed_dim
         self.embed_dim, self.in_chans, self.patch = dim, in_chans, patch_size
-        self.grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.grid = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         drop1, drop2, drop3 = calculate_drop_path_rates(drop_path_rate, [*depth], stagewise=True)

@@ -426,9 +426,7 @@ class PixMIM(nn.Module):
         if self.mask_unit > min(grid):
             raise ValueError(f"mask units of {self.mask_unit} patches are larger than the grid {grid}")
         if part is not None and not 0 < part <= ratio:
-            raise ValueError(
-                f"--predict_ratio {part}: predict more than 0 and at most --mask_ratio {ratio} of all patches"
-            )
+            raise ValueError(f"--predict_ratio {part}: predict more than 0 and at most --mask_ratio {ratio} of patches")
 
     @property
     def noise_length(self) -> int:

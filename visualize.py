@@ -100,12 +100,9 @@ def find_images(names: list[str], count: int) -> Folder:
 
 def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
     """Load the weights into the model; ValueError if they do not fit."""
-    if "proj_weights" in weights.state and (fused := getattr(model.encoder, "fuse_layers", None)):
-        count = weights.state["proj_weights"].numel()
-        if count != len(fused):
-            raise ValueError(
-                f"--checkpoint {args.checkpoint} fuses {count} layers, not {len(fused)}; name them with --fuse_layers"
-            )
+    fused, shares = getattr(model.encoder, "fuse_layers", ()), weights.state.get("proj_weights", ())
+    if fused and len(shares) not in (0, len(fused)):
+        raise ValueError(f"--checkpoint {args.checkpoint} fuses {len(shares)} layers, not {len(fused)}: --fuse_layers")
     if weights.family and weights.grid not in (None, model.encoder.grid):
         weights = resize_weights(weights, args.input_size)
     try:
@@ -122,9 +119,8 @@ def print_assumptions(args: Namespace) -> None:
     """Print one line if neither --checkpoint nor a flag states the loss or the mask ratio that the picture shows."""
     assumed = {"mask_ratio": f"--mask_ratio {METHOD['mask_ratio']}"}
     if not args.masks:
-        assumed["norm_pix_loss"] = (
-            "--norm_pix_loss as mae_pretrain_*_full; raw pixels, as mae_visualize_*, need --no-norm_pix_loss"
-        )
+        raw = "raw pixels, as mae_visualize_*, need --no-norm_pix_loss"
+        assumed["norm_pix_loss"] = f"--norm_pix_loss as mae_pretrain_*_full; {raw}"
     if missing := [name for name in assumed if getattr(args, name) is None]:
         values = ", ".join(assumed[name] for name in missing)
         print(f"{args.checkpoint} does not state {' and '.join(missing)}; assumed: {values}")
@@ -147,9 +143,7 @@ def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: 
     images = Normalize(args, device)(batch)
     if args.ep_attention:
         if weights is None or "ep.queries" not in weights.state:
-            raise ValueError(
-                f"--ep_attention: --checkpoint {args.checkpoint} is not a classifier of main_linprobe.py --pool ep"
-            )
+            raise ValueError(f"--ep_attention: --checkpoint {args.checkpoint} is not a classifier of --pool ep")
         maps = Probe.from_classifier(encoder, weights.state).to(device).attention_maps(images)
         return draw_queries(maps, scale_to_pixels(batch))
     if args.attention and not encoder.num_prefix_tokens:
@@ -239,9 +233,8 @@ def main() -> None:
     device = init_world(args.device, "off").device
     source = find_images(args.images, args.count)
     args = resolve_pixels(args, source)
-    batch = load_batch(
-        Samples(source, eval_transform(args.input_size, args.crop_pct), args), range(len(source)), device
-    )
+    samples = Samples(source, eval_transform(args.input_size, args.crop_pct), args)
+    batch = load_batch(samples, range(len(source)), device)
     if args.filter is not None:
         pixels = draw_filter_radii(args, scale_to_pixels(batch))
     else:

@@ -181,9 +181,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure the images/s of every data pipeline and of MAE's.")
     add = parser.add_argument
     add("--data_path", help="folder of images; None = synthetic ones")
-    add(
-        "--synthetic", type=number(int, BATCH), default=384, help="number of synthetic images: noise of ImageNet's size"
-    )
+    add("--synthetic", type=number(int, BATCH), default=384, help="number of synthetic images, noise of 500 x 375 px")
     add("--input_size", type=number(int, 16), default=224, help="side of the training input in pixels")
     add("--seconds", type=number(float, 0), default=3.0, help="duration of each measurement")
     add("--rounds", type=number(int, 1), default=5, help="measurements of each pipeline")

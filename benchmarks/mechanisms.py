@@ -38,9 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     crops.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/{images,masks}")
     crops.add_argument("--draws", type=number(int, 1), default=10000, help="crops of each kind over all images")
     for each in (perturb, crops):
-        each.add_argument(
-            "--input_size", type=number(int, 1), nargs="+", action=SizeAction, default=(128, 128), metavar="H"
-        )
+        each.add_argument("--input_size", type=number(int, 1), nargs="+", action=SizeAction, default=(128, 128))
         each.add_argument("--seed", type=number(int, 0), default=0)
     return parser
 
@@ -48,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
 def perturbations(args: Namespace) -> dict[str, Callable[[Tensor, np.random.Generator], Tensor]]:
     """Kind -> function of an image (3, H, W) in [0, 1] and a generator."""
     low_pass = LowPass(args.input_size, args.radius, [0.0] * 3, [1.0] * 3, "centered")
-    p = args.patch_size
+    p, luma = args.patch_size, torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
     def shuffle(x: Tensor, rng: np.random.Generator) -> Tensor:
         patches = x.unfold(1, p, p).unfold(2, p, p)  # (3, h, w, p, p)
@@ -62,9 +60,7 @@ def perturbations(args: Namespace) -> dict[str, Callable[[Tensor, np.random.Gene
         "highpassed": lambda x, rng: x - low_pass(x[None])[0] + 0.5,
         "blurred": lambda x, rng: gaussian_blur(x, [13, 13], [2.0, 2.0]),
         "noised": lambda x, rng: x + 0.1 * torch.from_numpy(rng.standard_normal(x.shape, np.float32)),
-        "grey": lambda x, rng: (
-            (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True).expand(3, -1, -1)
-        ),
+        "grey": lambda x, rng: (x * luma).sum(0, keepdim=True).expand(3, -1, -1),
         "shuffled": shuffle,
     }
 

@@ -66,10 +66,9 @@ def make_folder(folder: Path, count: int) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure time and memory to open caches and folders of growing size.")
-    parser.add_argument(
-        "--images", type=number(int, 1), nargs="+", default=[10**n for n in range(3, 7)], help="numbers of images"
-    )
-    parser.add_argument("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
+    add, sizes = parser.add_argument, [10**n for n in range(3, 7)]
+    add("--images", type=number(int, 1), nargs="+", default=sizes, help="numbers of images")
+    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
     return parser
 
 

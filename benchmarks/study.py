@@ -105,9 +105,7 @@ def read_study(path: str) -> Study:
             values = {name: arm.get(name, value) for name, value in about.items()}
             arms.append(Arm(section, title, flags, encoder, seeds, names.split(), seconds, values))
             if unknown := {*arm} - KEYS - {*about} | {*names.split()} - {*steps}:
-                raise ValueError(
-                    f"[{section}] has {' '.join(sorted(unknown))}, which is neither a key of an arm nor a step"
-                )
+                raise ValueError(f"[{section}] has {' '.join(sorted(unknown))}, neither a key of an arm nor a step")
         for title, source in columns.items():
             if source.split()[0] not in steps:
                 raise ValueError(f"[columns] {title}: there is no step {source.split()[0]}")
@@ -118,9 +116,8 @@ def read_study(path: str) -> Study:
 
 def command_of(study: Study, arm: Arm, seed: int, step: str, folder: str, data: dict[str, str]) -> list[str]:
     """Words of a step's command; ValueError if it names data that are not given."""
-    names = (
-        arm.values | data | {"seed": str(seed), "run": f"{folder}/{study.name}/{arm.name}/{seed}", "flags": arm.flags}
-    )
+    run = f"{folder}/{study.name}/{arm.name}/{seed}"
+    names = arm.values | data | {"seed": str(seed), "run": run, "flags": arm.flags}
     try:
         names["encoder"] = arm.encoder.format(**names)
         return shlex.split(study.steps[step].format(**names))
@@ -243,9 +240,8 @@ def summarise(study: Study, records: list[dict]) -> str:
         seeds = " ".join(map(str, sorted({seed for cell in found for seed in cell})))
         means.append([arm.title, seeds, *(format_mean(cell.values(), "{:.1f}", " ± {:.1f}") for cell in found)])
         known = [column[first.name] for column in values.values()]
-        pairs = [
-            [x - old[seed] for seed, x in cell.items() if seed in old] for cell, old in zip(found, known, strict=True)
-        ]
+        both = zip(found, known, strict=True)
+        pairs = [[x - old[seed] for seed, x in cell.items() if seed in old] for cell, old in both]
         if arm in others and any(pairs):
             errors = (format_mean(pair, "{:+.1f}", " ({:.1f})", len(pair) ** 0.5) for pair in pairs)
             differences.append([arm.title, seeds, *errors])
@@ -319,9 +315,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         finished = [*pool.map(lambda job: runner.run(*job), jobs)]
     if not all(finished):
-        raise ValueError(
-            f"{finished.count(False)} of {len(finished)} runs are not complete; the same command continues them"
-        )
+        raise ValueError(f"{finished.count(False)} of {len(finished)} runs are not complete; run this command again")
     print(summarise(study, read_lines(records)), end="")
 
 

@@ -79,9 +79,8 @@ def all_steps(args, model: PixMIM, normalize: Normalize) -> dict[str, Step]:
     }
     full = model
     if not is_plain(model):
-        plain = {
-            name: METHOD[name] for name in ("predict_ratio", "decoder", "decoder_depth", "fuse_levels", "pos_embed")
-        }
+        names = ("predict_ratio", "decoder", "decoder_depth", "fuse_levels", "pos_embed")
+        plain = {name: METHOD[name] for name in names}
         full = build_model(argparse.Namespace(**vars(args) | plain | {"class_tokens": None})).to(normalize.mean.device)
         steps["full decoder"] = make(full)
     if type(model.encoder) is MaskedViT:  # the other encoders have no baseline
@@ -145,12 +144,15 @@ def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
 
 def format_result(result: dict) -> list[str]:
     """Lines to print."""
-    head = (
-        f"batch {result['batch_size']}: ours {result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
-    )
+    ours = f"ours {result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
     rows = [f"{k} {m:.3f} ({low:.3f} to {high:.3f})" for k, (low, m, high) in result["ratios"].items() if k != "ours"]
     compiled = [f"compiled in {result['compile_s']:.1f} s"] if result["compile_s"] else []
-    return [head, *rows, f"matmuls at {result['matmul_tflops_per_s']:.3g} TFLOP/s", *compiled]
+    return [
+        f"batch {result['batch_size']}: {ours}",
+        *rows,
+        f"matmuls at {result['matmul_tflops_per_s']:.3g} TFLOP/s",
+        *compiled,
+    ]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -158,9 +160,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     add_method_arguments(parser)
     add = add_device_arguments(parser).add_argument
-    add(
-        "--batch_size", type=number(int, 1), nargs="+", default=[8], help="images per step; several = one after another"
-    )
+    add("--batch_size", type=number(int, 1), nargs="+", default=[8], help="images per step; several = in turn")
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
     add("--compile", action="store_true", help="include the compiled model")
     add("--append", type=Path, metavar="FILE", help="Markdown table to which a row per batch size is added")

@@ -380,10 +380,8 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
 MIN_OPEN_FILES = 256
 LOADER_ERROR = re.compile(r"DataLoader (worker|timed out)")
 MEMORY_ERROR = re.compile("out of memory|can't allocate memory")
-LOST_RANK = re.compile(
-    "connection (closed|reset|refused)|pair closure|time(d )?out|remote process exited", re.IGNORECASE
-)
-RANK_ERROR = re.compile(f"gloo|TCPStore|{LOST_RANK.pattern}", re.IGNORECASE)
+LOST_RANK = re.compile("connection (closed|reset|refused)|pair closure|time(d )?out|remote process exited", re.I)
+RANK_ERROR = re.compile(f"gloo|TCPStore|{LOST_RANK.pattern}", re.I)
 WRITER_THREAD = "checkpoint"  # name of the thread that writes checkpoints
 
 
@@ -396,10 +394,8 @@ def explain_error(error: RuntimeError | MemoryError) -> str | None:
     if LOADER_ERROR.search(reason):
         if reason.startswith("Caught "):  # the traceback of the worker, whose last line is the cause
             reason = str(error).splitlines()[-1][:160]
-        remedy = shared_memory_hint(error) or (
-            "; run the same command again to resume, with fewer --num_workers if memory was short"
-        )
-        return f"a data-loader worker died or timed out: {reason}{remedy}"
+        again = "; run the same command again to resume, with fewer --num_workers if memory was short"
+        return f"a data-loader worker died or timed out: {reason}{shared_memory_hint(error) or again}"
     if not is_rank():
         return None
     if "EADDRINUSE" in str(error):
@@ -463,9 +459,7 @@ def prepare_process() -> None:
     if soft < MIN_OPEN_FILES <= hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (MIN_OPEN_FILES, hard))
     elif soft < MIN_OPEN_FILES:
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: error: at most {hard} open files are allowed; raise it to {MIN_OPEN_FILES}: ulimit -n"
-        )
+        sys.exit(f"{Path(sys.argv[0]).name}: error: at most {hard} open files; raise it to {MIN_OPEN_FILES}: ulimit -n")
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -484,16 +478,13 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        message = (
-            explain_error(error)
-            if isinstance(error, RuntimeError | MemoryError)
-            else str(error) + shared_memory_hint(error)
-        )
+        of_torch = isinstance(error, RuntimeError | MemoryError)
+        message = explain_error(error) if of_torch else str(error) + shared_memory_hint(error)
         if os.environ.get("PIXMIM_DEBUG") or message is None:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         line = printable(f"{Path(sys.argv[0]).name}{rank}: error: {message}")
-        if not isinstance(error, RuntimeError | MemoryError):
+        if not of_torch:
             sys.exit(line)
         print(line, file=sys.stderr, flush=True)
         exit_after_save()

@@ -52,10 +52,8 @@ class PackedImage(NamedTuple):
 
 def cut_tiles(bands: list[Image.Image], tile: int | None) -> Iterator[tuple[tuple[int, int], list[Image.Image]]]:
     """((top, left), bands) of equal tiles of at most `tile` pixels a side; of the whole image without `tile`."""
-    width, height = bands[0].size
-    rows, columns = (
-        [side * i // n for i in range(n + 1)] for side in (height, width) for n in [-(-side // (tile or side))]
-    )
+    counts = [(side, -(-side // (tile or side))) for side in bands[0].size]
+    columns, rows = ([side * i // n for i in range(n + 1)] for side, n in counts)
     for (top, bottom), (left, right) in product(pairwise(rows), pairwise(columns)):
         yield (top, left), [band.crop((left, top, right, bottom)) for band in bands] if tile else bands
 
@@ -84,10 +82,8 @@ class PackDataset(Dataset):
     def pack(self, indices: np.ndarray, workers: int) -> Iterator[list[PackedImage] | str]:
         """These images in order, packed by worker processes."""
         chunks = np.array_split(indices, -(-len(indices) // (1 if self.tile else 32)))
-        worker = partial(init_worker, os.getpid())
-        for packed in DataLoader(
-            self, batch_size=None, sampler=chunks, num_workers=workers, collate_fn=list, worker_init_fn=worker
-        ):
+        options = {"collate_fn": list, "worker_init_fn": partial(init_worker, os.getpid())}
+        for packed in DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, **options):
             yield from packed
 
 

@@ -14,15 +14,13 @@ INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamp
 
 def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str = "bilinear") -> Image.Image:
     """Smallest resize of the same aspect ratio that covers size (H, W); torchvision's Resize(side) for a square."""
-    height, width = size
-    if width * image.height >= height * image.width:  # the width limits
-        height = max(height, int(width * image.height / image.width))
+    (height, width), (w, h) = size, image.size
+    if width * h >= height * w:  # the width limits
+        height = max(height, int(width * h / w))
     else:
-        width = max(width, int(height * image.width / image.height))
+        width = max(width, int(height * w / h))
     if height * width > max(MAX_PIXELS, 64 * size[0] * size[1]):
-        raise ValueError(
-            f"is {image.width} x {image.height} and would be {width} x {height} to cover {size}: too long; crop it"
-        )
+        raise ValueError(f"is {w} x {h} and would be {width} x {height} to cover {size}: too long; crop it")
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 
@@ -41,12 +39,12 @@ def crop_window(pixels: np.ndarray, size: tuple[int, int], u: np.ndarray, paddin
 
     Equals RandomCrop(size, padding=4, padding_mode="reflect") without the padded copy. `out`: array for the result.
     """
-    starts = [
-        int(draw * (n + 2 * padding - side + 1)) - padding for n, side, draw in zip(pixels.shape, size, u, strict=False)
-    ]
-    result = np.empty((*size, pixels.shape[2]), pixels.dtype) if out is None else out
-    columns = [*reflect_slices(starts[1], size[1], pixels.shape[1])]
-    for rows, from_rows in reflect_slices(starts[0], size[0], pixels.shape[0]):
+    (h, w, c), (height, width) = pixels.shape, size
+    room = (h - height + 2 * padding + 1, w - width + 2 * padding + 1)
+    top, left = (int(draw * n) - padding for n, draw in zip(room, u, strict=True))
+    result = np.empty((height, width, c), pixels.dtype) if out is None else out
+    columns = [*reflect_slices(left, width, w)]
+    for rows, from_rows in reflect_slices(top, height, h):
         for cols, from_cols in columns:
             result[rows, cols] = pixels[from_rows, from_cols]
     return result
@@ -61,9 +59,7 @@ class SimpleResizedCrop:
 
     def __init__(self, size: tuple[int, int], interpolation: str = "bilinear"):
         if min(size) <= 4:
-            raise ValueError(
-                f"a crop of {size[0]} x {size[1]} is too small: its sides must exceed the 4 reflected pixels"
-            )
+            raise ValueError(f"a crop of {size[0]} x {size[1]} is too small: sides must exceed the 4 reflected pixels")
         self.size, self.interpolation = size, interpolation
 
     def resize(self, bands: Sequence[Image.Image]) -> np.ndarray:

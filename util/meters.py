@@ -97,9 +97,7 @@ class Meter:
         self.first_step = True
         self.peak = peak_tflops(run.args.amp, run.world.device)
 
-    def start_epoch(
-        self, progress: Progress, prefetcher: Any, sampler: Any, describe_last_save: Callable[[], str]
-    ) -> Iterator[dict]:
+    def start_epoch(self, progress: Progress, prefetcher, sampler, describe_last_save: Callable) -> Iterator[dict]:
         """Start measuring an epoch at `progress`; returns its batches."""
         self.epoch, self.prefetcher, self.sampler = progress.epoch, prefetcher, sampler
         self.describe_last_save = describe_last_save
@@ -169,7 +167,7 @@ class Meter:
 
     def report_skipped(self, done: int, losses: Sequence[float]) -> None:
         """Log the images of skipped steps; FloatingPointError, on every rank, after more than --max_skipped in a row."""
-        run, limit = self.run, self.run.args.max_skipped
+        run, limit, steps = self.run, self.run.args.max_skipped, self.sampler.steps
         for step, loss in enumerate(losses, start=done - len(losses) + 1):
             self.skipped = 0 if math.isfinite(loss) else self.skipped + 1
             if not self.skipped:
@@ -177,10 +175,8 @@ class Meter:
             if loss == math.inf and self.skipped <= limit:
                 run.log.info(f"step {step}: gradients overflowed in fp16, update skipped, loss scale halved")
                 continue
-            samples = self.sampler.samples(*divmod(step - 1, self.sampler.steps)).tolist()
-            run.log.scalars(
-                {"step": done, "epoch": done / self.sampler.steps, "skipped_step": step, "samples": samples}
-            )
+            samples = self.sampler.samples(*divmod(step - 1, steps)).tolist()
+            run.log.scalars({"step": done, "epoch": done / steps, "skipped_step": step, "samples": samples})
             run.log.info(
                 f"warning: step {step}: loss or gradient is not finite, update skipped; samples "
                 f"{' '.join(map(str, samples[:8]))}{' ...' if len(samples) > 8 else ''}; to inspect it: "

@@ -85,9 +85,8 @@ def git(*command: str) -> bytes:
     """Output of git in this repository; empty if there is no git or no repository."""
     with suppress(OSError):
         # safe.directory: a checkout may belong to another user
-        return subprocess.run(
-            ["git", "-c", "safe.directory=*", *command], cwd=Path(__file__).parent, capture_output=True, check=False
-        ).stdout
+        words = ["git", "-c", "safe.directory=*", *command]
+        return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, check=False).stdout
     return b""
 
 
@@ -163,9 +162,8 @@ def start_run(args: Namespace, world: World | None = None) -> Run:
     if args.amp == "bf16" and world.device.type == "cpu" and not cpu_has_bf16():
         run.log.info("warning: --amp bf16: this CPU is not known to support bfloat16; without it --amp off is faster")
     if args.warmup_epochs >= args.epochs:
-        run.log.info(
-            f"warning: --warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}: the learning rate never decays"
-        )
+        flags = f"--warmup_epochs {args.warmup_epochs:g} is not below --epochs {args.epochs}"
+        run.log.info(f"warning: {flags}: the learning rate never decays")
     run.log.info(
         f"{world.size} x {world.device}, effective batch {run.batch} ({batch_size} x {accum_iter} x {world.size}), "
         f"peak learning rate {run.lr:.3g}, output in {folder}"

@@ -102,15 +102,14 @@ def describe_continuation(path: Path, run: Run) -> str:
 def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) -> None:
     """ValueError if the checkpoint belongs to a run that computes something else: flags, batch, weights, images."""
     before, now = (args_to_dict(resolve_defaults(args)) for args in (Namespace(**content["args"]), run.args))
+    remedy, data_path = describe_continuation(path, run), f"--data_path {' '.join(run.args.data_path)}"
     for flag in sorted((set(before) & set(now)) - FREE):
         if before[flag] != now[flag]:
-            raise ValueError(
-                f"{path} was trained with --{flag} {before[flag]}, not {now[flag]}; {describe_continuation(path, run)}"
-            )
+            raise ValueError(f"{path} was trained with --{flag} {before[flag]}, not {now[flag]}; {remedy}")
     if content["batch"] != run.batch:
         raise ValueError(
             f"{path} was trained with an effective batch of {content['batch']}, not {run.batch} (--batch_size x --accum_iter x "
-            f"ranks); --effective_batch {content['batch']} sets it for any number of ranks; {describe_continuation(path, run)}"
+            f"ranks); --effective_batch {content['batch']} sets it for any number of ranks; {remedy}"
         )
     if content["origin"] != run.origin:
         names = f"--checkpoint {run.args.checkpoint} names now" if run.origin else "this command without --checkpoint"
@@ -118,14 +117,11 @@ def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) 
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:
         raise ValueError(
-            f"{path} was trained on {count} images, --data_path {' '.join(run.args.data_path)} has {count_now} now; replace a missing "
-            f"image by an empty file of its name, with --on_bad_image skip; or {describe_continuation(path, run)}"
+            f"{path} was trained on {count} images, {data_path} has {count_now} now; replace a missing image by an empty file "
+            f"of its name, with --on_bad_image skip; or {remedy}"
         )
     if names and names_now and names != names_now:
-        raise ValueError(
-            f"{path} was trained on images of other names than those of --data_path {' '.join(run.args.data_path)}; "
-            f"{describe_continuation(path, run)}"
-        )
+        raise ValueError(f"{path} was trained on images of other names than those of {data_path}; {remedy}")
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

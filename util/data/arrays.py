@@ -31,18 +31,14 @@ def channel_axis(shape: tuple[int, ...], options: PixelOptions) -> int:
     if (first == middle) != (middle == last):
         return -1 if first == middle else 0
     if min(first, last) > 64:
-        raise ValueError(
-            f"has the axes {shape}: (height, width, channels) or (channels, height, width)? Save fewer channels"
-        )
+        raise ValueError(f"has axes {shape}: (height, width, channels) or (channels, height, width)? Save fewer")
     return -1 if last <= first else 0
 
 
 def with_channels(values: np.ndarray, options: PixelOptions) -> np.ndarray:
     """Array of two or three axes -> (H, W, C)."""
     if values.ndim not in (2, 3) or not values.size:
-        raise ValueError(
-            f"holds {values.dtype} {values.shape}, not (height, width), with channels as first or last axis"
-        )
+        raise ValueError(f"holds {values.dtype} {values.shape}, not (height, width) with channels first or last")
     return np.moveaxis(values, channel_axis(values.shape, options), -1) if values.ndim == 3 else values[..., None]
 
 
@@ -65,9 +61,7 @@ def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
         # overviews and masks, as GDAL adds them, do not count as images
         others = [x.shape for x in tiff.series[1:] if not (x.keyframe.is_reduced or x.keyframe.is_mask)]
         if others:
-            raise ValueError(
-                f"holds images of sizes {series.shape} and {others[0]}; save the one you need in its own file"
-            )
+            raise ValueError(f"holds images of sizes {series.shape} and {others[0]}; save one in its own file")
         if page.photometric not in (0, 1, 2):
             raise ValueError(f"is a TIFF of several pages or bands as {page.photometric!s}; convert it to RGB or grey")
         options.check_size(series.shape, series.dtype.itemsize)
@@ -203,9 +197,7 @@ def read_foreign(file: str | BytesIO, options: PixelOptions, error: Exception) -
         return read_tiff(file, options)
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
     if b"avif" in head[8:40] and brand and "AVIF" not in Image.OPEN:
-        raise ValueError(
-            f"is AVIF, which Pillow {PIL.__version__} does not read: pip install --upgrade pillow"
-        ) from error
+        raise ValueError(f"is AVIF, which Pillow {PIL.__version__} does not read: pip install -U pillow") from error
     if brand in HEIF and b"avif" not in head[8:40]:
         with needs_package("pillow-heif", "is HEIC, which"):
             from pillow_heif import register_heif_opener

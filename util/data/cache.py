@@ -19,9 +19,8 @@ from util.files import hash_file, needs_package, printable, read_json
 FORMAT = "pixmim-cache-1"
 PAYLOADS = ("raw", "zstd", "jpeg")
 PIXEL_FLAGS = ("bands", "value_range", "alpha")
-ENTRY = np.dtype(
-    [("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("height", "<u4"), ("width", "<u4")]
-)
+FIELDS = {"offset": "<u8", "bytes": "<u4", "label": "<i4", "shard": "<u4", "height": "<u4", "width": "<u4"}
+ENTRY = np.dtype([*FIELDS.items()])
 
 
 def import_zstandard() -> Any:

@@ -97,10 +97,7 @@ class Source:
             with time_limit(5):  # a pipe or a dead disk does not answer
                 for i in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist():
                     try:
-                        file = self.content(i)
-                        with Image.open(
-                            os.fsdecode(file) if isinstance(file, bytes) else file, formats=FORMATS
-                        ) as image:
+                        with Image.open(self.content(i), formats=FORMATS) as image:
                             found.append(image.size)
                     except DiskTimeout:
                         raise
@@ -224,20 +221,14 @@ def folder_source(folder: Path, files: dict[str, list[bytes]], query: Query) -> 
     others = {kind: names for kind, names in files.items() if kind != IMAGE and names}
     left_out = {kind: (len(names), os.fsdecode(names[0])) for kind, names in others.items()}
     if query.verbose_data:
-        print(
-            "".join(
-                f"left out ({kind}): {printable(os.fsdecode(x))}\n" for kind, names in others.items() for x in names
-            ),
-            end="",
-        )
+        for kind, names in others.items():
+            print("".join(f"left out ({kind}): {printable(os.fsdecode(name))}\n" for name in names), end="")
     count = sum(len(names) for kind, names in others.items() if kind != HIDDEN)
     if not paths or count > len(paths):
         what = f"holds no image ({' '.join(EXTENSIONS)})" if not paths else (
             f"has {len(paths)} images ({' '.join(EXTENSIONS)}), but most files would be left out"
         )  # fmt: skip
-        found = (
-            f": {describe_left_out(left_out)}; list the images in a text file, --data_path list.txt" if others else ""
-        )
+        found = f": {describe_left_out(left_out)}; list the images in a file, --data_path list.txt" if others else ""
         raise ValueError(f"{folder} {what}{found}")
     if not query.labelled:
         return Folder(paths, folder, left_out)

@@ -30,9 +30,7 @@ def read_mask(path: str, palette: Sequence[int] | None) -> np.ndarray:
     with Image.open(path) as mask:
         if palette is None:
             if mask.mode not in ("1", "L", "P", "I", "I;16"):
-                raise ValueError(
-                    f"its mask {path} holds colours ({mask.mode}), not class numbers; name them by --palette"
-                )
+                raise ValueError(f"its mask {path} holds colours ({mask.mode}), not class numbers; use --palette")
             return np.asarray(mask).astype(np.int32)
         colours = np.asarray(mask.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
     order = np.argsort(palette)
@@ -48,9 +46,7 @@ class MaskFolder(Folder):
     ignore_index: number in the masks that is ignored; first: that of class 0, numbers below it are ignored.
     """
 
-    def __init__(
-        self, paths: list[bytes], masks: list[str], classes: list[str], palette: Any, ignore_index: int, first: int
-    ):
+    def __init__(self, paths: list, masks: list, classes: list, palette: Any, ignore_index: int, first: int):
         super().__init__(paths, os.path.dirname(os.fsdecode(paths[0])))
         self.masks, self.classes, self.palette = masks, classes, palette
         self.ignore_index, self.first = ignore_index, first
@@ -58,12 +54,10 @@ class MaskFolder(Folder):
     def read(self, i: int, options: PixelOptions) -> list[Image.Image]:
         """The bands of image i and its mask as class + 1. ValueError for unknown classes and for another size."""
         bands, path = read_image(self.paths[i], options), self.masks[i]
-        numbers = read_mask(path, self.palette)
-        if bands[0].size != numbers.shape[::-1]:
-            width, height = bands[0].size
-            raise ValueError(
-                f"its mask {path} has {numbers.shape[1]} x {numbers.shape[0]} pixels, not {width} x {height}"
-            )
+        numbers, (width, height) = read_mask(path, self.palette), bands[0].size
+        if numbers.shape != (height, width):
+            found = " x ".join(map(str, numbers.shape[::-1]))
+            raise ValueError(f"its mask {path} has {found} pixels, not {width} x {height}")
         mask = np.where(numbers == self.ignore_index, 0, numbers - self.first + 1)
         if mask.max() > len(self.classes):
             raise ValueError(
@@ -121,10 +115,8 @@ def mask_folder(args: Namespace, split: str, classes: Sequence[str] | None = Non
     paths, masks = table_pairs(root, split, args) if is_table else folder_pairs(root, split, ade)
     if not paths:
         raise ValueError(f"--data_path: {root} holds no image for {split}")
-    if missing := [path for path in masks if not Path(path).is_file()]:
-        raise ValueError(
-            f"--data_path: {len(missing)} of {len(paths)} images of {root} have no mask, such as {missing[0]}"
-        )
+    if lost := [path for path in masks if not Path(path).is_file()]:
+        raise ValueError(f"--data_path: {len(lost)} of {len(paths)} images of {root} have no mask, such as {lost[0]}")
     palette = args.palette and [int(colour, 16) for colour in args.palette]
     classes = classes or args.classes
     if classes is None and ade:
@@ -153,19 +145,15 @@ class MultiScaleCrop:
     def __init__(self, args: Namespace):
         self.args = args
 
-    def __call__(
-        self, bands: Sequence[Image.Image], rng: np.random.Generator, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def __call__(self, bands: Sequence[Image.Image], rng: np.random.Generator, out=None) -> np.ndarray:
         (width, height), (scale, *place) = bands[0].size, rng.random(3)
         zoom = fit_size(height, width, self.args)[0] / height * SCALES[0] * (SCALES[1] / SCALES[0]) ** scale
         h, w = (max(1, round(side / zoom)) for side in self.args.input_size)
         top, left = (round(draw * (n - side)) for draw, n, side in zip(place, (height, width), (h, w), strict=True))
         filters = [Image.Resampling.BILINEAR] * (len(bands) - 1) + [Image.Resampling.NEAREST]
-        size = self.args.input_size[::-1]
-        cropped = [
-            band.crop((left, top, left + w, top + h)).resize(size, f) for band, f in zip(bands, filters, strict=True)
-        ]
-        return np.concatenate([np.atleast_3d(np.asarray(band)) for band in cropped], axis=2, out=out)
+        box, size = (left, top, left + w, top + h), self.args.input_size[::-1]
+        cropped = [band.crop(box).resize(size, kind) for band, kind in zip(bands, filters, strict=True)]
+        return stack_bands(cropped, rng, out)
 
 
 def stack_bands(bands: Sequence[Image.Image], rng: Any, out: np.ndarray | None = None) -> np.ndarray:

@@ -62,9 +62,7 @@ def choose_range(facts: list[Facts]) -> tuple[list, str]:
     if low >= 0 and high < 65536 and all(x.whole for x in facts):
         top = max(int(x.declared[1]) if x.declared else 2 ** max(8, int(x.high).bit_length()) - 1 for x in facts)
         most = max(float(np.quantile(x.values, 0.999)) for x in facts)
-        dark = (
-            f"; 99.9 % are below {most:.0f}: --value_range 0 {most:.0f} gives more contrast" if most < top / 4 else ""
-        )
+        dark = f"; 99.9 % are below {most:.0f}: --value_range 0 {most:.0f} gives more contrast" * (most < top / 4)
         return ["auto", kind, 0.0, float(top)], f"the largest is {high:g}{dark}"
     joint = facts[0].colour or len({x.values.shape[1] for x in facts}) > 1
     values = np.concatenate([x.values.reshape(-1, 1) if joint else x.values for x in facts])

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,9 +99,7 @@ class Samples(Dataset):
             return {name: value.numpy() for name, value in batch.items()} | {"bad": bad}
         return batch | {"bad": bad}
 
-    def read_sample(
-        self, i: int, transform: Callable, rng: Any, out: np.ndarray | None, bad: list
-    ) -> tuple[np.ndarray, int] | None:
+    def read_sample(self, i: int, transform: Callable, rng, out, bad: list) -> tuple[np.ndarray, int] | None:
         """(pixels, index) of image i; if unreadable, of the next readable one, or None. Appends to `bad`.
 
         ValueError without --on_bad_image skip, if no image can be read, or if the disk does not answer.

@@ -130,9 +130,7 @@ def open_group(kind: str, paths: Iterable[str], query: Query) -> Source:
     return Archives(chosen, query) if kind == "archive" else open_parquet(chosen, query)
 
 
-def open_sources(
-    data_path: str | Sequence[str], query: Query, flag: str, classes: Sequence[str] | None = None
-) -> Source:
+def open_sources(data_path: Sequence[str], query: Query, flag: str, classes: Sequence[str] | None = None) -> Source:
     """The images of one or several paths, with a printed line for each. Labels refer to `classes` if given."""
     words = [data_path] if isinstance(data_path, str) else data_path  # a run of an earlier version has one
     with name_flag(flag):
@@ -143,9 +141,8 @@ def open_sources(
         total = sum(map(len, parts))
         if query.labelled:
             own = [part.classes for part in parts]
-            known = list(
-                classes or (own[0] if all(x == own[0] for x in own) else order_classes(c for x in own for c in x))
-            )
+            joined = own[0] if all(x == own[0] for x in own) else order_classes(c for x in own for c in x)
+            known = list(classes or joined)
             for part in parts:
                 align_classes(part, known)
             if len(classes or np.unique(np.concatenate([part.labels for part in parts]))) < 2:
@@ -156,12 +153,8 @@ def open_sources(
             print(printable(f"{flag} {part.summary()}{share}"))
             if query.verbose_data and part.classes:
                 counts = np.bincount(part.labels, minlength=len(part.classes)).tolist()
-                print(
-                    "".join(
-                        f"class {printable(name)}: {n} images\n" for name, n in zip(part.classes, counts, strict=True)
-                    ),
-                    end="",
-                )
+                pairs = zip(part.classes, counts, strict=True)
+                print(*(f"class {printable(name)}: {n} images" for name, n in pairs), sep="\n")
     return parts[0] if len(parts) == 1 else Concat(parts)
 
 
@@ -191,9 +184,7 @@ def pretrain_source(args: Namespace) -> Source:
     """Unlabelled images of --data_path of any kind."""
     source = open_sources(args.data_path, query_of(args, pretraining=True), "--data_path")
     if args.stream_samples and not isinstance(source, Stream):
-        raise ValueError(
-            f"--stream_samples {args.stream_samples}: omit it, --data_path {source.name(0)} is not a stream"
-        )
+        raise ValueError(f"--stream_samples {args.stream_samples}: omit it, {source.name(0)} is not in a stream")
     if isinstance(source, Cache):
         source.check_flags(args)
     return source
@@ -205,12 +196,9 @@ def indexed_source(args: Namespace, split: str | None) -> Source:
 
 
 def labelled_source(
-    data_path: str | Sequence[str],
-    split: str | None,
-    classes: Sequence[str] | None = None,
-    args: Namespace | None = None,
+    data_path: Sequence[str], split: str | None, classes: Sequence[str] | None = None, args: Namespace | None = None,
     flag: str = "--data_path",
-) -> Source:
+) -> Source:  # fmt: skip
     """Images of a split (None = all) with their classes, `classes` if given; val is --val_path if that is given."""
     val_path = getattr(args, "val_path", None)
     query = query_of(args, split=split, labelled=True, whole=val_path is not None)
@@ -219,9 +207,7 @@ def labelled_source(
     return open_sources(data_path, query, flag, classes)
 
 
-def labelled_sources(
-    data_path: str | Sequence[str], args: Namespace | None = None, flag: str = "--data_path"
-) -> tuple[Source, Source]:
+def labelled_sources(data_path: Sequence[str], args=None, flag: str = "--data_path") -> tuple[Source, Source]:
     """(train, val) with the classes of train."""
     train = labelled_source(data_path, "train", None, args, flag)
     return train, labelled_source(data_path, "val", train.classes, args, flag)
@@ -312,11 +298,9 @@ def select_training_images(source: Source, args: Namespace) -> Source:
         raise ValueError(f"--train_list {args.train_list} cannot be read: {error.strerror}") from error
     index = {source.relative_name(i): i for i in range(len(source))}
     names = [name for name in wanted if name]
-    missing = [name for name in names if name not in index]
-    if missing or not names:
-        what = (
-            f"has {len(missing)} names that the training images lack, such as {missing[0]}" if missing else "is empty"
-        )
+    lost = [name for name in names if name not in index]
+    if lost or not names:
+        what = f"has {len(lost)} names that the training images lack, such as {lost[0]}" if lost else "is empty"
         raise ValueError(f"--train_list {args.train_list} {what}; expected {source.relative_name(0)}, one a line")
     return Subset(source, np.sort(np.array([index[name] for name in names])))
 

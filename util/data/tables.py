@@ -38,9 +38,8 @@ def choose_columns(path: Path, names: Sequence[str], query: Query) -> dict[str, 
         name = asked or next((by_name[name] for name in known if name in by_name), None)
         needed = what == "image" or (what == "label" and query.labelled)
         if (asked and asked not in names) or (needed and name is None):
-            raise ValueError(
-                f"{path} has no column {asked or f'of a known name, --{what}_column'}; it has {' '.join(names)}"
-            )
+            wanted = asked or f"of a known name, --{what}_column"
+            raise ValueError(f"{path} has no column {wanted}; it has {' '.join(names)}")
         if name is not None and (needed or what == "split"):
             chosen[what] = name
     return chosen
@@ -132,15 +131,11 @@ def table_of_paths(path: Path, columns: dict[str, list[str]], query: Query) -> F
         print(lines, end="")
         text = f"{len(missing)} of {len(paths)} files do not exist, such as {os.fsdecode(paths[missing[0]])}"
         if query.on_bad_image == "stop" or len(missing) == len(paths):
-            raise ValueError(
-                f"{path}: {text}; paths are relative to the folder of {path.name}; --verbose_data lists them"
-            )
+            raise ValueError(f"{path}: {text}; paths start in the folder of {path.name}; --verbose_data lists them")
         source.left_out["missing, replaced by other images"] = len(missing), os.fsdecode(paths[missing[0]])
     if len(rows) < len(names):
-        source.left_out["of other splits"] = (
-            len(names) - len(rows),
-            names[int(np.delete(np.arange(len(names)), rows)[0])],
-        )
+        others = np.delete(np.arange(len(names)), rows)
+        source.left_out["of other splits"] = len(others), names[int(others[0])]
     if query.labelled:
         set_labels(source, [columns["label"][i] for i in rows.tolist()] if "label" in columns else None, None)
     return source

@@ -26,10 +26,8 @@ def pretrain_transform(crop: str, size: tuple[int, int], interpolation: str) -> 
 
 def clamped_window(width: int, height: int, u: Sequence[float]) -> tuple[int, int, int, int]:
     """(top, left, height, width) at u (4,) in [0, 1): 8 to 100 % of the area, aspect ratio 3/4 to 4/3, clamped to the image."""
-    area, aspect = (0.08 + 0.92 * u[0]) * width * height, (4 / 3) ** (2 * u[1] - 1)
-    h, w = (
-        min(max(round(math.sqrt(side)), 1), most) for side, most in ((area / aspect, height), (area * aspect, width))
-    )
+    area, ratio = (0.08 + 0.92 * u[0]) * width * height, (4 / 3) ** (2 * u[1] - 1)
+    h, w = (min(max(round(math.sqrt(x)), 1), most) for x, most in ((area / ratio, height), (area * ratio, width)))
     return int(u[2] * (height - h + 1)), int(u[3] * (width - w + 1)), h, w
 
 

@@ -31,9 +31,8 @@ def save_classifier(run: Run, state: dict[str, Tensor], classes: list[str], pool
         state = to_mae(copy_to_host(state))
         path = write_checkpoint(run.folder / "classifier.pth", {"model": state, "args": args})
         weights = Weights.from_state(state, args)
-        if (
-            target := default_format(state)
-        ) and not weights.averages_tokens:  # timm's reads the first class token alone
+        target = default_format(state)
+        if target and not weights.averages_tokens:  # timm's reads the first class token alone
             run.log.info(f"load with: {load_command(weights, target, path)}")
 
 
@@ -47,22 +46,16 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
 
     DIR/<class>/ may lack classes: `acc1` is then the accuracy among its classes, `acc1_all_classes` that among all.
     """
-    count = weights.num_classes if weights else 0
+    file, count = f"--checkpoint {args.checkpoint}", weights.num_classes if weights else 0
     if weights is None or not count:
-        raise ValueError(
-            f"--eval: --checkpoint {args.checkpoint} has no classifier; use one written by main_linprobe.py or main_finetune.py"
-        )
+        raise ValueError(f"--eval: {file} has no classifier; use one written by main_linprobe.py or main_finetune.py")
     val, absent, tree = find_images(args, weights)
     if len(val.classes) != count:
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} has {count} classes, the validation images have {len(val.classes)}"
-        )
+        raise ValueError(f"{file} has {count} classes, the validation images have {len(val.classes)}")
     args = resolve_pixels(args, val)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     if weights.source != "pixmim" and world.is_main:
-        print(
-            f"--checkpoint {args.checkpoint}: the order of its {count} classes is assumed to be that of the sorted folder names"
-        )
+        print(f"{file}: the order of its {count} classes is assumed to be that of the sorted folder names")
     attentive = "ep.queries" in weights.state
     options = {"num_classes": 0 if attentive else count, **pooling(weights)}
     model = load_encoder(args, build_encoder, weights, **options)
@@ -83,9 +76,7 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         report("images are resized to --input_size without a crop: those of ImageNet-C are cropped already")
         result = evaluate_corruptions(tree, lambda source: score(source, model)[0]["acc1"], count == 1000, report)
     elif absent:
-        report(
-            f"{len(absent)} of the {count} classes have no folder in {args.data_path}: acc1 is among the others only"
-        )
+        report(f"{len(absent)} of the {count} classes have no folder in {val.place}: acc1 is among the others only")
         result, unmasked = score(val, MaskedClasses(model, absent))
         result |= {"classes": count - len(absent), "acc1_all_classes": unmasked["acc1"]}
     else:

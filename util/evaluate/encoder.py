@@ -29,7 +29,7 @@ MODEL_FLAGS = (
 
 
 def read_architecture(
-    args: Namespace, encoders, flags: tuple[str, ...] = MODEL_FLAGS
+    args: Namespace, encoders, flags: Sequence[str] = MODEL_FLAGS
 ) -> tuple[Namespace, Weights | None]:
     """(Arguments with each flag in `flags` that is None read from --checkpoint, weights or None for --checkpoint none).
 
@@ -50,9 +50,7 @@ def read_architecture(
         found["class_tokens"] = weights.class_tokens if weights.class_tokens > 1 else None
         if weights.model:
             if (args.model or weights.model) not in encoders:
-                raise ValueError(
-                    f"--checkpoint {args.checkpoint} has --model {weights.model}, which is unknown here; name its size by --model"
-                )
+                raise ValueError(f"--checkpoint {args.checkpoint}: {weights.model} is unknown here; add --model")
             found["patch_size"] = weights.args.get("patch_size")  # None = the default of the model
         else:
             found["model"] = find_model(weights, args, encoders)
@@ -90,9 +88,8 @@ def find_model(weights: Weights, args: Namespace, encoders) -> str | None:
     model = known.get((weights.family, weights.embed_dim, weights.depth))
     where = f"--checkpoint {args.checkpoint}"
     if args.model is None and model is None:
-        raise ValueError(
-            f"{where}: no --model is a {weights.family} of width {weights.embed_dim} and depth {weights.depth}; add --model"
-        )
+        size = f"width {weights.embed_dim} and depth {weights.depth}"
+        raise ValueError(f"{where}: no --model is a {weights.family} of {size}; add --model")
     if args.input_size is None and weights.input_size is None:
         raise ValueError(f"{where}: {weights.num_patches} patches do not form a square; add --input_size H W")
     heads, expected = weights.args.get("num_heads"), sizes.get(args.model or model, {}).get("num_heads")
@@ -122,9 +119,8 @@ def load_encoder(args: Namespace, build_encoder: Callable, weights: Weights | No
     if old != model.grid and old[0] * old[1] + prefix == state["pos_embed"].shape[1]:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, model.grid, prefix)
     fresh = {name for name in own if name.split(".")[0] in ("fc_norm", "head")}
-    unused = {
-        name for name in state if name.split(".")[0] in ("norm", "head", "fc_norm", "ep", *model.pretraining_only)
-    }
+    optional = ("norm", "head", "fc_norm", "ep", *model.pretraining_only)
+    unused = {name for name in state if name.split(".")[0] in optional}
     problems = {
         "missing": set(own) - set(state) - fresh,
         "unknown": set(state) - set(own) - unused,
@@ -184,9 +180,7 @@ def forward_blocks(encoder: Encoder, images: Tensor, layers: Iterable[int]) -> t
     """(Output of `forward_features`, {layer: tokens (B, prefix + L, D) after this block}) of one pass; layers count from 1."""
     tokens: dict[int, Tensor] = {}
     blocks = encoder_blocks(encoder)
-    hooks = [
-        blocks[n - 1].register_forward_hook(lambda _, __, output, n=n: tokens.__setitem__(n, output)) for n in layers
-    ]
+    hooks = [blocks[n - 1].register_forward_hook(lambda _, __, x, n=n: tokens.__setitem__(n, x)) for n in layers]
     x = encoder.forward_features(images)
     for hook in hooks:
         hook.remove()
@@ -206,11 +200,8 @@ def layer_features(encoder: Encoder, images: Tensor, layers: Sequence[str | int]
     """
     inputs: list[Tensor] = []
     norms = [getattr(encoder, name, nn.Identity()) for name in ("norm", "fc_norm")]
-    hooks = [
-        norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-        for norm in norms
-        if not isinstance(norm, nn.Identity)
-    ]
+    norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
+    hooks = [norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for norm in norms]
     x, tokens = forward_blocks(encoder, images, [layer for layer in layers if isinstance(layer, int)])
     after = encoder.forward_head(x, pre_logits=True)
     for hook in hooks:
@@ -222,9 +213,7 @@ def layer_features(encoder: Encoder, images: Tensor, layers: Sequence[str | int]
     return [found[layer] for layer in layers]
 
 
-def encode_batches(
-    args: Namespace, world: World, encoder: Encoder, loader: DevicePrefetcher, encode=features
-) -> Iterator:
+def encode_batches(args, world: World, encoder: Encoder, loader: DevicePrefetcher, encode: Callable) -> Iterator:
     """(float32 output of `encode(encoder, images)`, batch) for each batch of this rank."""
     normalize = Normalize(args, world.device)
     for batch in loader:

@@ -31,9 +31,8 @@ def check_examples(model: Any, images: Tensor, args: Namespace) -> list[str]:
     mean, std = torch.tensor(args.mean), torch.tensor(args.std)
     centre, spread = images.mean((0, 2, 3)).cpu(), images.std((0, 2, 3)).cpu()
     if (spread * std).max() < 0.02:  # five grey levels
-        warnings.append(
-            f"warning: --data_path {' '.join(args.data_path)}: {len(images)} example images have almost one colour; check the images"
-        )
+        where = f"--data_path {' '.join(args.data_path)}"
+        warnings.append(f"warning: {where}: {len(images)} example images have almost one colour; check the images")
     elif centre.abs().max() > 2.5 or spread.min() < 0.15 or spread.max() > 6:
         warnings.append(
             f"warning: --mean {format_values(mean)} --std {format_values(std)} normalise the example images to "

@@ -67,9 +67,8 @@ def nearest(world: World, bank: Tensor, index: Tensor, queries: Tensor, k: int) 
 
 def knn_votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Votes (Q, classes) of neighbours (Q, k), weighted by exp(cosine / temperature) (Wu et al., arXiv:1805.01978)."""
-    weight = (
-        (similarity - similarity[:, :1]) / temperature
-    ).exp()  # 1 for the nearest: the same ranking without overflow
+    # 1 for the nearest: the same ranking without overflow
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
     return torch.zeros(len(similarity), num_classes, device=similarity.device).scatter_add_(1, labels, weight)
 
 
@@ -87,9 +86,7 @@ def knn(
     encoder.eval()
     transform = eval_transform(args.input_size, args.crop_pct)
     loaders = [eval_loader(args, world, source, transform) for source in sources]
-    (bank, _, index), (queries, truth, _) = (
-        extract_features(args, world, encoder, loader, layers) for loader in loaders
-    )
+    (bank, _, index), (queries, truth, _) = (extract_features(args, world, encoder, x, layers) for x in loaders)
     encoder.train(training)
     bad = log_bad_images(world, loaders, run)
     counts = world.all_gather(torch.tensor([len(bank), len(queries)], device=device))

@@ -39,9 +39,7 @@ class EfficientProbing(nn.Module):
     def __init__(self, dim: int, queries: int):
         super().__init__()
         if dim % queries:
-            raise ValueError(
-                f"--ep_queries {queries} does not divide the width {dim} of the encoder; use a divisor of it"
-            )
+            raise ValueError(f"--ep_queries {queries} does not divide the width {dim} of the encoder; use a divisor")
         self.queries = nn.Parameter(0.02 * torch.randn(queries, dim))
         self.value = nn.Linear(dim, dim, bias=False)
 

@@ -67,9 +67,7 @@ def find_corruptions(top: Path, classes: list[str]) -> dict[str, list[Source]]:
     """
     places = [path for pattern in ("*/[1-5]", "*/*/[1-5]") for path in top.glob(pattern)]
     found = [path for path in places if any(map(Path.is_dir, path.glob("*")))]
-    folders = sorted(
-        {path.parent for path in found}, key=lambda folder: (folder.name not in ALEXNET, folder.name, folder)
-    )
+    folders = sorted({path.parent for path in found}, key=lambda x: (x.name not in ALEXNET, x.name, x))
     for folder in folders:
         missing = [str(severity) for severity in SEVERITIES if not (folder / str(severity)).is_dir()]
         twice = [str(other) for other in folders if other.name == folder.name]

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.data.batches import DevicePrefetcher
 from util.data.transforms import Normalize
 from util.dist import World, autocast
 from util.files import append_line
@@ -49,9 +48,7 @@ class Score:
 
 
 @torch.inference_mode()
-def evaluate(
-    args: Namespace, world: World, model: nn.Module, loader: DevicePrefetcher, num_classes: int, run: Run | None = None
-) -> list[dict]:
+def evaluate(args, world: World, model: nn.Module, loader, num_classes: int, run: Run | None = None) -> list[dict]:
     """One `Score.result` per head of a classifier whose logits are (B, classes) or (B, heads, classes).
 
     Images left out (--on_bad_image skip) are counted as `unreadable` and listed by `log_bad_images`.
@@ -79,18 +76,15 @@ def best_of(results: list[dict], pool: str | None = None) -> dict:
     return max((result for result in results if result.get("pool") == pool), key=lambda result: result["acc1"])
 
 
-def validate(
-    run: Run, model: Any, loader: DevicePrefetcher, num_classes: int, epoch: int, pool: str | None = None
-) -> list[dict]:
+def validate(run: Run, model: Any, loader, num_classes: int, epoch: int, pool: str | None = None) -> list[dict]:
     """Results of `evaluate`; logs those of the best head of this pooling, and of all heads if there are several.
 
     The result of a `ProbeHead` also has its `pool` and `blr`.
     """
     results = evaluate(run.args, run.world, model, loader, num_classes, run)
     if pool:
-        results = [
-            result | {"pool": head.pool, "blr": head.blr} for result, head in zip(results, model.heads, strict=True)
-        ]
+        about = [{"pool": head.pool, "blr": head.blr} for head in model.heads]
+        results = [result | head for result, head in zip(results, about, strict=True)]
     best = best_of(results, pool)
     record = {"epoch": epoch, **{f"val_{name}": value for name, value in best.items()}}
     run.log.scalars(record | ({"heads": results} if len(results) > 1 else {}))
@@ -113,6 +107,4 @@ def print_result(world: World, result: dict, args: Namespace) -> None:
         try:
             append_line(Path(path), json.dumps(about | {"result": result}))
         except OSError as error:
-            raise OSError(
-                f"--results {path} cannot be written ({error.strerror}); the result is printed above"
-            ) from error
+            raise OSError(f"--results {path} cannot be written ({error.strerror}); it is printed above") from error

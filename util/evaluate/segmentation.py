@@ -148,15 +148,11 @@ def save_segmenter(run: Run, model: nn.Module, best: int, classes: list[str]) ->
     run.log.info(f"wrote {path}: main_segment.py --eval and visualize.py --segment read it, others its encoder")
 
 
-def load_segmenter(
-    args: Namespace, build_encoder: Callable, weights: Weights | None, world: World
-) -> tuple[nn.Module, Namespace]:
+def load_segmenter(args, build_encoder: Callable, weights: Weights | None, world: World) -> tuple[nn.Module, Namespace]:
     """(model of a segmenter.pth, arguments completed by its own); ValueError for other files."""
     content = read_checkpoint(Path(args.checkpoint)) if weights and weights.source == "pixmim" else {}
     if weights is None or "segmenter" not in content:
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} has no segmentation head; use a segmenter.pth of main_segment.py"
-        )
+        raise ValueError(f"--checkpoint {args.checkpoint} has no segmentation head; use a segmenter.pth")
     own = {name: weights.args[name] for name in ("finetune", "layers", "classes", "drop_path")}
     asked = ("palette", "ignore_index", "short_side", "image_column", "mask_column", "split_column")
     own |= {name: weights.args[name] for name in asked if vars(args).get(name) is None}
@@ -270,9 +266,7 @@ class Confusion:
         return {name: round(100 * value.mean().item(), 3) for name, value in means.items()} | {"iou": by_class}
 
 
-def evaluate_segmenter(
-    args: Namespace, world: World, model: nn.Module, source: Source, run: Run | None = None
-) -> list[dict]:
+def evaluate_segmenter(args, world: World, model: nn.Module, source: Source, run: Run | None = None) -> list[dict]:
     """One `Confusion.result` and the number of images `n` for each head of the model, over all ranks."""
     loader = mask_loader(args, world, source)
     confusions: list[Confusion] = []

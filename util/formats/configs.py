@@ -40,9 +40,8 @@ def _statistics(weights: Weights) -> tuple[tuple[float, ...], tuple[float, ...]]
     try:
         return channel_statistics(weights.in_chans, weights.mean, weights.std)
     except ValueError as error:
-        raise ValueError(
-            f"--folder, --to hf: the file lacks mean and std of its {weights.in_chans} channels; convert to a format without folder"
-        ) from error
+        lacks = f"the file lacks mean and std of its {weights.in_chans} channels"
+        raise ValueError(f"--folder, --to hf: {lacks}; convert to a format without folder") from error
 
 
 def timm_config(weights: Weights) -> dict[str, Any]:

@@ -14,7 +14,5 @@ def push(folder: Path, name: str) -> None:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # network, hub and name errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(
-            f"--push_to_hub {name}: {reason or type(error).__name__}; {folder} is complete, upload it by hand"
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise OSError(f"--push_to_hub {name}: {reason}; {folder} is complete, upload it by hand") from error

@@ -96,9 +96,7 @@ def describe(kind: str, names: set[str], own: State) -> str:
     return f"{kind}: {len(names)} tensors, {count:,} parameters, {count / total:.1%} ({join_names(sorted(names))})"
 
 
-def initial_state(
-    weights: Weights, own: State, encoder: Any, args: Namespace, sincos: Callable
-) -> tuple[State, list[str]]:
+def initial_state(weights: Weights, own: State, encoder, args, sincos: Callable) -> tuple[State, list[str]]:
     """(`own` with everything that the file has, report); both in facebookresearch/mae's names.
 
     `own` is the state of the new model. The decoder is read as a whole or not at all. ValueError if a tensor of the encoder

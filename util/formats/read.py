@@ -259,10 +259,8 @@ def _with_size(path: Path, weights: Weights, asked: tuple[int, int] | None) -> W
     height, width = (side // patch for side in asked)
     if height * width == count:
         if square and square != asked:
-            _report(
-                path,
-                f"records no input size: read as {asked[0]} x {asked[1]} px, as asked, not {square[0]} x {square[1]}",
-            )
+            how = f"read as {asked[0]} x {asked[1]} px, as asked, not {square[0]} x {square[1]}"
+            _report(path, f"records no input size: {how}")
         return weights.with_state(weights.state, input_size=[*asked])
     scale = math.sqrt(count / max(1, height * width))
     other = (round(height * scale) * patch, round(width * scale) * patch)
@@ -288,13 +286,10 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     state = _select_state(path, box, use_ema)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
-        raise ValueError(
-            f'{path} holds {found[:200]}: expected a dict of tensors, bare or under "model" or "state_dict"'
-        )
+        raise ValueError(f'{path} holds {found[:200]}: expected a dict of tensors, or one as "model" or "state_dict"')
     if broken := [key for key, value in state.items() if not value.isfinite().all()]:
-        raise ValueError(
-            f"{path}: {len(broken)} tensors hold nan or inf ({join_names(broken)}): the run diverged; use an earlier checkpoint"
-        )
+        names = f"{len(broken)} tensors hold nan or inf ({join_names(broken)})"
+        raise ValueError(f"{path}: {names}: the run diverged; use an earlier checkpoint")
     state, ignored = _strip_prefixes(path, state)
     args = _stated_args(box, state)
     source, state = _detect_source(box, state)

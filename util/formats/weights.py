@@ -70,13 +70,9 @@ class Weights:
     classes: Any = None  # names of the classes
 
     @classmethod
-    def from_state(
-        cls, state: State, args: dict[str, Any] | None = None, source: str = "pixmim", dropped: Iterable[str] = ()
-    ) -> "Weights":
-        """Weights with settings read from the shapes of a checked state and from `args`."""
-        raw, dropped = args or {}, list(dropped)
-        own = source == "pixmim"
-        stated = dict(raw)
+    def from_state(cls, state: State, raw: dict, source: str = "pixmim", dropped: Iterable[str] = ()) -> "Weights":
+        """Weights with settings read from the shapes of a checked state and from the arguments `raw`."""
+        own, stated = source == "pixmim", dict(raw)
         if own and {"input_size", "in_chans", "mean", "std"} <= raw.keys():
             stated = vars(resolve_defaults(Namespace(**{"crop": "", **raw})))
         facts: dict[str, Any] = {"num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state}
@@ -107,7 +103,7 @@ class Weights:
             facts["input_size"] = tuple(stated["input_size"])
         size, patch = facts.get("input_size"), facts.get("patch_size")
         facts["grid"] = (size[0] // patch, size[1] // patch) if size and patch else None
-        return cls(state, raw, source, dropped, **facts)
+        return cls(state, raw, source, list(dropped), **facts)
 
     def with_state(self, state: State, **args: Any) -> "Weights":
         """Copy of the checkpoint with other tensors or arguments."""
@@ -157,9 +153,7 @@ def check_settings(args: dict[str, Any]) -> None:
         if x is not None and (not isinstance(x, kind) or isinstance(x, bool) or not least <= x <= most):
             bad.append(name)
     if bad:
-        raise ValueError(
-            f"its setting {bad[0]} is {args[bad[0]]!r}, which this project does not write: use the original file"
-        )
+        raise ValueError(f"its setting {bad[0]} is {args[bad[0]]!r}, not written by this project: use the original")
 
 
 OWN = ("model", "patch_size", "in_chans", "decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels")

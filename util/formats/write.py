@@ -24,9 +24,8 @@ def select_tensors(weights: Weights, target: str, encoder_only: bool = False) ->
     state, host = weights.state, weights.family
     if host is None:
         unknown = next(key for key in state if rename(key, "mae", "mae") is None)
-        raise ValueError(
-            f"{unknown}: no rule maps it; add the host's tensors to RULES in util/formats/keys.py, or use the file unconverted"
-        )
+        remedy = "add the host's tensors to RULES in util/formats/keys.py, or use the file unconverted"
+        raise ValueError(f"{unknown}: no rule maps it; {remedy}")
     if "ep.queries" in state:
         raise ValueError(
             f"--to {target}: no other repository has the efficient probing of this classifier (ep.queries, ep.value); evaluate it "
@@ -44,9 +43,8 @@ def select_tensors(weights: Weights, target: str, encoder_only: bool = False) ->
     if target in ("mae", "mmpretrain"):
         return to_mae(state) if target == "mae" else dict(state)
     if target == "detectron2" and weights.embed_dim == PYRAMID:
-        raise ValueError(
-            f"--to detectron2: width {PYRAMID} is ambiguous, the final norm would be loaded into the feature pyramid; use --to timm"
-        )
+        why = "the final norm would be loaded into the feature pyramid"
+        raise ValueError(f"--to detectron2: width {PYRAMID} is ambiguous, {why}; use --to timm")
     return to_timm(state) if target in ("timm", "onnx") else _remove_head(to_timm(state))
 
 
@@ -57,18 +55,15 @@ def _find_obstacle(weights: Weights, target: str, encoder_only: bool) -> str | N
         if target not in ("timm", "hf", "onnx"):
             return f"{tokens}; use --to timm"
         if target == "hf" and (weights.num_classes or not encoder_only):
-            return f"{tokens} with a decoder or head; " + (
-                "use --to onnx" if weights.num_classes else "add --encoder_only"
-            )
+            remedy = "use --to onnx" if weights.num_classes else "add --encoder_only"
+            return f"{tokens} with a decoder or head; {remedy}"
         if target == "timm" and weights.averages_tokens:
             return f"a classifier of the mean of {tokens}, timm's reads the first; use --to onnx"
     if weights.decoder == "cross":
         if target == "hf" and not encoder_only:
             return "a cross-attention decoder; add --encoder_only"
         if target == "mmpretrain" or (target == "mae" and not weights.fuse_levels):
-            return (
-                "a cross-attention decoder" + (" without --fuse_levels" if target == "mae" else "") + "; use --to timm"
-            )
+            return f"a cross-attention decoder{' without --fuse_levels' * (target == 'mae')}; use --to timm"
     return None
 
 
@@ -79,9 +74,7 @@ def _select_for_hf(weights: Weights, host: str, encoder_only: bool) -> State:
         return dict(weights.state)
     encoder = to_timm(weights.state)
     if "fc_norm.weight" in encoder or weights.averages_normed:
-        raise ValueError(
-            "--to hf: transformers' ViT classifies the class token, this model the mean of the patches; use --to timm"
-        )
+        raise ValueError("--to hf: transformers' ViT reads the class token, this the mean of patches; use --to timm")
     if encoder_only:
         return _remove_head(encoder)
     if "head.weight" not in encoder:

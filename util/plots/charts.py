@@ -39,9 +39,8 @@ def draw_points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> np.ndarr
     """
     names = [*next(iter(panels.values()))]
     with new_figure(3.2 + 3.2 * len(panels), 1 + 0.45 * len(names)) as (figure, pixels):
-        for axes, (title, rows) in zip(
-            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-        ):
+        subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, rows) in zip(subplots, panels.items(), strict=True):
             for y, name in enumerate(names):
                 if values := rows.get(name):
                     color = COLORS[y % len(COLORS)]

@@ -23,10 +23,9 @@ def class_attention(encoder: Any, images: Tensor) -> Tensor:
     encoder.forward_features(images)
     hook.remove()
     q, k, _ = attention.qkv(inputs[0]).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = (
-        attention.q_norm(q[:, :, : encoder.num_prefix_tokens]) * attention.scale @ attention.k_norm(k).mT
-    ).softmax(dim=-1)
-    return weights.mean(2)[..., encoder.num_prefix_tokens :].unflatten(2, encoder.grid)
+    prefix = encoder.num_prefix_tokens
+    weights = (attention.q_norm(q[:, :, :prefix]) * attention.scale @ attention.k_norm(k).mT).softmax(dim=-1)
+    return weights.mean(2)[..., prefix:].unflatten(2, encoder.grid)
 
 
 def principal_components(features: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:

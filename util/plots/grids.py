@@ -41,15 +41,13 @@ def wrap_label(label: str, font, width: float) -> list[str]:
     return lines
 
 
-def draw_columns(
-    columns: dict[str, np.ndarray], rows: Sequence[str] = (), gap: int = 8, width: int = 224
-) -> np.ndarray:
-    """Grid (H', W', 3) uint8 of label -> column of images (B, H, W, 3) uint8. Small images are enlarged to about `width`.
+def draw_columns(columns: dict[str, np.ndarray], rows: Sequence[str] = ()) -> np.ndarray:
+    """Grid (H', W', 3) uint8 of label -> column of images (B, H, W, 3) uint8. Small images are enlarged to about 224 px.
 
     `rows`: labels left of the images, one per image. Letters are at least 1/70 of the grid's width.
     """
-    zoom = max(1, round(width / next(iter(columns.values())).shape[2]))
     count, height, width, _ = next(iter(columns.values())).shape
+    gap, zoom = 8, max(1, round(224 / width))
     height, width = height * zoom, width * zoom
     size = max(20, len(columns) * width // 70)
     font = ImageFont.load_default(size=size)

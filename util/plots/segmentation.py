@@ -45,9 +45,8 @@ def draw_segmentation(
     colours = class_colours(len(classes))
 
     def column(pictures: Sequence[np.ndarray], resample: Image.Resampling) -> np.ndarray:
-        return np.stack(
-            [np.asarray(ImageOps.pad(Image.fromarray(x), (side, side), resample, color="white")) for x in pictures]
-        )
+        padded = (ImageOps.pad(Image.fromarray(x), (side, side), resample, color="white") for x in pictures)
+        return np.stack([*map(np.asarray, padded)])
 
     shown = [image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2) for image in images]
     columns = {"image": column(shown, Image.Resampling.BICUBIC)}
