@@ -31,18 +31,10 @@ def get_parser() -> argparse.ArgumentParser:
     schedule = {"batch_size": 2048, "epochs": 90, "warmup_epochs": 10, "blr": [0.1], "min_lr": 0.0, "weight_decay": 0.0}
     parser = classifier_parser(__doc__, ENCODERS, "output/linprobe", ("token", "mean", "ep"), **schedule)
     add = parser.add_argument_group("probe").add_argument
-    add(
-        "--probe_as",
-        choices=["mae", "mmselfsup"],
+    add("--probe_as", choices=["mae", "mmselfsup"],
         help="protocol: facebookresearch/mae's, or mmselfsup's, where LARS also adapts the bias and val is resized bilinearly "
-        "(default: mae; with --eval as the classifier was trained)",
-    )
-    add(
-        "--ep_queries",
-        type=number(int, 1),
-        default=32,
-        help="number of queries of --pool ep; divides the encoder's width",
-    )
+             "(default: mae; with --eval as the classifier was trained)")  # fmt: skip
+    add("--ep_queries", type=number(int, 1), default=32, help="queries of --pool ep; divides the encoder's width")
     return parser
 
 

@@ -106,18 +106,10 @@ class ConvViT(nn.Module):
     pretraining_only = ("stage1_output_decode", "stage2_output_decode")
 
     def __init__(  # noqa: PLR0913 - the names of timm and of ConvMAE
-        self,
-        img_size: Size = (224, 224),
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: Sequence[int] = (256, 384, 768),
-        depth: Sequence[int] = (2, 2, 11),
-        num_heads: int = 12,
-        num_classes: int = 0,
-        global_pool: str = "",
-        fc_norm: bool | None = None,
-        drop_path_rate: float = 0.0,
-    ):
+        self, img_size: Size = (224, 224), patch_size: int = 16, in_chans: int = 3,
+        embed_dim: Sequence[int] = (256, 384, 768), depth: Sequence[int] = (2, 2, 11), num_heads: int = 12,
+        num_classes: int = 0, global_pool: str = "", fc_norm: bool | None = None, drop_path_rate: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         if patch_size % 4:
             raise ValueError(f"--patch_size {patch_size}: a patch size of ConvMAE must be a multiple of 4")

@@ -382,21 +382,10 @@ class PixMIM(nn.Module):
     """
 
     def __init__(  # noqa: PLR0913 - the names of the flags
-        self,
-        encoder: MaskedEncoder,
-        target: nn.Module,
-        *,
-        decoder: str = "self",
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        fuse_levels: bool = False,
-        learned_positions: bool = False,
-        mask_ratio: float = 0.75,
-        mask_unit: int = 1,
-        predict_ratio: float | None = None,
-        norm_pix_loss: bool = True,
-    ):
+        self, encoder: MaskedEncoder, target: nn.Module, *, decoder: str = "self", decoder_dim: int = 512,
+        decoder_depth: int = 8, decoder_heads: int = 16, fuse_levels: bool = False, learned_positions: bool = False,
+        mask_ratio: float = 0.75, mask_unit: int = 1, predict_ratio: float | None = None, norm_pix_loss: bool = True,
+    ):  # fmt: skip
         super().__init__()
         self.encoder, self.target, self.fuse_levels = encoder, target, fuse_levels
         self.mask_ratio, self.mask_unit, self.predict_ratio = mask_ratio, mask_unit, predict_ratio

@@ -39,15 +39,9 @@ class BaselineMAE(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size: tuple[int, int],
-        patch: int,
-        in_chans: int,
-        encoder: tuple[int, int, int],
-        decoder: tuple[int, int, int],
-        mask_ratio: float = 0.75,
-        mask_unit: int = 1,
-    ):
+        self, img_size: tuple[int, int], patch: int, in_chans: int, encoder: tuple[int, int, int],
+        decoder: tuple[int, int, int], mask_ratio: float, mask_unit: int,
+    ):  # fmt: skip
         super().__init__()
         self.patch, self.mask_ratio, self.mask_unit = patch, mask_ratio, mask_unit
         dim, decoder_dim = encoder[0], decoder[0]
@@ -95,15 +89,9 @@ def baseline_of(model: PixMIM) -> BaselineMAE:
     """The baseline with the sizes and weights of a model."""
     encoder, decoder = model.encoder, model.decoder
     sizes = [(len(x.blocks), x.blocks[0].attn.num_heads) for x in (encoder, decoder)]
-    baseline = BaselineMAE(
-        encoder.patch_embed.img_size,
-        encoder.patch,
-        encoder.in_chans,
-        (encoder.embed_dim, *sizes[0]),
-        (decoder.embed.out_features, *sizes[1]),
-        model.mask_ratio,
-        model.mask_unit,
-    )
+    shapes = (encoder.embed_dim, *sizes[0]), (decoder.embed.out_features, *sizes[1])
+    image = encoder.patch_embed.img_size, encoder.patch, encoder.in_chans
+    baseline = BaselineMAE(*image, *shapes, model.mask_ratio, model.mask_unit)
     baseline.load_state_dict(mae_names(model.state_dict()))
     return baseline.to(encoder.cls_token.device)
 

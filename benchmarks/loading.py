@@ -61,14 +61,9 @@ class BaselineDataset(Dataset):
 
     def __init__(self, source: Folder, size: int):
         self.paths = source.paths
-        self.transform = T.Compose(
-            [
-                T.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC),
-                T.RandomHorizontalFlip(),
-                T.ToTensor(),
-                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
+        crop = T.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+        normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        self.transform = T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalize])
 
     def __getitem__(self, i: int) -> torch.Tensor:
         with open(self.paths[i], "rb") as file:

@@ -103,12 +103,8 @@ def crops(args: Namespace) -> None:
     draws = []
     for i in range(args.draws):
         mask = masks[i % len(masks)]
-        draws.append(
-            (
-                *kept_by_src(mask, args.input_size, generator(args.seed, CROP, 0, i)),
-                *kept_by_rrc(mask, generator(args.seed, CROP, 1, i)),
-            )
-        )
+        src = kept_by_src(mask, args.input_size, generator(args.seed, CROP, 0, i))
+        draws.append((*src, *kept_by_rrc(mask, generator(args.seed, CROP, 1, i))))
     shares = 100 * np.array(draws).T
     names = ("src image", "src objects", "rrc image", "rrc objects")
     for name, x in zip(names, shares, strict=True):

@@ -29,18 +29,8 @@ def step_seconds(args, ranks: int) -> float:
         synthesise(images, batch * (args.steps + 1))
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "main_pretrain.py"]
         words += ["--data_path", images, "--output_dir", folder, "--model", args.model, "--amp", args.amp]
-        words += [
-            "--epochs",
-            1,
-            "--batch_size",
-            args.batch_size,
-            "--log_every",
-            1,
-            "--image_every",
-            0,
-            "--num_workers",
-            1,
-        ]
+        words += ["--epochs", 1, "--batch_size", args.batch_size, "--log_every", 1]
+        words += ["--image_every", 0, "--num_workers", 1]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *map(str, words)], env=environment, check=True, stdout=subprocess.DEVNULL)
         records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

@@ -45,13 +45,8 @@ def make_cache(folder: Path, count: int) -> None:
         os.truncate(shard_path(folder, shard), length)
     manifest = {"format": FORMAT, "input_size": [224, 224], "crop_interpolation": "bilinear", "in_chans": 3}
     shards = [{"bytes": int(length), "sha256": ""} for length in lengths]
-    manifest |= {
-        "payload": "raw",
-        "images": count,
-        "classes": [],
-        "shards": shards,
-        "index_sha256": hash_file(folder / "index.npy"),
-    }
+    manifest |= {"payload": "raw", "images": count, "classes": [], "shards": shards}
+    manifest["index_sha256"] = hash_file(folder / "index.npy")
     for name in ("plan.json", "manifest.json"):
         (folder / name).write_text(json.dumps(manifest))
 

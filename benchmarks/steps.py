@@ -61,12 +61,8 @@ def step_seconds(process: Any) -> float:
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure the time of training steps of several variants, on a CPU.")
     add = parser.add_argument
-    add(
-        "variants",
-        nargs="+",
-        metavar="[DIR:]FLAGS",
-        help="flags of benchmarks.throughput, in quotes; DIR = another checkout",
-    )
+    text = "flags of benchmarks.throughput, in quotes; DIR = another checkout"
+    add("variants", nargs="+", metavar="[DIR:]FLAGS", help=text)
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant, after two that are not timed")
     add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
     return parser

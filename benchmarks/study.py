@@ -194,12 +194,9 @@ class Runner:
         with log.open("a") as file, log.open() as output:
             output.seek(0, os.SEEK_END)
             code = subprocess.run(
-                [sys.executable, *command],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=self.environment(slot),
+                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=self.environment(slot),
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,
-            ).returncode
+            ).returncode  # fmt: skip
             printed = output.read()
         if code:
             reason = printed.strip().rpartition("\n")[2]
@@ -305,12 +302,8 @@ def main() -> None:
         raise ValueError(f"--arms {' '.join(sorted(unknown))}: {args.study} has {' '.join(known)}")
     records.parent.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in study.arms if not args.arms or arm.name in args.arms]
-    jobs = [
-        (arm, seed)
-        for seed in args.seeds or sorted({s for a in arms for s in a.seeds})
-        for arm in arms
-        if seed in arm.seeds
-    ]
+    seeds = args.seeds or sorted({seed for arm in arms for seed in arm.seeds})
+    jobs = [(arm, seed) for seed in seeds for arm in arms if seed in arm.seeds]
     runner = Runner(study, args, records)
     with ThreadPoolExecutor(args.jobs) as pool:
         finished = [*pool.map(lambda job: runner.run(*job), jobs)]

@@ -66,12 +66,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with recipes, printed defaults and without abbreviated flags."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            epilog="@FILE reads flags from a recipe. Later flags override earlier ones.",
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+        epilog = "@FILE reads flags from a recipe. Later flags override earlier ones."
+        super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
         words = expand(sys.argv[1:] if args is None else list(args))

@@ -107,23 +107,13 @@ class Builder:
         self.args = args = resolve_pixels(args, self.source)
         crop = SimpleResizedCrop(args.input_size, args.crop_interpolation)
         self.dataset = PackDataset(self.source, crop, args)
+        # names and sizes
         files = hashlib.sha256(f"{self.source.digest()} {self.source.sizes().tolist()}".encode())
-        self.plan: dict[str, Any] = {
-            "format": FORMAT,
-            "input_size": list(args.input_size),
-            "crop_interpolation": args.crop_interpolation,
-            "in_chans": args.in_chans,
-            "bands": args.bands,
-            "value_range": args.value_range,
-            "alpha": args.alpha,
-            "tile": args.tile,
-            "payload": args.payload,
-            "images": len(self.source),
-            "files": files.hexdigest(),  # names and sizes
-            "pillow": PIL.__version__,
-            "classes": self.source.classes,
-            "names": self.source.digest() if args.tile is None else None,
-        }
+        flags = ("crop_interpolation", "in_chans", "bands", "value_range", "alpha", "tile", "payload")
+        self.plan: dict[str, Any] = {"format": FORMAT, "input_size": list(args.input_size)}
+        self.plan |= {flag: getattr(args, flag) for flag in flags} | {"images": len(self.source)}
+        self.plan |= {"files": files.hexdigest(), "pillow": PIL.__version__, "classes": self.source.classes}
+        self.plan["names"] = self.source.digest() if args.tile is None else None
 
     def prepare(self) -> None:
         """Compare with the plan of an earlier call, print the expected size and time, and write the plan."""

@@ -20,16 +20,9 @@ from util.formats.write import rename_tensors, select_tensors, write_weights
 
 
 def convert(
-    source: Path,
-    out: Path,
-    target: str,
-    *,
-    folder: bool = False,
-    encoder_only: bool = False,
-    input_size: tuple[int, int] | None = None,
-    backbone: str = "MAE",
-    use_ema: bool = False,
-) -> str:
+    source: Path, out: Path, target: str, *, folder: bool = False, encoder_only: bool = False,
+    input_size: tuple[int, int] | None = None, backbone: str = "MAE", use_ema: bool = False,
+) -> str:  # fmt: skip
     """Write `out`, a file or folder with the tensors of `source` in the format `target`; returns the report.
 
     ValueError if the format cannot hold the weights or `out` cannot be written.

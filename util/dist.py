@@ -189,14 +189,10 @@ def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     control = None
     if size > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        torch_dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            store=rendezvous_store(rank, size, timeout),
-            rank=rank,
-            world_size=size,
-            timeout=2 * timeout if chosen.type == "cuda" else timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        on_gpu: dict[str, Any] = {"backend": "nccl", "timeout": 2 * timeout, "device_id": chosen}
+        options = on_gpu if chosen.type == "cuda" else {"backend": "gloo", "timeout": timeout}
+        store = rendezvous_store(rank, size, timeout)
+        torch_dist.init_process_group(store=store, rank=rank, world_size=size, **options)
         if chosen.type == "cuda":
             control = torch_dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, chosen, control)

@@ -151,16 +151,11 @@ class Meter:
         seconds, waited = now - self.clock, self.prefetcher.waited - self.waited
         images_per_s = self.timed * run.batch / seconds
         record = {
-            "step": done,
-            "epoch": done / steps,
-            "loss": sum(finite) / len(finite) if finite else None,
-            "lr": run.lr_at(self.epoch + (step - 1) / steps),
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "images_per_s": images_per_s,
-            "data_wait": waited / seconds,
-            **self.speed(images_per_s / run.world.size),
+            "step": done, "epoch": done / steps, "loss": sum(finite) / len(finite) if finite else None,
+            "lr": run.lr_at(self.epoch + (step - 1) / steps), "grad_norm": norm if math.isfinite(norm) else None,
+            "images_per_s": images_per_s, "data_wait": waited / seconds, **self.speed(images_per_s / run.world.size),
             "memory_gib": peak_memory(run.world.device),
-        }
+        }  # fmt: skip
         run.log.scalars(record)
         run.log.progress(done, total, record, (total - done) * seconds / self.timed)
         self.known, self.timed, self.clock, self.waited = [], 0, now, self.prefetcher.waited

@@ -26,16 +26,8 @@ ENCODER = {"model", "patch_size", "input_size", "in_chans", "mean", "std"}  # fl
 FACTS = ("knn_features", "pool", "k", "temperature", "layer", "n", "classes")
 # only with --json
 NOT_SHOWN = {
-    "acc5",
-    "loss",
-    "blr",
-    "unreadable",
-    "corruptions",
-    "acc1_before_norm",
-    "acc1_after_norm",
-    "patches",
-    "miou_of_k",
-}
+    "acc5", "loss", "blr", "unreadable", "corruptions", "acc1_before_norm", "acc1_after_norm", "patches", "miou_of_k",
+}  # fmt: skip
 ORDER = ("knn", "linprobe", "finetune", "segment")  # of the columns
 
 

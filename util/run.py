@@ -93,13 +93,9 @@ def git(*command: str) -> bytes:
 @cache  # of the code that was started, also if the checkout changes later
 def versions() -> dict:
     """Commit of this code and versions of the libraries."""
-    return {
-        "commit": git("describe", "--always", "--dirty", "--abbrev=12").decode().strip() or None,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-    }
+    libraries = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
+    commit = git("describe", "--always", "--dirty", "--abbrev=12").decode().strip() or None
+    return {"commit": commit, "python": sys.version.split()[0], **libraries}
 
 
 def split_effective_batch(effective: int, batch_size: int, ranks: int) -> tuple[int, int]:
@@ -189,18 +185,11 @@ def write_config(run: Run) -> None:
     """Write config.json, and changes.diff if the code has uncommitted changes."""
     device = run.world.device
     config = {
-        "args": args_to_dict(run.args),
-        "command": [Path(sys.executable).name, *sys.argv],
-        "world_size": run.world.size,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "jobs": launcher_ids(),
-        "batch_size": run.batch_size,
-        "accum_iter": run.accum_iter,
-        "batch": run.batch,
-        "lr": run.lr,
-        "origin": run.origin,
-        **versions(),
-    }
+        "args": args_to_dict(run.args), "command": [Path(sys.executable).name, *sys.argv], "world_size": run.world.size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "jobs": launcher_ids(),
+        "batch_size": run.batch_size, "accum_iter": run.accum_iter, "batch": run.batch, "lr": run.lr,
+        "origin": run.origin, **versions(),
+    }  # fmt: skip
     write_json(run.folder / "config.json", config)
     if changes := git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD"):  # of tracked files
         write_atomic(run.folder / "changes.diff", changes)

@@ -113,19 +113,11 @@ class Saver:
         if not run.world.is_main:
             return
         content = {
-            "model": mae_names(state.model.state_dict()),
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "statistics": statistics,
-            "progress": progress._asdict(),
-            "threads": torch.get_num_threads(),
-            "steps": self.steps,
-            "data": self.data,
-            "batch": run.batch,
-            "origin": run.origin,
-            "args": args_to_dict(run.args),
-        }
-        content["log"] = run.log.sync()
+            "model": mae_names(state.model.state_dict()), "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(), "statistics": statistics, "progress": progress._asdict(),
+            "threads": torch.get_num_threads(), "steps": self.steps, "data": self.data, "batch": run.batch,
+            "origin": run.origin, "args": args_to_dict(run.args), "log": run.log.sync(),
+        }  # fmt: skip
         self.writer.submit(copy_to_host(content), permanent)
         self.last_save = time.monotonic()
 

@@ -77,26 +77,17 @@ def default_workers() -> int:
     return min(24, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def return_unchanged(batch: Any) -> Any:
-    """Collate function for samples that are already a batch."""
-    return batch
-
-
 def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device: torch.device) -> Any:
     """Loader of the parts that a sampler lists: threads for a cache, else processes; num_workers 0 is this process."""
     workers = default_workers() if num_workers is None else num_workers
     if isinstance(samples.source, Cache) and workers:
         return ThreadLoader(samples, sampler, workers, pin=device.type == "cuda")
     return DataLoader(
-        samples,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=return_unchanged,
-        worker_init_fn=partial(init_worker, os.getpid()),
+        samples, batch_sampler=sampler, num_workers=workers, collate_fn=dict,  # samples are batches already
+        worker_init_fn=partial(init_worker, os.getpid()), pin_memory=device.type == "cuda",
         timeout=2 * samples.timeout_s if workers else 0,  # for a worker that its own time limit cannot interrupt
-        pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and isinstance(sampler, TrainSampler),
-    )
+    )  # fmt: skip
 
 
 def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, **options) -> Any:
@@ -122,13 +113,6 @@ def eval_loader(args, world: World, source: Source, transform: Callable, first: 
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream for copies to a device: torch's allocator does not share memory between streams."""
     return torch.cuda.Stream(device)
-
-
-def pop_bad(part: dict) -> list[tuple[str, str]]:
-    """Remove and return `bad`, the unreadable images of a part; ValueError for a part that ends the run."""
-    if "stop" in part:
-        raise ValueError(part["stop"])
-    return part.pop("bad")
 
 
 @cache
@@ -160,7 +144,9 @@ class DevicePrefetcher:
             if not parts:
                 return
             for part in parts:
-                self.bad += pop_bad(part)
+                if "stop" in part:
+                    raise ValueError(part["stop"])
+                self.bad += part.pop("bad")
             if parts := [part for part in parts if part]:  # all images of an evaluation's part may be unreadable
                 yield self.copy(parts)
 

@@ -32,16 +32,9 @@ class Samples(Dataset):
     """
 
     def __init__(
-        self,
-        source: Source,
-        transform: Callable,
-        args,
-        *,
-        flip=False,
-        noise_length: int = 0,
-        replace_bad: bool = False,
-        stages: Sequence[Stage] = (),
-    ):
+        self, source: Source, transform: Callable, args, *, flip: bool = False, noise_length: int = 0,
+        replace_bad: bool = False, stages: Sequence[Stage] = (),
+    ):  # fmt: skip
         self.source, self.transform, self.flip, self.noise_length = source, transform, flip, noise_length
         self.stages = stages
         self.seed, self.options, self.replace_bad = args.seed, PixelOptions.from_args(args), replace_bad
@@ -88,12 +81,9 @@ class Samples(Dataset):
             masks.at(epoch, i).random(out=noise[n], dtype=np.float32)
         if images is None:
             return {"bad": bad}
-        batch = {
-            "images": stacked[: len(index)],
-            "noise": torch.from_numpy(noise)[: len(index)],
-            "label": torch.from_numpy(self.source.labels[index].astype(np.int64)),
-            "index": torch.tensor(index),
-        }
+        labels = torch.from_numpy(self.source.labels[index].astype(np.int64))
+        batch = {"images": stacked[: len(index)], "label": labels, "index": torch.tensor(index)}
+        batch |= {"noise": torch.from_numpy(noise)[: len(index)]}
         batch |= {"flip": torch.tensor(flips)} if self.flip else {}
         if get_worker_info() and not stacked.is_shared():  # arrays go through a pipe, tensors through shared memory
             return {name: value.numpy() for name, value in batch.items()} | {"bad": bad}

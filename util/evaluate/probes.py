@@ -78,13 +78,7 @@ class Probe(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        num_classes: int,
-        pools: Sequence[str],
-        blrs: Sequence[float],
-        queries: int = 32,
-        seed: int = 0,
+        self, encoder: Encoder, num_classes: int, pools: Sequence[str], blrs: Sequence[float], queries=32, seed=0
     ):
         super().__init__()
         if "token" in pools and not encoder.num_prefix_tokens:

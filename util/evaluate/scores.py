@@ -38,13 +38,8 @@ class Score:
         n, top1, top5, loss = by_class.sum(1).tolist()
         present = by_class[0] > 0
         mean_class = (by_class[1, present] / by_class[0, present]).mean().item()
-        return {
-            "acc1": round(100 * top1 / n, 3),
-            "acc5": round(100 * top5 / n, 3),
-            "mean_class_acc": round(100 * mean_class, 3),
-            "loss": round(loss / n, 5),
-            "n": int(n),
-        }
+        shares = {"acc1": top1 / n, "acc5": top5 / n, "mean_class_acc": mean_class}
+        return {name: round(100 * x, 3) for name, x in shares.items()} | {"loss": round(loss / n, 5), "n": int(n)}
 
 
 @torch.inference_mode()

@@ -253,16 +253,12 @@ class Confusion:
         if not counts.sum():
             raise ValueError("--data_path: every pixel of the masks is ignored (--ignore_index)")
         right, true, guessed = counts.diagonal(), counts.sum(1), counts.sum(0)
-        iou, union = right / (true + guessed - right), true + guessed - right
-        means = {
-            "miou": iou[union > 0],
-            "mean_class_acc": (right / true)[true > 0],
-            "pixel_acc": right.sum() / true.sum(),
-        }
-        by_class = {
-            name: round(100 * value, 3) if value == value else None
-            for name, value in zip(classes, iou.tolist(), strict=True)
-        }
+        union = true + guessed - right
+        iou = right / union
+        means = {"miou": iou[union > 0], "mean_class_acc": (right / true)[true > 0]}
+        means["pixel_acc"] = right.sum() / true.sum()
+        rounded = [round(100 * value, 3) if value == value else None for value in iou.tolist()]
+        by_class = dict(zip(classes, rounded, strict=True))
         return {name: round(100 * value.mean().item(), 3) for name, value in means.items()} | {"iou": by_class}
 
 

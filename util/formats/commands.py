@@ -48,9 +48,8 @@ def _load_line(constructor: str, options: dict[str, Any], out: Path | str) -> st
 
 
 def _mae_line(weights: Weights, out: Path | str) -> str:
-    options = {"img_size": _size_code(weights)} | {
-        key: getattr(weights, key) for key in ("patch_size", "depth", "num_heads", "in_chans", "mlp_ratio", "embed_dim")
-    }
+    sizes = ("patch_size", "depth", "num_heads", "in_chans", "mlp_ratio", "embed_dim")
+    options = {"img_size": _size_code(weights)} | {key: getattr(weights, key) for key in sizes}
     if weights.fuse_levels:
         options |= _decoder_options(weights) | {"weight_fm": True, "use_input": True}
         return _load_line("models_cross.MaskedAutoencoderViT", options, out)
@@ -64,14 +63,10 @@ def _convmae_line(weights: Weights, out: Path | str) -> str:
     """Python expression that loads the file in Alpha-VL/ConvMAE."""
     first = weights.patch_size // 4
     options = {
-        "img_size": [_size_code(weights, stride) for stride in (1, first, 2 * first)],
-        "patch_size": [first, 2, 2],
-        "in_chans": weights.in_chans,
-        "embed_dim": [*weights.embed_dim],
-        "depth": [*weights.depth],
-        "num_heads": weights.num_heads,
-        "mlp_ratio": [4, 4, 4],
-    }
+        "img_size": [_size_code(weights, stride) for stride in (1, first, 2 * first)], "patch_size": [first, 2, 2],
+        "in_chans": weights.in_chans, "embed_dim": [*weights.embed_dim], "depth": [*weights.depth],
+        "num_heads": weights.num_heads, "mlp_ratio": [4, 4, 4],
+    }  # fmt: skip
     if weights.decoder_dim:
         if not options["img_size"][0].isdecimal():
             return "none: Alpha-VL/ConvMAE pre-trains on square images only; models_convvit loads the encoder"
@@ -114,12 +109,7 @@ def _detectron2_line(weights: Weights, out: Path | str) -> str:
 
 
 def load_command(
-    weights: Weights,
-    target: str,
-    out: Path | str,
-    folder: bool = False,
-    encoder_only: bool = False,
-    backbone: str = "MAE",
+    weights: Weights, target: str, out: Path | str, folder: bool = False, encoder_only: bool = False, backbone="MAE"
 ) -> str:
     """Python expression or config overrides that load `out`; ValueError if the format cannot hold the weights."""
     host, weights = weights.family, weights.with_state(select_tensors(weights, target, encoder_only))

@@ -50,24 +50,15 @@ def timm_config(weights: Weights) -> dict[str, Any]:
     entry, options = timm_model(weights)
     mean, std = _statistics(weights)
     config = {
-        "architecture": entry,
-        "num_classes": weights.num_classes,
-        "num_features": weights.embed_dim,
+        "architecture": entry, "num_classes": weights.num_classes, "num_features": weights.embed_dim,
         "global_pool": options.get("global_pool", "token"),
         "model_args": {key: x for key, x in options.items() if key != "num_classes"},  # transformers passes its own
         "pretrained_cfg": {
-            "num_classes": weights.num_classes,
-            "input_size": [weights.in_chans, *size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": weights.crop_pct or default_crop_pct(size),
-            "crop_mode": "center",
-            "mean": mean,
-            "std": std,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "num_classes": weights.num_classes, "input_size": [weights.in_chans, *size], "fixed_input_size": True,
+            "interpolation": "bicubic", "crop_pct": weights.crop_pct or default_crop_pct(size), "crop_mode": "center",
+            "mean": mean, "std": std, "first_conv": "patch_embed.proj", "classifier": "head",
         },
-    }
+    }  # fmt: skip
     names = _labels(weights)
     return config | ({"label_names": names} if names else {})
 
@@ -76,33 +67,23 @@ def hf_config(weights: Weights) -> dict[str, Any]:
     """config.json of a transformers folder. transformers' defaults (eps 1e-12, loss of raw pixels) are not MAE's."""
     size = known_size(weights)
     config = {
-        "hidden_size": weights.embed_dim,
-        "num_hidden_layers": weights.depth,
-        "num_attention_heads": weights.num_heads,
-        "intermediate_size": round(weights.mlp_ratio * weights.embed_dim),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": EPS,
-        "image_size": size[0] if size[0] == size[1] else [*size],
-        "patch_size": weights.patch_size,
-        "num_channels": weights.in_chans,
-        "qkv_bias": True,
-    }
+        "hidden_size": weights.embed_dim, "num_hidden_layers": weights.depth, "num_attention_heads": weights.num_heads,
+        "intermediate_size": round(weights.mlp_ratio * weights.embed_dim), "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layer_norm_eps": EPS,
+        "image_size": size[0] if size[0] == size[1] else [*size], "patch_size": weights.patch_size,
+        "num_channels": weights.in_chans, "qkv_bias": True,
+    }  # fmt: skip
     if weights.decoder_dim:
         ours = ("mask_unit", "lowpass_radius", "lowpass")  # transformers ignores them
         config |= {key: value for key, value in weights.settings.items() if key in ours}
         return config | {
-            "model_type": "vit_mae",
-            "architectures": ["ViTMAEForPreTraining"],
-            "image_size": square_side(weights, "transformers' ViTMAE"),
-            "decoder_hidden_size": weights.decoder_dim,
-            "decoder_num_hidden_layers": weights.decoder_depth,
-            "decoder_num_attention_heads": weights.decoder_heads,
+            "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"],
+            "image_size": square_side(weights, "transformers' ViTMAE"), "decoder_hidden_size": weights.decoder_dim,
+            "decoder_num_hidden_layers": weights.decoder_depth, "decoder_num_attention_heads": weights.decoder_heads,
             "decoder_intermediate_size": len(weights.state["decoder_blocks.0.mlp.fc1.weight"]),
             "norm_pix_loss": weights.norm_pix_loss is not False,
             "mask_ratio": 0.75 if weights.mask_ratio is None else weights.mask_ratio,
-        }
+        }  # fmt: skip
     if weights.class_tokens > 1:
         own = {"n_cls_tokens": weights.class_tokens, "mlp_ratio": round(weights.mlp_ratio)}
         return config | own | {"model_type": "pixio", "architectures": ["PixioModel"]}
@@ -119,16 +100,8 @@ def hf_processor(weights: Weights) -> dict[str, Any]:
     side = square_side(weights, "a preprocessor of transformers")
     mean, std = _statistics(weights)
     return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3,
         "size": {"shortest_edge": int(side / (weights.crop_pct or default_crop_pct((side, side))))},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
-    }
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std,
+    }  # fmt: skip

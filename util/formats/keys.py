@@ -43,13 +43,7 @@ TENSORS = (
     Rule("wfm.linear.weight", None, None, "J L", ("vit",)),
 )
 LAYERS = (  # shape of the weight; the bias has the size of its first dimension
-    Rule(
-        "patch_embed.proj",
-        "backbone.patch_embed.projection",
-        "vit.embeddings.patch_embeddings.projection",
-        "D C P P",
-        VIT,
-    ),
+    Rule("patch_embed.proj", "backbone.patch_embed.projection", "vit.embeddings.patch_embeddings.projection", "D C P P", VIT),
     Rule("patch_embed1.proj", None, None, "X C Q Q", CONV),
     Rule("patch_embed1.norm", None, None, "X", CONV),
     Rule("patch_embed2.proj", None, None, "Y X R R", CONV),
@@ -69,7 +63,7 @@ LAYERS = (  # shape of the weight; the bias has the size of its first dimension
     Rule("decoder_norm", "neck.ln1", "decoder.decoder_norm", "E", ALL),
     Rule("decoder_pred", "neck.decoder_pred", "decoder.decoder_pred", "PPC E", VIT),
     Rule("decoder_pred", None, None, "QQRRSSC E", CONV),
-)
+)  # fmt: skip
 CONV_BLOCK = (  # layers of a block in the first stage of ConvMAE
     ("norm1", "X"), ("conv1", "X X 1 1"), ("attn", "X 1 5 5"), ("conv2", "X X 1 1"),
     ("norm2", "X"), ("mlp.fc1", "U X 1 1"), ("mlp.fc2", "X U 1 1"),
@@ -295,17 +289,12 @@ def tensor_sizes(state: State) -> dict[str, Any]:
     class_tokens = ("cls_token" in state) + (state["reg_token"].shape[1] if "reg_token" in state else 0)
     widths, depths = tuple(map(len, kernels)), tuple(_depth(state, f"blocks{stage}") for stage in stages)
     sizes = {
-        "family": host,
-        "embed_dim": widths if host == "convvit" else width,
-        "depth": depths if host == "convvit" else depths[0],
-        "patch_size": math.prod(kernel.shape[-1] for kernel in kernels),
-        "in_chans": kernels[0].shape[1],
-        "mlp_ratio": state[f"blocks{stages[-1]}.0.mlp.fc1.weight"].shape[0] / width,
-        "num_patches": tokens - class_tokens,
-        "class_tokens": class_tokens,
-        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
-        "pooled": "fc_norm.weight" in state,
-    }
+        "family": host, "embed_dim": widths if host == "convvit" else width,
+        "depth": depths if host == "convvit" else depths[0], "in_chans": kernels[0].shape[1],
+        "patch_size": math.prod(kernel.shape[-1] for kernel in kernels), "num_patches": tokens - class_tokens,
+        "mlp_ratio": state[f"blocks{stages[-1]}.0.mlp.fc1.weight"].shape[0] / width, "class_tokens": class_tokens,
+        "num_classes": len(state.get("head.weight", ())), "pooled": "fc_norm.weight" in state,
+    }  # fmt: skip
     if "mask_token" in state:
         cross = any(".cross_attn." in key for key in state)
         sizes |= {"decoder": "cross" if cross else "self", "fuse_levels": "wfm.linear.weight" in state}

@@ -45,13 +45,7 @@ def save_onnx(path: Path, weights: Weights, state: State) -> None:
     model = timm.create_model(entry, **options)
     model.load_state_dict({key: value.float() for key, value in state.items()})
     torch.onnx.export(
-        _Features(model.eval()).eval(),
-        (torch.zeros(2, weights.in_chans, *size),),
-        path,
-        input_names=["images"],
-        output_names=output_names(weights),
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+        _Features(model.eval()).eval(), (torch.zeros(2, weights.in_chans, *size),), path, input_names=["images"],
+        output_names=output_names(weights), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, dynamo=True,
+        external_data=False, verbose=False,
+    )  # fmt: skip

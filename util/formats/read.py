@@ -36,11 +36,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # in a config of mmengine
 SETTING = re.compile(r"\b(norm_pix|mask_ratio|decoder_num_heads)=(true|false|\d+(?:\.\d+)?)\b")
 OUR_NAMES = {
-    "kept_mask_ratio": "predict_ratio",
-    "mask_downsampling": "mask_unit",
-    "norm_pix": "norm_pix_loss",
+    "kept_mask_ratio": "predict_ratio", "mask_downsampling": "mask_unit", "norm_pix": "norm_pix_loss",
     "decoder_num_heads": "decoder_heads",
-}
+}  # fmt: skip
 WRAPPER = re.compile(r"module\.|_orig_mod\.|model\.")  # DistributedDataParallel, torch.compile, Lightning
 PATCHES = re.compile(r"((?:(?:module|_orig_mod|model|backbone|encoder|vit)\.)+)patch_embed1?\.proj\.weight")
 EMA = {"model": "model_ema", "state_dict": "state_dict_ema"}  # facebookresearch/mae's forks, timm

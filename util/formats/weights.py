@@ -88,10 +88,8 @@ class Weights:
             patch, count = facts["patch_size"], facts["num_patches"]
             size = _stated_size(stated.get("input_size"), patch, count)
             grid = None if size else _guess_grid(state["pos_embed"][0, -count:])
-            facts |= {
-                "size_recorded": size is not None,
-                "input_size": (grid[0] * patch, grid[1] * patch) if grid else size,
-            }
+            facts["size_recorded"] = size is not None
+            facts["input_size"] = (grid[0] * patch, grid[1] * patch) if grid else size
             widths = facts["embed_dim"]
             width = widths[-1] if isinstance(widths, tuple) else widths
             facts["num_heads"] = stated.get("num_heads") or HEADS.get(width, max(1, width // 64))
@@ -116,18 +114,8 @@ class Weights:
     @property
     def settings(self) -> dict[str, Any]:
         """Stated settings that the tensors do not tell, as plain values under MAE's and our names; `read_weights` reads them."""
-        keys = (
-            *METHOD,
-            *PIXELS,
-            "num_heads",
-            "decoder_heads",
-            "mean",
-            "std",
-            "crop_pct",
-            "pool",
-            "classes",
-            "input_size",
-        )
+        names = ("num_heads", "decoder_heads", "mean", "std", "crop_pct", "pool", "classes", "input_size")
+        keys = (*METHOD, *PIXELS, *names)
         facts = {key: x for key in keys if key in self.args and (x := getattr(self, key)) is not None}
         size = facts.get("input_size")
         facts |= {"input_size": size[0]} if size and size[0] == size[1] else {}  # a number, as in args of MAE

@@ -55,14 +55,9 @@ def draw_points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> np.ndarr
 
 
 def draw_lines(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    title: str,
-    x_label: str,
-    *,
-    log: bool = False,
-    floor: float = 0.0,
-    mark: tuple[float, str] | None = None,
-) -> np.ndarray:
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x_label: str, *, log: bool = False,
+    floor: float = 0.0, mark: tuple[float, str] | None = None,
+) -> np.ndarray:  # fmt: skip
     """Line chart (600, 760, 3) uint8 of name -> (x, y); the title describes y.
 
     `log`: logarithmic y axis; values below `floor` are drawn at it. `mark`: (x, label) of a vertical line.

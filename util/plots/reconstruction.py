@@ -41,15 +41,10 @@ def reconstruct(model: Any, images: Tensor, noise: Tensor, args: Namespace) -> R
     removed = mask.removed.unflatten(1, model.encoder.grid)
     predicted = paste_patches(target, prediction * scale + centre, mask.predict, model.encoder.patch)
     where = enlarge_maps(removed, model.encoder.patch).unsqueeze(1)
-    return Reconstruction(
-        images * std + mean,
-        target * std + mean,
-        mask_images(images * std + mean, removed),
-        torch.where(where, predicted, images) * std + mean,
-        predicted * std + mean - (target * std + mean),
-        getattr(model.target, "radius", None),
-        "true patch mean and std" if model.norm_pix_loss else "pixels",
-    )
+    pixels, targets, filled = (x * std + mean for x in (images, target, torch.where(where, predicted, images)))
+    error, radius = predicted * std + mean - targets, getattr(model.target, "radius", None)
+    how = "true patch mean and std" if model.norm_pix_loss else "pixels"
+    return Reconstruction(pixels, targets, mask_images(pixels, removed), filled, error, radius, how)
 
 
 def paste_patches(images: Tensor, patches: Tensor, index: Tensor, patch: int) -> Tensor:

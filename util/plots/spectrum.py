@@ -37,11 +37,7 @@ def draw_power(images: dict[str, Tensor], radius: float | None) -> np.ndarray:
     rings = list(range(1, shortest // 2 + 1))  # larger rings are incomplete: corners of the spectrum
     curves = {name: radial_power(x).mean(0)[rings].tolist() for name, x in images.items()}
     floor = 1e-7 * max(max(curve) for curve in curves.values())  # hides the rounding errors of a filtered image
-    return draw_lines(
-        {name: (rings, curve) for name, curve in curves.items()},
-        "power per frequency ring (pixels in [0, 1])",
-        "frequency, cycles per image side",
-        log=True,
-        floor=floor,
-        mark=None if radius is None else (radius, f"cut-off, r = {radius:g}"),
-    )
+    lines = {name: (rings, curve) for name, curve in curves.items()}
+    mark = None if radius is None else (radius, f"cut-off, r = {radius:g}")
+    title, x_label = "power per frequency ring (pixels in [0, 1])", "frequency, cycles per image side"
+    return draw_lines(lines, title, x_label, log=True, floor=floor, mark=mark)
