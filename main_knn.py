@@ -3,20 +3,9 @@
 import argparse
 from argparse import Namespace
 
+import util.args as cli
 from models import ENCODERS, build_encoder
-from util.args import (
-    CLASSES,
-    Parser,
-    add_checkpoint_arguments,
-    add_data_arguments,
-    add_device_arguments,
-    add_model_arguments,
-    add_results_argument,
-    add_subset_arguments,
-    number,
-    picture,
-    run_main,
-)
+from util.args import CLASSES, Parser, number, picture, run_main
 from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images
 from util.dist import init_world
@@ -31,12 +20,12 @@ NORMS = ("before_norm", "after_norm")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_arguments(parser, CLASSES)
-    add_subset_arguments(parser)
-    add_checkpoint_arguments(parser)
-    add_model_arguments(parser, ENCODERS)
-    add_device_arguments(parser)
-    add_results_argument(parser)
+    cli.add_data_arguments(parser, CLASSES)
+    cli.add_subset_arguments(parser)
+    cli.add_checkpoint_arguments(parser)
+    cli.add_model_arguments(parser, ENCODERS)
+    cli.add_device_arguments(parser)
+    cli.add_results_argument(parser)
     # fmt: off
     add = parser.add_argument_group("kNN").add_argument
     add("--batch_size", type=number(int, 1), default=256, help="images per rank and forward pass")

@@ -12,25 +12,12 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
+import util.args as cli
 from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_one_epoch
 from models import ENCODERS, build_model, noise_length_at
 from models_pixmim import PixMIM, sincos_pos_embed
 from muon import build_muon
-from util.args import (
-    CLASSES,
-    PRETRAIN,
-    Parser,
-    add_data_arguments,
-    add_device_arguments,
-    add_method_arguments,
-    add_model_arguments,
-    add_run_arguments,
-    add_schedule_arguments,
-    number,
-    resolve_defaults,
-    run_main,
-    size_share,
-)
+from util.args import CLASSES, PRETRAIN, Parser, number, resolve_defaults, run_main, size_share
 from util.checkpoint.resume import Progress, recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
@@ -55,12 +42,12 @@ FROM_FILE = (*MODEL_FLAGS, *DECODER, "fuse_layers")  # flags that are read from 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    data = add_data_arguments(
+    data = cli.add_data_arguments(
         parser,
         "images: a folder of any structure (train/ if it has one), tar or zip files, a list or table (.txt .csv .tsv .parquet), a "
         "stream of shards, or a packed cache",
     )
-    add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
+    cli.add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     # fmt: off
     add = parser.add_argument_group("initial weights").add_argument
     add("--checkpoint", metavar="FILE|FOLDER",
@@ -74,14 +61,14 @@ def get_parser() -> argparse.ArgumentParser:
         help="epochs in which only the decoder is trained, for a new decoder on a trained encoder")
     data.add_argument("--stream_samples", type=number(int, 1),
         help="images per epoch of streamed shards, whose number is unknown; required for these (default: none)")
-    add = add_method_arguments(parser, **dict.fromkeys(DECODER)).add_argument
+    add = cli.add_method_arguments(parser, **dict.fromkeys(DECODER)).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
         help="src = SimpleResizedCrop (PixMIM); rrc = RandomResizedCrop of 0.2 to 1 of the area (MAE)")
     add("--crop_interpolation", choices=["auto", "bilinear", "bicubic"], default="auto",
         help="interpolation of the crop; auto = bilinear for src (as the release), bicubic for rrc (as MAE)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--drop_path", type=number(float, 0, 0.99), default=0.0, help="drop-path rate of the encoder's last block, rising linearly from 0")
-    add = add_schedule_arguments(
+    add = cli.add_schedule_arguments(
         parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
     ).add_argument
     add("--sizes", type=size_share, nargs="+", metavar="PIXELS:SHARE",
@@ -91,8 +78,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="muon = orthogonalised updates of the hidden layers' weights, AdamW for the others; an experiment, --blr as for adamw")
     add("--lr_scale_by_prediction", action="store_true",
         help="multiply the peak learning rate by --predict_ratio / --mask_ratio, as CrossMAE's code does")
-    add_device_arguments(parser)
-    add = add_run_arguments(parser, output_dir="output/pretrain").add_argument
+    cli.add_device_arguments(parser)
+    add = cli.add_run_arguments(parser, output_dir="output/pretrain").add_argument
     add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")
     add("--knn_every", type=number(int, 0), default=0,
         help="epochs between kNN evaluations, which need labelled train and val images; 0 = none")

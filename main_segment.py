@@ -15,20 +15,11 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+import util.args as cli
+import util.evaluate.segmentation as seg
 from engine_pretrain import LossFn, TrainState, prepare_training, train_one_epoch
 from models import ENCODERS, build_encoder
-from util.args import (
-    Parser,
-    add_checkpoint_arguments,
-    add_data_arguments,
-    add_device_arguments,
-    add_model_arguments,
-    add_results_argument,
-    add_run_arguments,
-    add_schedule_arguments,
-    number,
-    run_main,
-)
+from util.args import Parser, number, run_main
 from util.checkpoint.resume import recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import train_loader
@@ -39,16 +30,6 @@ from util.data.transforms import Normalize
 from util.dist import World, init_world
 from util.evaluate.encoder import load_encoder, pooling, read_architecture
 from util.evaluate.scores import print_result
-from util.evaluate.segmentation import (
-    PatchVotes,
-    build_bank,
-    build_segmenter,
-    evaluate_segmenter,
-    load_segmenter,
-    save_segmenter,
-    upscale,
-    validate_segmenter,
-)
 from util.rng import SUBSET, generator
 from util.run import Run, start_run
 
@@ -68,7 +49,7 @@ class Outcome(NamedTuple):
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     # fmt: off
-    group = add_data_arguments(parser, "folder with {train,val}/{images,masks}, ADE20K's with {images,annotations}/{training,validation}, or a "
+    group = cli.add_data_arguments(parser, "folder with {train,val}/{images,masks}, ADE20K's with {images,annotations}/{training,validation}, or a "
                                ".csv or .tsv with the paths of images and masks", packed=False)
     group.add_argument("--image_column", metavar="NAME", help="column of a table with the images (default: image, file_name or path, for example)")
     group.add_argument("--mask_column", metavar="NAME", default="mask", help="column of a table with the masks")
@@ -78,8 +59,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--ignore_index", type=number(int, 0, 65535), help="class number of pixels that are ignored (default: 255)")
     group.add_argument("--short_side", type=number(int, 0),
                        help="short side of the resized images in pixels; 0 = unchanged (default: the shorter side of --input_size)")
-    add_checkpoint_arguments(parser, pools=())
-    add_model_arguments(parser, ENCODERS)
+    cli.add_checkpoint_arguments(parser, pools=())
+    cli.add_model_arguments(parser, ENCODERS)
     add = parser.add_argument_group("segmentation").add_argument
     add("--method", choices=["linear", "knn"], default="linear", help="linear = train heads; knn = vote of the nearest training patches")
     add("--layers", nargs="+", type=number(int, 1), help="blocks whose patch tokens are concatenated, counted from 1 (default: the last)")
@@ -91,12 +72,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--drop_path", type=number(float, 0, 0.99), default=0.1, help="finetune: drop-path rate of the last block, rising linearly from 0")
     add("--untrained", default="auto", metavar="auto|none|DIR",
         help="finetune: output folder of the untrained encoder's run, which is trained first if it is not complete; auto = OUTPUT_DIR/untrained")
-    add_schedule_arguments(parser, blr=[], batch_size=16, epochs=32, warmup_epochs=1.2, min_lr=0.0, weight_decay=None)
+    cli.add_schedule_arguments(parser, blr=[], batch_size=16, epochs=32, warmup_epochs=1.2, min_lr=0.0, weight_decay=None)
     parser.set_defaults(blr=None)  # see LINEAR and FINETUNE
-    add_device_arguments(parser)
-    group = add_run_arguments(parser, "output/segment")
+    cli.add_device_arguments(parser)
+    group = cli.add_run_arguments(parser, "output/segment")
     group.add_argument("--eval", action="store_true", help="only evaluate --checkpoint, a segmenter.pth, on val")
-    add_results_argument(group, "OUTPUT_DIR/results.jsonl; none with --eval")
+    cli.add_results_argument(group, "OUTPUT_DIR/results.jsonl; none with --eval")
     # fmt: on
     return parser
 
@@ -132,7 +113,7 @@ def segmentation_loss(normalize: Normalize) -> LossFn:
 
     def loss(model, batch):
         batch, truth = split_masks(batch)
-        logits = upscale(model(normalize(batch)), truth.shape[1:])
+        logits = seg.upscale(model(normalize(batch)), truth.shape[1:])
         heads = logits.shape[1]
         truth = truth.repeat_interleave(heads, dim=0)
         return F.cross_entropy(logits.flatten(0, 1), truth, ignore_index=-1, reduction="none").mean() * heads
@@ -165,7 +146,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     val = mask_folder(args, "val", train.classes)
     args = resolve_pixels(args, train, recorded_args(args))
     run = begin(args)
-    model = build_segmenter(args, build_encoder, weights, len(train.classes), run.world, len(args.blr))
+    model = seg.build_segmenter(args, build_encoder, weights, len(train.classes), run.world, len(args.blr))
     loader = train_loader(run, train, MultiScaleCrop(args), flip=True)
     loss_fn = segmentation_loss(Normalize(args, run.world.device))
     return prepare_training(run, model, build_adamw(model, run), loss_fn, loader), val
@@ -180,12 +161,12 @@ def train(args: Namespace, world: World | None = None) -> Outcome:
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)
         saver.after_epoch(progress)
-        results = validate_segmenter(run, model, val, epoch + 1)
+        results = seg.validate_segmenter(run, model, val, epoch + 1)
     saver.close()
     for blr, result in zip(args.blr, results, strict=True):
         run.log.info(f"--blr {blr:g}: {json.dumps(result)}")
     best = max(range(len(results)), key=lambda i: results[i]["miou"])
-    save_segmenter(run, model, best, val.classes)
+    seg.save_segmenter(run, model, best, val.classes)
     run.log.close()
     selected = {"blr": args.blr[best], "selected_on": "val"} if len(results) > 1 else {}
     return Outcome({**results[best], **selected}, run.world, args)
@@ -210,18 +191,18 @@ def vote(args: Namespace) -> Outcome:
     val = mask_folder(args, "val", train.classes)
     args = resolve_pixels(args, train)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights)).to(world.device).eval()
-    bank, classes = build_bank(args, world, encoder, train), len(train.classes)
+    bank, classes = seg.build_bank(args, world, encoder, train), len(train.classes)
     single = Namespace(**vars(args) | {"batch_size": 1})  # windows at a time: their votes need much memory
     chosen, held = {"k": args.k[0]}, generator(args.seed, SUBSET, 2).permutation(len(train))[: -(-len(train) // 10)]
     if len(args.k) > 1:
         if len(train) < 2:
             raise ValueError(f"--k {' '.join(map(str, args.k))}: train has one image, none to choose on; give one")
-        model = PatchVotes(encoder, bank.without(held.tolist()), classes, args.k, args)
-        results = evaluate_segmenter(single, world, model, Subset(train, held))
+        model = seg.PatchVotes(encoder, bank.without(held.tolist()), classes, args.k, args)
+        results = seg.evaluate_segmenter(single, world, model, Subset(train, held))
         mious = {k: result["miou"] for k, result in zip(args.k, results, strict=True)}
         chosen = {"k": max(mious, key=lambda k: mious[k]), "selected_on": "train", "miou_of_k": mious}
-    model = PatchVotes(encoder, bank, classes, [chosen["k"]], args)
-    found = evaluate_segmenter(single, world, model, val)[0]
+    model = seg.PatchVotes(encoder, bank, classes, [chosen["k"]], args)
+    found = seg.evaluate_segmenter(single, world, model, val)[0]
     return Outcome({**found, **chosen, "patches": len(bank.features)}, world, args)
 
 
@@ -229,10 +210,10 @@ def evaluate(args: Namespace) -> Outcome:
     """Result of a saved segmenter on val (--eval)."""
     args, weights = read_architecture(args, ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
-    model, args = load_segmenter(args, build_encoder, weights, world)
+    model, args = seg.load_segmenter(args, build_encoder, weights, world)
     val = mask_folder(args, "val")
     args = resolve_pixels(args, val)
-    return Outcome(evaluate_segmenter(args, world, model, val)[0], world, args)
+    return Outcome(seg.evaluate_segmenter(args, world, model, val)[0], world, args)
 
 
 def main() -> None:

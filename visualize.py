@@ -9,21 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import util.args as cli
 from models import ENCODERS, build_encoder, build_model
 from models_pixmim import LowPass, PixMIM, mask_from_noise
-from util.args import (
-    METHOD,
-    Parser,
-    add_device_arguments,
-    add_method_arguments,
-    add_model_arguments,
-    add_pixel_arguments,
-    default_radius,
-    number,
-    picture,
-    resolve_defaults,
-    run_main,
-)
+from util.args import METHOD, Parser, default_radius, number, picture, resolve_defaults, run_main
 from util.data.batches import load_batch
 from util.data.folders import Folder, list_images
 from util.data.masks import mask_folder
@@ -73,14 +62,14 @@ def get_parser() -> argparse.ArgumentParser:
         help="draw each image under low-pass filters of these radii in bins, and what they remove; without radii: 10 20 40 80 "
              "112 scaled from 224 px to --input_size, and the model's radius")
     # fmt: on
-    add_pixel_arguments(parser)
-    add_model_arguments(parser, ENCODERS)
-    group = add_method_arguments(parser, **dict.fromkeys(METHOD))
+    cli.add_pixel_arguments(parser)
+    cli.add_model_arguments(parser, ENCODERS)
+    group = cli.add_method_arguments(parser, **dict.fromkeys(METHOD))
     group.description = (
         "None = as in --checkpoint. A checkpoint without these settings is read as MAE with --norm_pix_loss, with decoder "
         "heads 32 wide."
     )
-    add_device_arguments(parser, amp=False)
+    cli.add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser
 

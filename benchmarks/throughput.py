@@ -25,6 +25,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+import util.args as cli
 from benchmarks.ablations import ablate, applicable_ablations, is_plain
 from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_step
 from benchmarks.products import Products
@@ -32,17 +33,7 @@ from benchmarks.results import append, spread
 from engine_pretrain import optimizer_step, pretrain_loss
 from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
-from util.args import (
-    METHOD,
-    PRETRAIN,
-    Parser,
-    add_device_arguments,
-    add_method_arguments,
-    add_model_arguments,
-    number,
-    resolve_defaults,
-    run_main,
-)
+from util.args import METHOD, PRETRAIN, Parser, number, resolve_defaults, run_main
 from util.data.transforms import Normalize
 from util.dist import autocast, init_world
 
@@ -157,9 +148,9 @@ def format_result(result: dict) -> list[str]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure the time of a training step, of its ablations and of a baseline MAE.")
-    add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
-    add_method_arguments(parser)
-    add = add_device_arguments(parser).add_argument
+    cli.add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
+    cli.add_method_arguments(parser)
+    add = cli.add_device_arguments(parser).add_argument
     add("--batch_size", type=number(int, 1), nargs="+", default=[8], help="images per step; several = in turn")
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
     add("--compile", action="store_true", help="include the compiled model")

@@ -7,15 +7,8 @@ from typing import Any
 
 import torch
 
-from util.checkpoint.resume import (
-    Progress,
-    check_same_run,
-    claim_folder,
-    find_checkpoint,
-    load_checkpoint,
-    lock_folder,
-    running_statistics,
-)
+import util.checkpoint.resume as resuming
+from util.checkpoint.resume import Progress, running_statistics
 from util.checkpoint.state import copy_to_host
 from util.checkpoint.stop import DelayedMax, StopRequest
 from util.checkpoint.writer import Writer
@@ -42,15 +35,15 @@ class Saver:
         """Load the checkpoint that --resume refers to and prepare OUTPUT_DIR; ValueError if it belongs to another run."""
         run, state = self.run, self.state
         if run.world.is_main:
-            lock_folder(run.folder)
-        found = find_checkpoint(run, self.steps)
+            resuming.lock_folder(run.folder)
+        found = resuming.find_checkpoint(run, self.steps)
         progress = self.resumed_at = found[2] if found else Progress(0, 0)
         if len({repr(each) for each in run.world.gather(progress)}) > 1:
             raise ValueError(f"--output_dir {run.folder}: the ranks find different checkpoints; use a shared disk")
         if found:
             path, content, _ = found
-            check_same_run(path, content, run, self.data, self.steps)
-            load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
+            resuming.check_same_run(path, content, run, self.data, self.steps)
+            resuming.load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
             position = f"epoch {progress.epoch + 1} of {run.args.epochs}, {progress.step} of {self.steps} steps done"
             run.log.info(f"resumed from {path}: {position}")
             threads = content.get("threads", torch.get_num_threads())
@@ -60,7 +53,7 @@ class Saver:
                     f"OMP_NUM_THREADS={threads} continues bit for bit"
                 )
         if run.world.is_main:
-            claim_folder(run, found[0] if found else None)
+            resuming.claim_folder(run, found[0] if found else None)
             write_config(run)
         run.world.barrier()  # if rank 0 fails here, the others end too
         at = (progress.epoch * self.steps + progress.step) / self.steps

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.evaluate.encoder import (
-    Encoder,
-    encoder_blocks,
-    forward_blocks,
-    is_finetuned,
-    pool_name,
-    pool_tokens,
-)
+from util.evaluate.encoder import Encoder, encoder_blocks, forward_blocks, is_finetuned, pool_name, pool_tokens
 from util.formats.weights import Weights
 
 
