@@ -22,11 +22,11 @@ from util.checkpoint.resume import Progress, find_checkpoint, load_checkpoint
 from util.checkpoint.state import copy_to_host
 from util.data.batches import DevicePrefetcher
 from util.dist import autocast, init_world
-from util.files import read_json, write_atomic
+from util.files import write_atomic
 from util.formats.keys import mae_names
 from util.log import Log
 from util.rng import seed_everything, step_seed
-from util.run import Run
+from util.run import Run, read_config
 
 # a flag that only this script has, in this order -> script
 SCRIPTS = {
@@ -93,16 +93,6 @@ def inspect_step(state: TrainState, batches: Iterator[dict], epoch: int, step: i
     return [*lines, f"{path} holds the batch and the weights before the step"]
 
 
-def read_config(folder: Path) -> dict:
-    """Content of config.json in the output folder of a run; ValueError if it is missing or damaged."""
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-        return config | {"args": Namespace(**config["args"] | {"input_size": tuple(config["args"]["input_size"])})}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is missing or damaged; RUN is the --output_dir of a run") from error
-
-
 def open_run(folder: Path, config: dict, args: Namespace) -> Run:
     """The run in a folder, with its batch and number of ranks, but without a log."""
     world, ranks = init_world(args.device, args.amp, args.timeout_minutes), config["world_size"]
@@ -140,7 +130,9 @@ def get_parser() -> Parser:
 def main() -> None:
     asked = get_parser().parse_args()
     config = read_config(asked.run)
-    known = vars(config["args"])
+    if not isinstance(config.get("args"), dict) or "input_size" not in config["args"]:
+        raise ValueError(f"{asked.run / 'config.json'} is missing or damaged; RUN is the --output_dir of a run")
+    known = config["args"] | {"input_size": tuple(config["args"]["input_size"])}
     module = importlib.import_module(next(script for flag, script in SCRIPTS.items() if flag in known))
     defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
     args = resolve_defaults(Namespace(**defaults | known | {"device": asked.device}))

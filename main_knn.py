@@ -10,7 +10,7 @@ from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images
 from util.dist import init_world
 from util.evaluate.encoder import Encoder, encoder_blocks, knn_layer, load_encoder, pooling, read_architecture
-from util.evaluate.knn import Setting, knn
+from util.evaluate.knn import knn
 from util.evaluate.scores import print_result
 from util.plots.charts import draw_lines
 from util.plots.grids import save_picture
@@ -53,12 +53,6 @@ def find_layers(args: Namespace, encoder: Encoder) -> list[int]:
     return layers
 
 
-def write_chart(path: str, results: dict[Setting, dict], layers: list[int], ks: list[int], temperature: float) -> None:
-    """--layers_chart: a line for each k."""
-    lines = {f"k = {k}": (layers, [results[n, k, temperature]["acc1"] for n in layers]) for k in ks}
-    save_picture(path, draw_lines(lines, "kNN top-1 accuracy in %, before the final norm", "block"))
-
-
 def main() -> None:
     args, weights = read_architecture(get_parser().parse_args(), ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
@@ -71,7 +65,8 @@ def main() -> None:
     results = knn(args, world, encoder, sources, [*layers, other, chosen], args.k, args.temperature)
     k, t = (usual if usual in given else given[0] for usual, given in ((20, args.k), (0.07, args.temperature)))
     if args.layers_chart and world.is_main:
-        write_chart(args.layers_chart, results, layers, args.k, t)
+        lines = {f"k = {k}": (layers, [results[n, k, t]["acc1"] for n in layers]) for k in args.k}
+        save_picture(args.layers_chart, draw_lines(lines, "kNN top-1 accuracy in %, before the final norm", "block"))
     # the last line is the result
     for setting, result in sorted(results.items(), key=lambda item: item[0] == (chosen, k, t)):
         layer = setting[0] if setting[0] in NORMS else f"block_{setting[0]}"

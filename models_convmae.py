@@ -7,6 +7,7 @@ at removed patches, which is equivalent to multiplying its input by the mask.
 Letters as in models_pixmim.py; n x n positions per patch, D1 and D2 widths of the convolution stages.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -20,20 +21,10 @@ import models_pixmim as mim
 from models_pixmim import PatchMask, Size, patchify, take, take_patches, unpatchify
 
 
-class Pointwise(nn.Conv2d):
-    """1 x 1 convolution of (..., D) -> (..., D'), as a linear layer."""
-
-    def __init__(self, in_dim: int, dim: int):
-        super().__init__(in_dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
 class Merge(nn.Conv2d):
-    """k x k convolution with stride k within each patch: (B, V, n, n, D) -> (B, V, n / k, n / k, D')."""
+    """k x k convolution with stride k within each patch, a linear layer: (B, V, n, n, D) -> (B, V, n / k, n / k, D')."""
 
-    def __init__(self, in_dim: int, dim: int, k: int):
+    def __init__(self, in_dim: int, dim: int, k: int = 1):
         super().__init__(in_dim, dim, k, k)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,14 +51,11 @@ class ConvBlock(nn.Module):
     def __init__(self, dim: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.conv1 = Pointwise(dim, dim)
+        self.conv1 = Merge(dim, dim)
         self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
-        self.conv2 = Pointwise(dim, dim)
+        self.conv2 = Merge(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", Pointwise(dim, 4 * dim))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", Pointwise(4 * dim, dim))
+        self.mlp = nn.Sequential(OrderedDict(fc1=Merge(dim, 4 * dim), act=nn.GELU(), fc2=Merge(4 * dim, dim)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Size, keep: Tensor | None) -> Tensor:
@@ -155,11 +143,8 @@ class ConvViT(nn.Module):
 
     def convolve(self, blocks: nn.ModuleList, x: Tensor, keep: Tensor | None) -> Tensor:
         for block in blocks:
-            x = (
-                checkpoint(block, x, self.grid, keep, use_reentrant=False)
-                if self.grad_checkpointing
-                else block(x, self.grid, keep)
-            )
+            given = x, self.grid, keep
+            x = checkpoint(block, *given, use_reentrant=False) if self.grad_checkpointing else block(*given)
         return x
 
     def encode(self, images: Tensor, mask: PatchMask) -> Tensor:
@@ -170,11 +155,7 @@ class ConvViT(nn.Module):
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Feature maps of unmasked images: (B, D1, 4h, 4w), (B, D2, 2h, 2w), (B, D, h, w); strides 4, 8, 16 at patch 16."""
         first, second, x = self.stages(images, None)
-        return [
-            unpatchify(first.flatten(2), 4, self.grid),
-            unpatchify(second.flatten(2), 2, self.grid),
-            unpatchify(x, 1, self.grid),
-        ]
+        return [unpatchify(stage.flatten(2), n, self.grid) for stage, n in ((first, 4), (second, 2), (x, 1))]
 
     def forward_head(self, maps: list[Tensor], pre_logits: bool = False) -> Tensor:
         """Feature maps -> logits (B, K), or with pre_logits pooled features (B, D)."""

@@ -131,19 +131,11 @@ class LowPass(nn.Module):
     to 112 px keeps the frequencies that it keeps at 224 px, because 40 is below its limit of 56.
     """
 
-    mean: Tensor
-    std: Tensor
-    even: Tensor
-    odd: Tensor
-
     def __init__(self, size: Size, radius: float, mean: Sequence[float], std: Sequence[float], kind: str = "reference"):
         super().__init__()
         self.size, self.radius, self.kind = size, radius, kind
-        even, odd = self.parts(size)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.register_buffer("even", even, persistent=False)
-        self.register_buffer("odd", odd, persistent=False)
+        self.mean, self.std = (nn.Buffer(torch.tensor(x).view(-1, 1, 1), persistent=False) for x in (mean, std))
+        self.even, self.odd = (nn.Buffer(x, persistent=False) for x in self.parts(size))
 
     def parts(self, size: Size, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Even and odd part of the disc, (H, W // 2 + 1)."""

@@ -193,10 +193,8 @@ def draw_segments(args: Namespace, weights: Weights | None) -> tuple[np.ndarray,
         worst = sorted([*worst, (miou, found)], key=lambda pair: pair[0])[:WORST]
     labels = [f"{kind}{miou:.1f}" for kind, part in (("", chosen), ("worst: ", worst)) for miou, _ in part]
     shown = [found for _, found in (*chosen, *worst)]
-    columns = (
-        [x.numpy(force=True) for x in column]
-        for column in zip(*((f.pixels, f.truth, f.classes[0]) for f in shown), strict=True)
-    )
+    parts = zip(*((f.pixels, f.truth, f.classes[0]) for f in shown), strict=True)
+    columns = ([x.numpy(force=True) for x in part] for part in parts)
     return draw_segmentation(*columns, labels, val.classes), len(shown)
 
 

@@ -9,7 +9,6 @@ import configparser
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,6 @@ from argparse import Namespace
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import CDLL
 from datetime import date
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,6 +26,7 @@ import torch
 
 from benchmarks.results import describe_machine
 from util.args import Parser, number, picture, run_main
+from util.dist import end_with_parent
 from util.files import append_line
 from util.log import read_records
 from util.plots.charts import draw_lines, draw_points
@@ -136,11 +135,6 @@ def measured(output: str, folder: Path) -> dict[str, Any]:
     return {"example_loss": losses[-1], "knn_acc1_of_epoch": curve}
 
 
-def die_with_parent() -> None:
-    """In a child process on Linux: be asked to stop if the study is killed; mains then save and end."""
-    CDLL(None).prctl(1, signal.SIGTERM)
-
-
 def read_lines(path: Path) -> list[dict]:
     """Records of finished steps; a line cut by a kill is left out, so that its step runs again."""
     records = []
@@ -193,10 +187,8 @@ class Runner:
             file.write(f"$ {shlex.join(command)}\n")
         with log.open("a") as file, log.open() as output:
             output.seek(0, os.SEEK_END)
-            code = subprocess.run(
-                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=self.environment(slot),
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
-            ).returncode  # fmt: skip
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "env": self.environment(slot)}
+            code = subprocess.run([sys.executable, *command], **options, preexec_fn=end_with_parent).returncode
             printed = output.read()
         if code:
             reason = printed.strip().rpartition("\n")[2]

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import io
 import os
 import shutil
 import sys
@@ -196,10 +195,9 @@ class Builder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        part = io.BytesIO()
         index, texts = np.array(entries, ENTRY), np.array(digest.hexdigest())
-        np.savez(part, entries=index, places=np.array(places, np.int32), digest=texts, size=np.array(offset))
-        write_atomic(self.folder / f"shard-{shard:05d}.npz", part.getvalue())
+        fill = partial(np.savez, entries=index, places=np.array(places, np.int32), digest=texts, size=np.array(offset))
+        write_atomic(self.folder / f"shard-{shard:05d}.npz", fill)
 
     def describe_skipped(self, i: int, reason: str) -> str:
         """Log line for an unreadable image; ValueError with --on_bad_image stop."""
@@ -222,15 +220,10 @@ class Builder:
                 if tiles is not None:
                     tiles[i] = tiles[(i + 1) % len(index)]
         if tiles is not None:
-            content = io.BytesIO()
-            np.save(content, tiles)
-            write_atomic(self.folder / "tiles.npy", content.getvalue())
-        content = io.BytesIO()
-        np.save(content, index)
-        write_atomic(self.folder / "index.npy", content.getvalue())
+            write_atomic(self.folder / "tiles.npy", partial(np.save, arr=tiles))
+        digest = hash_file(write_atomic(self.folder / "index.npy", partial(np.save, arr=index)))
         sizes = [shard_path(self.folder, shard).stat().st_size for shard in range(len(parts))]
         shards = [{"bytes": size, "sha256": part[1]} for size, part in zip(sizes, parts, strict=True) if part]
-        digest = hashlib.sha256(content.getvalue()).hexdigest()
         manifest = self.plan | {"images": len(index), "shards": shards, "index_sha256": digest}
         write_json(self.folder / "manifest.json", manifest)
 

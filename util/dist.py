@@ -72,9 +72,9 @@ def slurm_step(environ=os.environ) -> str:
     return f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
 
 
-def end_with_launcher() -> None:
-    """Let Linux send SIGTERM to this rank, which then saves, when its torchrun dies: killed, it cannot end its ranks."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+def end_with_parent() -> None:
+    """Let Linux send SIGTERM to this process, which then saves, when its parent dies: killed, it cannot end its children."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -181,7 +181,8 @@ def init_world(device: str, amp: str, timeout_minutes: float = 30) -> World:
     waits twice as long: the ranks also meet over gloo, at every step, save and evaluation.
     """
     rank, size, local_rank = rank_from_env()
-    end_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     chosen = choose_device(device, size, local_rank)
     check_precision(amp, chosen)
     if chosen.type == "cpu":

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +25,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-@contextmanager
-def needs_package(package: str, what: str) -> Iterator[None]:
-    """ValueError with the install line if an import of an optional package in the block fails."""
+def import_package(name: str, what: str, package: str = "") -> Any:
+    """An optional module; ValueError with the line that installs its package if it is missing."""
     try:
-        yield
+        return import_module(name)
     except ImportError as error:
+        package = package or name.split(".")[0]
         raise ValueError(f"{what} needs the package {package}: pip install {package}") from error
 
 

@@ -45,8 +45,9 @@ class Log:
         """
         if not self.active:
             return
-        records = read_records(self.path)
-        if damaged := count_lines(self.path) - len(records):
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        records = parse_lines(text)
+        if damaged := len(text.splitlines()) - len(records):
             self.info(f"warning: {self.path}: {damaged} damaged lines are removed")
         records += [late for late in parse_lines(pending) if late not in records]
         kept = [record for record in records if record["epoch"] <= epoch]
@@ -168,11 +169,6 @@ def parse_lines(text: str) -> list[dict]:
             if line.endswith("\n") and isinstance(record, dict) and type(record.get("epoch")) in (int, float):
                 records.append(record)
     return records
-
-
-def count_lines(path: Path) -> int:
-    """Lines of a file, 0 without it."""
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def read_records(path: Path) -> list[dict]:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +83,6 @@ def log_bad_images(world: World, prefetchers: Collection[DevicePrefetcher], run:
 
 class Meter:
     """Losses of the steps since the last log line, which are read from the device only when they are logged."""
-
-    epoch: int
-    sampler: Any  # TrainSampler
-    prefetcher: Any  # DevicePrefetcher
-    describe_last_save: Callable[[], str]
 
     def __init__(self, run: Run, loss_fn: Callable[[dict], Tensor], model: nn.Module):
         self.run, self.loss_fn, self.model = run, loss_fn, model

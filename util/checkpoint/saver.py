@@ -1,5 +1,6 @@
 """Saving, resuming and stopping a run. Every rank calls these methods; only rank 0 writes."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 import util.checkpoint.resume as resuming
 from util.checkpoint.resume import Progress, running_statistics
 from util.checkpoint.state import copy_to_host
-from util.checkpoint.stop import DelayedMax, StopRequest
+from util.checkpoint.stop import EXIT_RESUMABLE, DelayedMax, StopRequest
 from util.checkpoint.writer import Writer
 from util.formats.keys import mae_names
 from util.run import args_to_dict, write_config
@@ -124,7 +125,7 @@ class Saver:
         )
         self.stop_request.restore()
         self.run.close()
-        sys.exit(self.stop_request.exit_status)
+        sys.exit(130 if self.stop_request.signal == signal.SIGINT else EXIT_RESUMABLE)
 
     def flush(self) -> bool:
         """Wait on all ranks until the save in progress is written: a launcher ends all ranks with the first that exits.

@@ -42,11 +42,6 @@ class StopRequest:
                 text = f"{self.signal.name}: finishing the step, then saving; a second signal ends at once\n"
                 os.write(2, text.encode())
 
-    @property
-    def exit_status(self) -> int:
-        """Exit status of the stopped process."""
-        return 130 if self.signal == signal.SIGINT else EXIT_RESUMABLE
-
     def restore(self) -> None:
         """Reinstall the previous handlers."""
         for number, handler in self.previous_handlers.items():

@@ -1,7 +1,7 @@
 """Files whose values are not 8-bit colours: TIFF, 16-bit PNG and PGM, NumPy, DICOM; formats of optional packages."""
 
 import re
-from contextlib import suppress
+from contextlib import nullcontext
 from io import BytesIO
 from typing import Any
 
@@ -10,7 +10,7 @@ import PIL
 from PIL import Image, ImageOps
 
 from util.data.pixels import PixelOptions, Stored, range_of_type
-from util.files import needs_package
+from util.files import import_package
 
 GEOTIFF = (34735, 33550)  # GeoKeyDirectory, ModelPixelScale
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -54,8 +54,8 @@ def declared_range(tags: Any) -> tuple[float, float] | None:
 
 def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
     """All samples and pages of a TIFF that Pillow does not read in full."""
-    with needs_package("tifffile", "is a TIFF of several bands or pages, or of an uncommon type of number, which"):
-        import tifffile
+    what = "is a TIFF of several bands or pages, or of an uncommon type of number, which"
+    tifffile = import_package("tifffile", what)
     with tifffile.TiffFile(file) as tiff:
         series, page = tiff.series[0], tiff.series[0].keyframe
         # overviews and masks, as GDAL adds them, do not count as images
@@ -159,9 +159,7 @@ def read_npy(file: Any, options: PixelOptions) -> Stored:
 
 def read_dicom(file: Any, options: PixelOptions) -> Stored:
     """Frames of a DICOM file, rescaled to its units (CT: Hounsfield units)."""
-    with needs_package("pydicom", "is a DICOM file, which"):
-        import pydicom
-        from pydicom.pixels import apply_modality_lut
+    pydicom, pixels = (import_package(name, "is a DICOM file, which") for name in ("pydicom", "pydicom.pixels"))
     dataset = pydicom.dcmread(file)
     frames, samples = int(dataset.get("NumberOfFrames") or 1), int(dataset.get("SamplesPerPixel") or 1)
     options.check_size((frames, dataset.Rows, dataset.Columns, samples), dataset.BitsAllocated // 8)
@@ -173,35 +171,29 @@ def read_dicom(file: Any, options: PixelOptions) -> Stored:
         least, most = (0, 1) if values.dtype.kind == "f" else range_of_type(values.dtype)
         shift = dataset.BitsAllocated - dataset.BitsStored
         ends = np.array([least / 2**shift, (most + 1) / 2**shift - 1]).reshape(1, 2)
-        declared = tuple(sorted(apply_modality_lut(ends, dataset).ravel().tolist()))
-        values = apply_modality_lut(values, dataset).astype(np.float32)
+        declared = tuple(sorted(pixels.apply_modality_lut(ends, dataset).ravel().tolist()))
+        values = pixels.apply_modality_lut(values, dataset).astype(np.float32)
     return Stored(values, samples == 3, "", declared, dataset.get("PhotometricInterpretation") == "MONOCHROME1")
 
 
 def read_foreign(file: str | BytesIO, options: PixelOptions, error: Exception) -> Stored | Image.Image:
     """Values of, or image in, a file that is in none of the usual formats, by its first bytes; else `error` is raised."""
-    with suppress(AttributeError):
-        file.seek(0)  # type: ignore[union-attr]
-    opened: Any = file if isinstance(file, BytesIO) else open(file, "rb")  # noqa: SIM115  closed below
-    try:
+    given: Any = nullcontext(file) if isinstance(file, BytesIO) else open(file, "rb")  # noqa: SIM115  closed by `with`
+    with given as opened:
+        opened.seek(0)
         head = opened.read(132)
         opened.seek(0)
         if head.startswith(b"\x93NUMPY"):
             return read_npy(opened, options)
         if head[128:] == b"DICM":
             return read_dicom(opened, options)
-    finally:
-        if opened is not file:
-            opened.close()
     if head.startswith(TIFF):
         return read_tiff(file, options)
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
     if b"avif" in head[8:40] and brand and "AVIF" not in Image.OPEN:
         raise ValueError(f"is AVIF, which Pillow {PIL.__version__} does not read: pip install -U pillow") from error
     if brand in HEIF and b"avif" not in head[8:40]:
-        with needs_package("pillow-heif", "is HEIC, which"):
-            from pillow_heif import register_heif_opener
-        register_heif_opener()
+        import_package("pillow_heif", "is HEIC, which", "pillow-heif").register_heif_opener()
         return Image.open(file, formats=["HEIF"])
     formats: list[str] = [name for name in ("JPEG2000", "AVIF") if name in Image.OPEN]
     if not formats or not (brand or head.startswith((b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51"))):

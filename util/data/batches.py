@@ -34,9 +34,6 @@ class ThreadLoader:
     def __init__(self, samples: Samples, sampler: Any, threads: int, pin: bool):
         self.dataset, self.batch_sampler, self.num_workers, self.pin = samples, sampler, threads, pin
 
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
     def __iter__(self) -> Iterator[dict]:
         pending: deque[Future] = deque()
         pool = ThreadPoolExecutor(self.num_workers)

@@ -5,16 +5,14 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from util.data.folders import Source
 from util.data.pixels import PixelOptions
-from util.files import hash_file, needs_package, printable, read_json
+from util.files import hash_file, import_package, printable, read_json
 
 FORMAT = "pixmim-cache-1"
 PAYLOADS = ("raw", "zstd", "jpeg")
@@ -23,16 +21,11 @@ FIELDS = {"offset": "<u8", "bytes": "<u4", "label": "<i4", "shard": "<u4", "heig
 ENTRY = np.dtype([*FIELDS.items()])
 
 
-def import_zstandard() -> Any:
-    with needs_package("zstandard", "--payload zstd"):
-        return import_module("zstandard")
-
-
 def encode_payload(payload: str, pixels: np.ndarray) -> bytes:
     """Pixels (h, w, C) uint8 -> bytes: `raw`; `zstd` of the difference to the row above; `jpeg`, which is lossy."""
     if payload == "zstd":
         difference = np.diff(pixels, axis=0, prepend=np.uint8(0))
-        return import_zstandard().ZstdCompressor(level=3).compress(difference.tobytes())
+        return import_package("zstandard", "--payload zstd").ZstdCompressor(level=3).compress(difference.tobytes())
     if payload == "jpeg":
         buffer = io.BytesIO()
         Image.fromarray(pixels.squeeze()).save(buffer, "JPEG", quality=95, subsampling=0)
@@ -46,7 +39,8 @@ def decode_payload(payload: str, content: bytes | memoryview, shape: tuple[int, 
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             return np.asarray(image).reshape(shape)
     if payload == "zstd":
-        content = import_zstandard().ZstdDecompressor().decompress(content, max_output_size=int(np.prod(shape)))
+        decompressor = import_package("zstandard", "--payload zstd").ZstdDecompressor()
+        content = decompressor.decompress(content, max_output_size=int(np.prod(shape)))
         return np.add.accumulate(np.frombuffer(content, np.uint8).reshape(shape), axis=0, dtype=np.uint8)
     return np.frombuffer(content, np.uint8).reshape(shape)
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -90,21 +91,18 @@ class Source:
     def close(self) -> None:
         """Close all open files. Reading opens them again."""
 
-    def pixel_sizes(self, count: int = 16) -> list[tuple[int, int]]:
-        """(width, height) of some images at even steps, without those that Pillow cannot identify."""
+    def pixel_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of at most 16 images at even steps, without those that Pillow cannot identify."""
         found: list[tuple[int, int]] = []
-        try:
-            with time_limit(5):  # a pipe or a dead disk does not answer
-                for i in np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist():
-                    try:
-                        with Image.open(self.content(i), formats=FORMATS) as image:
-                            found.append(image.size)
-                    except DiskTimeout:
-                        raise
-                    except Exception:  # decoders raise everything from OSError to struct.error
-                        continue
-        except DiskTimeout:
-            pass
+        with suppress(DiskTimeout), time_limit(5):  # a pipe or a dead disk does not answer
+            for i in np.linspace(0, len(self) - 1, min(16, len(self))).astype(int).tolist():
+                try:
+                    with Image.open(self.content(i), formats=FORMATS) as image:
+                        found.append(image.size)
+                except DiskTimeout:
+                    raise
+                except Exception:  # decoders raise everything from OSError to struct.error
+                    continue
         return found
 
     def summary(self) -> str:

@@ -35,9 +35,6 @@ class TrainSampler(Sampler):
         """Indices of the images of a step, over all ranks."""
         return permutation(self.seed, epoch, self.count)[step * self.batch : (step + 1) * self.batch]
 
-    def __len__(self) -> int:
-        return (self.steps - self.first) * (self.batch // (self.micro * self.world.size)) * self.parts
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = permutation(self.seed, self.epoch, self.count)[self.first * self.batch : self.steps * self.batch]
         for block in order.reshape(-1, self.world.size, self.micro):
@@ -51,9 +48,6 @@ class EvalSampler(Sampler):
     def __init__(self, count: int, batch_size: int, world: World, first: int = 0):
         self.indices = range(first + world.rank, count, world.size)
         self.batch_size = min(batch_size, WORKER_BATCH)
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self.indices), self.batch_size):

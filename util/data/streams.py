@@ -10,7 +10,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib import import_module
 from io import BytesIO
 from itertools import count
 from typing import Any
@@ -22,7 +21,7 @@ from util.data.archives import has_key, iter_files
 from util.data.decode import EXTENSIONS
 from util.data.folders import IMAGE, Source, kind_of
 from util.dist import rank_from_env
-from util.files import needs_package
+from util.files import import_package
 from util.rng import ORDER, generator
 
 SHUFFLE_BUFFER = 1000  # encoded images from which a worker draws the next one
@@ -36,8 +35,7 @@ def is_stream(data_path: str) -> bool:
 
 def import_webdataset() -> Any:
     """The optional package, which only streams and lists in braces need."""
-    with needs_package("webdataset", "a stream or a list in braces"):
-        return import_module("webdataset")
+    return import_package("webdataset", "a stream or a list in braces")
 
 
 def open_shard(url: str) -> Any:

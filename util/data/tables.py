@@ -6,7 +6,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from util.data.folders import IMAGE, Folder, Query, Source, find_split, kind_of
-from util.files import needs_package, printable
+from util.files import import_package, printable
 
 DEFAULTS = {  # columns that are used if no flag names one, in any case
     "image": ("image", "file_name", "filename", "path", "filepath", "file", "image_path", "img"),
@@ -25,8 +24,7 @@ TABLES = (".txt", ".csv", ".tsv")
 
 
 def import_parquet() -> Any:
-    with needs_package("pyarrow", "a .parquet file"):
-        return import_module("pyarrow.parquet")
+    return import_package("pyarrow.parquet", "a .parquet file")
 
 
 def choose_columns(path: Path, names: Sequence[str], query: Query) -> dict[str, str]:

@@ -24,7 +24,7 @@ from util.data.masks import fit_size, split_masks, stack_bands
 from util.data.transforms import Normalize
 from util.dist import World, autocast
 from util.evaluate.encoder import Encoder, forward_blocks, load_encoder, pooling
-from util.files import needs_package
+from util.files import import_package
 from util.formats.keys import to_mae
 from util.formats.weights import Weights
 from util.formats.write import select_tensors, write_weights
@@ -103,8 +103,7 @@ class DenseProbe(nn.Module):
 
 def build_dpt(args: Namespace, encoder: Encoder, num_classes: int, drop_path: float) -> nn.Module:
     """DPT of segmentation_models_pytorch on this encoder: images -> logits (B, K, H, W). ValueError without the package."""
-    with needs_package("segmentation-models-pytorch", "--finetune"):
-        import segmentation_models_pytorch as smp
+    smp = import_package("segmentation_models_pytorch", "--finetune", "segmentation-models-pytorch")
     if len(getattr(encoder, "blocks", ())) < 4:
         raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more, which --model {args.model} is not")
     if encoder.patch not in (4, 8, 16, 32) or any(side % 32 for side in args.input_size):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util.files import import_package
 from util.formats.configs import timm_model
 from util.formats.keys import State
 from util.formats.resize import known_size
@@ -37,11 +38,9 @@ def save_onnx(path: Path, weights: Weights, state: State) -> None:
     size, (entry, options) = known_size(weights), timm_model(weights)
     if sum(value.nbytes for value in state.values()) > 2**31 - 2**20:
         raise ValueError("--to onnx: the graph is limited to 2 GiB; use --to timm")
-    try:
-        import onnxscript  # noqa: F401 - torch.onnx imports it only after tracing the model
-        import timm
-    except ImportError as error:
-        raise ValueError(f"--to onnx needs {error.name}: pip install onnx onnxscript") from error
+    import_package("onnxscript", "--to onnx", "onnx onnxscript")  # torch.onnx imports it only after tracing the model
+    import timm  # util.formats needs torch only
+
     model = timm.create_model(entry, **options)
     model.load_state_dict({key: value.float() for key, value in state.items()})
     torch.onnx.export(
