@@ -60,8 +60,7 @@ def wrap_model(model: nn.Module, run: Run) -> nn.Module:
     if run.world.size > 1:
         ids = [run.world.device.index] if run.world.device.type == "cuda" else None
         # static_graph does not work with no_sync in the first step, which accumulation needs
-        static = run.accum_iter == 1
-        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, static_graph=static)
+        wrapped = DistributedDataParallel(wrapped, ids, gradient_as_bucket_view=True, static_graph=run.accum_iter == 1)
         wrapped.broadcast_buffers = False  # constants; the probe averages its batch-norm statistics itself
     return wrapped
 

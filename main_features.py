@@ -55,12 +55,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def hash_names(names: list[str]) -> Any:
-    """SHA-256 of names, by which a continued call checks its images; `update` it with `join_names` of more names."""
-    return hashlib.sha256(join_names(names))
-
-
 def join_names(names: list[str]) -> bytes:
+    """Names as bytes, by whose SHA-256 a continued call checks its images."""
     return "".join(f"{name}\0" for name in names).encode(errors="surrogateescape")
 
 
@@ -73,7 +69,8 @@ def read_partial(side: Path, file: BinaryIO, names: list[str], key: dict) -> tup
     if side.exists():
         try:
             found = read_json(side)
-            if found["key"] == key and found["names"] == hash_names(names[: found["done"]]).hexdigest():
+            done = hashlib.sha256(join_names(names[: found["done"]])).hexdigest()
+            if found["key"] == key and found["names"] == done:
                 file.truncate(found["size"])
                 file.seek(found["start"])
                 rows = hashlib.file_digest(file, "sha256")
@@ -116,7 +113,7 @@ def write_rows(path: Path, encode: Callable[[int], Iterator], names: list[str], 
     with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
         lock_file(file.fileno(), f"--output {path}: another process is writing it")
         state, written = read_partial(side, file, names, key)
-        digest = hash_names(names[: state["done"]])
+        digest = hashlib.sha256(join_names(names[: state["done"]]))
         seconds = 0.5 if sys.stderr.isatty() else 30
         with tqdm(total=len(names), initial=state["done"], unit="image", mininterval=seconds, file=sys.stderr) as bar:
             for rows, used, done in encode(state["done"]):

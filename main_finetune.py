@@ -60,9 +60,8 @@ def finetune_transform(args: Namespace) -> SeededTransform:
     try:
         for part in args.aa.split("-")[1:]:  # timm ignores parts without a number
             assert re.match(r"[a-z]+\d", part), f"{part} has no number"
-        augment = create_transform(
-            args.input_size, True, use_prefetcher=True, interpolation="bicubic", color_jitter=None, auto_augment=policy
-        )
+        options = {"interpolation": "bicubic", "color_jitter": None, "auto_augment": policy}
+        augment = create_transform(args.input_size, True, use_prefetcher=True, **options)
     except AssertionError as error:
         raise ValueError(f"--aa {args.aa}: unknown to timm ({error}); use none or rand-m9-mstd0.5-inc1") from error
     return SeededTransform(T.Compose(augment.transforms[:-1]))  # all but the conversion to a tensor

@@ -42,13 +42,10 @@ FROM_FILE = (*MODEL_FLAGS, *DECODER, "fuse_layers")  # flags that are read from 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    data = cli.add_data_arguments(
-        parser,
-        "images: a folder of any structure (train/ if it has one), tar or zip files, a list or table (.txt .csv .tsv .parquet), a "
-        "stream of shards, or a packed cache",
-    )
-    cli.add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     # fmt: off
+    data = cli.add_data_arguments(parser, "images: a folder of any structure (train/ if it has one), tar or zip files, a list or table "
+                                  "(.txt .csv .tsv .parquet), a stream of shards, or a packed cache")
+    cli.add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
     add = parser.add_argument_group("initial weights").add_argument
     add("--checkpoint", metavar="FILE|FOLDER",
         help="start from these weights, in any format that util/convert.py reads; flags of the model that are not given are those of "
@@ -68,9 +65,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="interpolation of the crop; auto = bilinear for src (as the release), bicubic for rrc (as MAE)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--drop_path", type=number(float, 0, 0.99), default=0.0, help="drop-path rate of the encoder's last block, rising linearly from 0")
-    add = cli.add_schedule_arguments(
-        parser, batch_size=512, epochs=300, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, weight_decay=0.05
-    ).add_argument
+    schedule = {"batch_size": 512, "epochs": 300, "warmup_epochs": 40, "blr": 1.5e-4, "min_lr": 0.0, "weight_decay": 0.05}
+    add = cli.add_schedule_arguments(parser, **schedule).add_argument
     add("--sizes", type=size_share, nargs="+", metavar="PIXELS:SHARE",
         help="an experiment: image sizes in turn and their shares of the epochs, such as 112:0.75 224:0.25; the last is --input_size "
              "(default: --input_size throughout)")

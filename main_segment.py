@@ -39,8 +39,6 @@ FINETUNE = UNSET | {"blr": [1.6e-3], "weight_decay": 0.05}
 
 
 class Outcome(NamedTuple):
-    """What a run has measured."""
-
     result: dict
     world: World  # the ranks, still joined
     args: Namespace  # as resolved

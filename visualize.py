@@ -64,11 +64,8 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: on
     cli.add_pixel_arguments(parser)
     cli.add_model_arguments(parser, ENCODERS)
-    group = cli.add_method_arguments(parser, **dict.fromkeys(METHOD))
-    group.description = (
-        "None = as in --checkpoint. A checkpoint without these settings is read as MAE with --norm_pix_loss, with decoder "
-        "heads 32 wide."
-    )
+    text = "None = as in --checkpoint, else as in MAE: --norm_pix_loss, decoder heads 32 wide."
+    cli.add_method_arguments(parser, **dict.fromkeys(METHOD)).description = text
     cli.add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser

@@ -49,7 +49,6 @@ def start(variant: str) -> Any:
 
 
 def step_seconds(process: Any) -> float:
-    """Seconds of one step."""
     process.stdin.write("\n")
     process.stdin.flush()
     line = process.stdout.readline()

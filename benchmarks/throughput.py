@@ -134,7 +134,6 @@ def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
 
 
 def format_result(result: dict) -> list[str]:
-    """Lines to print."""
     ours = f"ours {result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
     rows = [f"{k} {m:.3f} ({low:.3f} to {high:.3f})" for k, (low, m, high) in result["ratios"].items() if k != "ours"]
     compiled = [f"compiled in {result['compile_s']:.1f} s"] if result["compile_s"] else []

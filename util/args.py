@@ -23,8 +23,6 @@ METHOD = {
 }  # fmt: skip
 PRETRAIN = {"model": "vit_base", "input_size": (224, 224), "in_chans": 3}  # without --checkpoint
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 CLASSES = "folder with train/<class>/ and val/<class>/, tar or zip files, or a table (.txt .csv .tsv .parquet)"
 ROOT = Path(__file__).parents[1]
 

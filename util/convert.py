@@ -10,9 +10,8 @@ if not __package__:  # python util/convert.py
     sys.path[0] = str(Path(__file__).parents[1])
 
 from util.args import Parser, SizeAction, number
-from util.files import printable, write_failure
+from util.files import import_package, printable, write_failure
 from util.formats.commands import load_command
-from util.formats.hub import push
 from util.formats.keys import DECODER, FORMATS
 from util.formats.read import read_weights
 from util.formats.resize import resize_weights
@@ -74,6 +73,18 @@ def _check_flags(target: str, folder: bool, encoder_only: bool, backbone: str) -
         raise ValueError(f"--encoder_only requires --to hf, not --to {target}")
     if backbone != "MAE" and target != "mmseg":
         raise ValueError(f"--backbone {backbone} requires --to mmseg, not --to {target}")
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a folder to the Hugging Face Hub. A new repository is private. OSError if the upload fails."""
+    hub = import_package("huggingface_hub", f"--push_to_hub {name}")
+    try:
+        api = hub.HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # network, hub and name errors have no common class
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise OSError(f"--push_to_hub {name}: {reason}; {folder} is complete, upload it by hand") from error
 
 
 def get_parser() -> argparse.ArgumentParser:

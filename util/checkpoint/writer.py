@@ -44,7 +44,6 @@ class Writer:
             threading.Thread(target=self.write_pending, name=WRITER_THREAD).start()
 
     def write_pending(self) -> None:
-        """Body of the thread."""
         while given := self.pending:
             try:
                 store_checkpoint(self.folder, *given)

@@ -34,8 +34,6 @@ class Scan(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A file in an archive."""
-
     name: str
     offset: int
     stored: int  # bytes

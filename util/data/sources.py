@@ -5,8 +5,7 @@ import hashlib
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,6 @@ from util.files import printable, write_atomic
 from util.rng import SUBSET, generator
 
 COMPRESSED = re.compile(r".*\.(tgz|tar\.(gz|bz2|xz|zst))", re.IGNORECASE)
-
-
-@contextmanager
-def name_flag(flag: str) -> Iterator[None]:
-    """Let errors about data begin with the flag that names them."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(str(error) if str(error).startswith("--") else f"{flag}: {error}") from error
 
 
 def expand_path(word: str) -> list[str]:
@@ -133,7 +122,7 @@ def open_group(kind: str, paths: Iterable[str], query: Query) -> Source:
 def open_sources(data_path: Sequence[str], query: Query, flag: str, classes: Sequence[str] | None = None) -> Source:
     """The images of one or several paths, with a printed line for each. Labels refer to `classes` if given."""
     words = [data_path] if isinstance(data_path, str) else data_path  # a run of an earlier version has one
-    with name_flag(flag):
+    try:
         paths = [path for word in words for path in expand_path(word)]
         parts = [open_group(kind, group, query) for kind, group in groupby(paths, kind_of_source)]
         if len(parts) > 1 and any(isinstance(part, Stream | Cache) for part in parts):
@@ -147,6 +136,9 @@ def open_sources(data_path: Sequence[str], query: Query, flag: str, classes: Seq
                 align_classes(part, known)
             if len(classes or np.unique(np.concatenate([part.labels for part in parts]))) < 2:
                 raise ValueError(f"{parts[0].place} has one class; kNN and classifiers need at least two")
+    except (ValueError, OSError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(str(error) if str(error).startswith("--") else f"{flag}: {error}") from error
     for part in parts:
         if rank_from_env()[0] == 0:
             share = f"; {len(part) / total:.1%} of all images" if len(parts) > 1 else ""

@@ -21,8 +21,6 @@ from util.formats.weights import Weights
 
 # timm's VisionTransformer, or an encoder with its forward_features, forward_head, num_prefix_tokens, embed_dim
 Encoder = Any
-
-
 MODEL_FLAGS = (
     "model", "patch_size", "input_size", "in_chans", "class_tokens", "mean", "std", "crop_pct", "pool", "bands", "value_range", "alpha",
 )  # fmt: skip

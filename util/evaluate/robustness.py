@@ -84,12 +84,10 @@ def mean_corruption_error(errors: dict[str, list[float]]) -> float | None:
     return mean(100 * mean(errors[name]) / alexnet for name, alexnet in ALEXNET.items())
 
 
-def evaluate_corruptions(
-    tree: dict[str, list[Source]], accuracy: Callable[[Source], float], imagenet: bool, report: Callable[[str], None]
-) -> dict:
+def evaluate_corruptions(tree: dict[str, list[Source]], accuracy: Callable, imagenet: bool, report: Callable) -> dict:
     """Errors in percent by corruption and severity, their mean, and for ImageNet's classes the mCE; reports a table.
 
-    `accuracy` returns the top-1 accuracy in percent.
+    `accuracy` returns the top-1 accuracy of a source in percent; `report` prints a line.
     """
     report(f"| corruption | {' | '.join(f'severity {x}' for x in SEVERITIES)} | mean error | error / AlexNet's |")
     report("| --- " * 8 + "|")

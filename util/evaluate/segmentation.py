@@ -107,10 +107,8 @@ def build_dpt(args: Namespace, encoder: Encoder, num_classes: int, drop_path: fl
     if len(getattr(encoder, "blocks", ())) < 4:
         raise ValueError(f"--finetune: DPT needs a ViT of four blocks or more, which --model {args.model} is not")
     if encoder.patch not in (4, 8, 16, 32) or any(side % 32 for side in args.input_size):
-        size = " ".join(map(str, args.input_size))
-        raise ValueError(
-            f"--input_size {size}, --patch_size {encoder.patch}: DPT needs sides of a multiple of 32 and patches of 4, 8, 16 or 32"
-        )
+        size, needed = " ".join(map(str, args.input_size)), "sides of a multiple of 32 and patches of 4, 8, 16 or 32"
+        raise ValueError(f"--input_size {size}, --patch_size {encoder.patch}: DPT needs {needed}")
     weights = Weights.from_state(copy_to_host(encoder.state_dict()), args_to_dict(args))
     with TemporaryDirectory() as folder:
         write_weights(Path(folder, "vit"), weights, select_tensors(weights, "timm"), "timm", folder=True)
@@ -204,8 +202,6 @@ def predict(model: nn.Module, images: Tensor, args: Namespace, device: torch.dev
 
 
 class Prediction(NamedTuple):
-    """Prediction of one image."""
-
     image: int  # index in its source
     classes: Tensor  # (heads, H, W) int64
     truth: Tensor  # (H, W) int64, -1 = ignored

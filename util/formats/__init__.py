@@ -2,7 +2,6 @@
 
 commands       Commands that load a converted file.
 configs        Configuration files of timm and transformers folders.
-hub            Upload to the Hugging Face Hub.
 initial        Initial weights of a pre-training run from a checkpoint: resampled, adapted to other channels, and reported.
 keys           Tensor names of MAE, OpenMMLab and transformers side by side, and their shapes.
 onnx           ONNX graphs of an encoder.

@@ -60,7 +60,6 @@ def _mae_line(weights: Weights, out: Path | str) -> str:
 
 
 def _convmae_line(weights: Weights, out: Path | str) -> str:
-    """Python expression that loads the file in Alpha-VL/ConvMAE."""
     first = weights.patch_size // 4
     options = {
         "img_size": [_size_code(weights, stride) for stride in (1, first, 2 * first)], "patch_size": [first, 2, 2],

@@ -105,9 +105,7 @@ def draw_masks(pixels: Tensor, masks: list[Tensor]) -> np.ndarray:
     return draw_columns({"input": to_uint8(pixels), **columns})
 
 
-def draw_filters(
-    pixels: Tensor, radii: list[float], own: float, low_pass: Callable[[float], Callable[[Tensor], Tensor]]
-) -> np.ndarray:
+def draw_filters(pixels: Tensor, radii: list[float], own: float, low_pass: Callable) -> np.ndarray:
     """Grid (H', W', 3) uint8, two rows per image: what filters of these radii keep and what they remove.
 
     `low_pass` maps a radius to the filter of images in [0, 1]; `own` is the radius of the model's target.
