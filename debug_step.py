@@ -130,10 +130,12 @@ def get_parser() -> Parser:
 def main() -> None:
     asked = get_parser().parse_args()
     config = read_config(asked.run)
-    if not isinstance(config.get("args"), dict) or "input_size" not in config["args"]:
+    known = config.get("args", {})
+    script = next((script for flag, script in SCRIPTS.items() if flag in known), None)
+    if script is None:
         raise ValueError(f"{asked.run / 'config.json'} is missing or damaged; RUN is the --output_dir of a run")
-    known = config["args"] | {"input_size": tuple(config["args"]["input_size"])}
-    module = importlib.import_module(next(script for flag, script in SCRIPTS.items() if flag in known))
+    known |= {"input_size": tuple(known["input_size"])}
+    module = importlib.import_module(script)
     defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
     args = resolve_defaults(Namespace(**defaults | known | {"device": asked.device}))
     state, _ = module.setup(args, partial(open_run, asked.run, config))

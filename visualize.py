@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def find_images(names: list[str], count: int) -> Folder:
     for name in names:
         if not Path(name).exists():
             raise FileNotFoundError(f"--images {name}: does not exist; name a file or folder of images")
-        paths += list_images(name) if Path(name).is_dir() else [name.encode()]
+        paths += list_images(name) if Path(name).is_dir() else [os.fsencode(name)]
     if not paths:
         raise ValueError(f"--images {' '.join(names)}: no images found; name a file or folder of images")
     chosen = [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
@@ -129,7 +130,7 @@ def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: 
     images = Normalize(args, device)(batch)
     if args.ep_attention:
         if weights is None or "ep.queries" not in weights.state:
-            raise ValueError(f"--ep_attention: --checkpoint {args.checkpoint} is not a classifier of --pool ep")
+            raise ValueError(f"--ep_attention: {args.checkpoint} is not a classifier of main_linprobe.py --pool ep")
         maps = Probe.from_classifier(encoder, weights.state).to(device).attention_maps(images)
         return draw_queries(maps, scale_to_pixels(batch))
     if args.attention and not encoder.num_prefix_tokens:

@@ -107,9 +107,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = get_parser().parse_args()
-    options = {name: getattr(args, name) for name in ("folder", "encoder_only", "input_size", "backbone", "use_ema")}
     try:
+        args = get_parser().parse_args()
+        options = {
+            name: getattr(args, name) for name in ("folder", "encoder_only", "input_size", "backbone", "use_ema")
+        }
         if args.push_to_hub and not (args.folder or args.to == "hf"):
             raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")
         print(convert(args.IN, args.OUT, args.to, **options))

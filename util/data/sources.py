@@ -152,6 +152,8 @@ def open_sources(data_path: Sequence[str], query: Query, flag: str, classes: Seq
 
 def align_classes(source: Source, classes: Sequence[str]) -> None:
     """Let the labels of a source refer to these classes: by name, or numbers of .cls files to classes with names."""
+    if not source.classes:
+        raise ValueError(f"{source.place} has no class folders")
     number = {name: i for i, name in enumerate(classes)}
     unknown = sorted(set(source.classes) - set(number))
     if (
@@ -176,7 +178,7 @@ def pretrain_source(args: Namespace) -> Source:
     """Unlabelled images of --data_path of any kind."""
     source = open_sources(args.data_path, query_of(args, pretraining=True), "--data_path")
     if args.stream_samples and not isinstance(source, Stream):
-        raise ValueError(f"--stream_samples {args.stream_samples}: omit it, {source.name(0)} is not in a stream")
+        raise ValueError(f"--stream_samples {args.stream_samples}: omit it, --data_path {source.name(0)} is no stream")
     if isinstance(source, Cache):
         source.check_flags(args)
     return source

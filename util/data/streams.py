@@ -156,7 +156,7 @@ class Stream(Source):
         return self.prefetched[i] if i in self.prefetched else [*self.prefetched.values()][i % len(self.prefetched)]
 
     def name(self, i: int) -> str:
-        return self.encoded(i)[0]
+        return self.encoded(i)[0] if self.prefetched else f"image {i} of the stream"  # a worker has read it
 
     def content(self, i: int) -> BytesIO:
         return BytesIO(self.encoded(i)[1])

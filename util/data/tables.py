@@ -68,10 +68,10 @@ def read_text(path: Path, query: Query) -> dict[str, list[str]]:
     header = text.split("\n", 1)[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if ";" in header and "," not in header else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    names = next(reader, [])
-    chosen = choose_columns(path, names, query)
-    pick = [names.index(name) for name in chosen.values()]
     try:
+        names = next(reader, [])
+        chosen = choose_columns(path, names, query)
+        pick = [names.index(name) for name in chosen.values()]
         return columns_of(tuple(chosen), ([row[place] for place in pick] for row in reader if row))
     except (IndexError, csv.Error) as error:
         raise ValueError(f"{path}: line {reader.line_num} has too few columns or wrong quotes") from error

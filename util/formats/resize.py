@@ -19,7 +19,7 @@ def square_side(weights: Weights, model: str) -> int:
     height, width = known_size(weights)
     if height != width:
         raise ValueError(
-            f"--input_size {min(height, width)} is required: {model} needs a square, not {weights.input_size}"
+            f"--input_size {min(height, width)} is required: {model} supports squares, not {height} x {width}"
         )
     return height
 
