@@ -166,7 +166,7 @@ DEVICE_FUNCTIONS = {
     "is_bf16_supported": lambda including_emulation=True: True, "max_memory_allocated": lambda device=None: 2**30,
     "Stream": STREAM, "current_stream": STREAM, "stream": lambda stream: nullcontext(),
     "reset_peak_memory_stats": lambda device=None: None, "is_current_stream_capturing": lambda: False, "get_rng_state": lambda device=None: torch.get_rng_state(),
-    "set_rng_state": lambda state, device=None: None,
+    "set_rng_state": lambda state, device=None: None, "synchronize": lambda device=None: None,
 }  # fmt: skip
 
 

@@ -379,7 +379,7 @@ RANK_ERROR = re.compile(f"gloo|TCPStore|{LOST_RANK.pattern}", re.I)
 WRITER_THREAD = "checkpoint"  # name of the thread that writes checkpoints
 
 
-def explain_error(error: RuntimeError | MemoryError) -> str | None:
+def explain_error(error: Exception) -> str | None:
     """One line for out-of-memory errors, dead workers and dead ranks, which torch raises as RuntimeError; else None."""
     reason = str(error).splitlines()[0][:160] if str(error) else ""
     if isinstance(error, MemoryError) or MEMORY_ERROR.search(reason):

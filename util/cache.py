@@ -81,7 +81,7 @@ class PackDataset(Dataset):
     def pack(self, indices: np.ndarray, workers: int) -> Iterator[list[PackedImage] | str]:
         """These images in order, packed by worker processes."""
         chunks = np.array_split(indices, -(-len(indices) // (1 if self.tile else 32)))
-        options = {"collate_fn": list, "worker_init_fn": partial(init_worker, os.getpid())}
+        options: Any = {"collate_fn": list, "worker_init_fn": partial(init_worker, os.getpid())}
         for packed in DataLoader(self, batch_size=None, sampler=chunks, num_workers=workers, **options):
             yield from packed
 

@@ -380,6 +380,7 @@ def test_missing_files_are_counted_and_named_before_the_first_step(photos, tmp_p
         ("x.csv", "image,kind\na.png,z\n", {"labelled": True}, r"no column .*--label_column; it has image kind"),
         ("x.csv", "image,label\na.png,\n", {"labelled": True}, r"a\.png has no label"),
         ("x.csv", "image,label\na.png\nb.png,1\n", {"labelled": True}, r"x\.csv: line 2 has too few columns"),
+        ("x.csv", f"image,{'x' * 200_000}\na.png,1\n", {}, r"x\.csv: line 1 has too few columns or wrong quotes"),
         ("x.csv", "image,label\na.png,3\nb.png,3\n", {"labelled": True}, r"x\.csv has one class"),
         (
             "x.csv",
@@ -401,6 +402,13 @@ def test_tables_that_do_not_fit_are_refused(name, content, flags, message, photo
     with pytest.raises(ValueError, match=message) as error:
         open_sources(str(tmp_path / name), Query(**flags), "--data_path")
     assert "\n" not in str(error.value)
+
+
+def test_one_image_has_no_classes(photos):
+    image = photos / "val" / "ant" / "1.png"
+    for paths in ([image], [photos / "train"]):
+        with pytest.raises(ValueError, match="^--(data|val)_path: .* has no class folders$"):
+            labelled_sources([str(path) for path in paths], Namespace(val_path=[str(image)]))
 
 
 def test_a_parquet_of_paths_and_other_columns(photos, tmp_path):

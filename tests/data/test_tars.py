@@ -346,6 +346,7 @@ def test_a_missing_or_truncated_shard_ends_the_stream_with_its_name(plain, serve
 
 def test_a_command_that_fails_after_a_complete_shard_ends_the_stream(plain, tmp_path):
     source = Stream([f"pipe:cat {plain[0]}; exit 3"], 16, 0)
+    assert source.name(5) == "image 5 of the stream"  # nothing has been read in this process
     with pytest.raises(ValueError, match=r"exit 3 .* status 3"):
         epoch_of(source, tmp_path)
 

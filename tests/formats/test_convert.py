@@ -821,6 +821,12 @@ def test_convert_runs_as_a_module_and_as_a_script(module, mae, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_missing_recipe_of_convert_is_one_line():
+    result = run("@nowhere.args", "x.pth")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith("error: @nowhere.args: recipe ")
+
+
 def test_a_failed_conversion_exits_with_1_and_does_not_change_out(mae, tmp_path):
     out = tmp_path / "out.pth"
     out.write_bytes(b"precious")

@@ -1,6 +1,8 @@
 """Pictures from PixMIM checkpoints and from checkpoints of other projects."""
 
 import json
+import os
+import shutil
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -69,12 +71,15 @@ def test_a_checkpoint_without_a_filter_is_drawn_as_mae(pretrained, photos, tmp_p
     assert wider.shape[1] == 8 + 5 * (224 + 8)
 
 
-def test_images_are_chosen_at_even_steps(photos):
+def test_images_are_chosen_at_even_steps(photos, tmp_path):
     from visualize import find_images
 
     every = find_images([str(photos / "val")], 100).paths.tolist()
     assert len(every) == 9
     assert find_images([str(photos / "val")], 3).paths.tolist() == [every[0], every[3], every[6]]
+    strange = tmp_path / "caf\udce9.png"  # not UTF-8
+    shutil.copy(photos / "val" / "ant" / "1.png", strange)
+    assert find_images([str(strange)], 3).paths.tolist() == [os.fsencode(strange)]
 
 
 def test_refuses_a_reconstruction_without_a_decoder(pretrained, photos, tmp_path):

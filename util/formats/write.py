@@ -104,8 +104,8 @@ def _save_folder(folder: Path, state: State, files: dict[str, dict]) -> None:
     from safetensors.torch import save  # a dependency of timm; only this format needs it
 
     folder.mkdir()
-    content = save(state, metadata={"format": "pt"})  # save_file has errors of its own
-    (folder / "model.safetensors").write_bytes(content)
+    packed = save(state, metadata={"format": "pt"})  # save_file has errors of its own
+    (folder / "model.safetensors").write_bytes(packed)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
