@@ -219,7 +219,10 @@ def values_of(study: Study, records: list[dict]) -> dict[str, dict[str, dict[int
 
 
 def summarise(study: Study, records: list[dict]) -> str:
-    """Markdown: what is asked, a table of arms by columns (mean ± sample standard deviation), and one of paired differences."""
+    """Markdown: what is asked, mean ± sample standard deviation of each arm and column, and their paired differences.
+
+    The tables have a row for each arm, or for each column if there are more of these.
+    """
     values = values_of(study, records)
     first, *others = study.arms
     head = ["", "seeds", *study.columns]
@@ -234,6 +237,8 @@ def summarise(study: Study, records: list[dict]) -> str:
         if arm in others and any(pairs):
             errors = (format_mean(pair, "{:+.1f}", " ({:.1f})", len(pair) ** 0.5) for pair in pairs)
             differences.append([arm.title, seeds, *errors])
+    if len(study.columns) > len(study.arms):
+        means, differences = ([[*row] for row in zip(*lines, strict=True)] for lines in (means, differences))
     return f"{study.about}\n\n{table(means)}\n{table(differences)}"
 
 

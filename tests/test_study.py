@@ -106,6 +106,13 @@ def test_means_deviations_and_paired_differences_are_those_computed_by_hand(stud
         "| --- | --- | --- | --- |",
         f"| the \\| other | 1 2 | {mean(pairs):+.1f} ({stdev(pairs) / 2**0.5:.1f}) | +2.0 (0.0) |",
     ]
+    study.write_text(study.read_text().replace("[columns]", "[columns]\nagain = first acc1"))
+    turned = run(study, "--table")
+    assert turned[2:7] == ["|  | a | the \\| other |", "| --- | --- | --- |", "| seeds | 0 1 2 | 1 2 |", *turned[5:7]]
+    assert turned[5] == turned[6].replace("first", "again")
+    assert turned[6] == f"| first | {mean(a):.1f} ± {stdev(a):.1f} | {mean(b):.1f} ± {stdev(b):.1f} |"
+    assert turned[-1] == "| nested | +2.0 (0.0) |"
+    study.write_text(study.read_text().replace("again = first acc1\n", ""))
     records = read_lines(study.parent / "records")
     one = [x | {"result": {"acc1": 7.0}} if x["seed"] == 2 else x for x in records if x["arm"] == "b"]
     lines = summarise(read_study(str(study)), one).splitlines()
