@@ -38,7 +38,7 @@ def draw_points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> np.ndarr
     A line marks the mean of each row; the rows are those of the first panel.
     """
     names = [*next(iter(panels.values()))]
-    with new_figure(3.2 + 3.2 * len(panels), 1 + 0.45 * len(names)) as (figure, pixels):
+    with new_figure(0.1 * max(map(len, names)) + 3.6 * len(panels), 1 + 0.45 * len(names)) as (figure, pixels):
         subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, rows) in zip(subplots, panels.items(), strict=True):
             for y, name in enumerate(names):
@@ -58,11 +58,12 @@ def draw_lines(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x_label: str, *, log: bool = False,
     floor: float = 0.0, mark: tuple[float, str] | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Line chart (600, 760, 3) uint8 of name -> (x, y); the title describes y.
+    """Line chart (600 or more, 760, 3) uint8 of name -> (x, y); the title describes y.
 
     `log`: logarithmic y axis; values below `floor` are drawn at it. `mark`: (x, label) of a vertical line.
     """
-    with new_figure(7.6, 6) as (figure, pixels):
+    many = len(lines) > 4  # their legend would cover them
+    with new_figure(7.6, 6 + 0.3 * many * len(lines)) as (figure, pixels):
         axes = figure.subplots()
         axes.set_prop_cycle(color=COLORS, linestyle=DASHES)
         for name, (xs, ys) in lines.items():
@@ -74,5 +75,8 @@ def draw_lines(
             axes.axvline(mark[0], color="#5a5a5a", linestyle=":", linewidth=1.5, label=mark[1])
         axes.set_title(title)
         axes.set_xlabel(x_label)
-        axes.legend(loc="best")
+        if many:
+            figure.legend(loc="outside lower left")
+        else:
+            axes.legend(loc="best")
     return pixels[0]
