@@ -93,6 +93,10 @@ def test_points_and_means_of_a_row_are_at_their_values():
     assert steps == pytest.approx([steps[0]] * 3, abs=1)
     bluish = np.nonzero((half[..., 2] > half[..., 0] + 40) & (half[..., 2] > half[..., 1] + 20))[1]  # points of row a
     assert bluish.min() < x["d"] < x["c"] < bluish.max()
+    five = draw_points({str(i): rows for i in range(5)})  # four abreast
+    assert five.shape[0] == 2 * chart.shape[0]
+    below = five[chart.shape[0] :, five.shape[1] // 2 :]
+    assert (below == 255).all()
 
 
 def test_a_logarithmic_chart_draws_decades_at_equal_distances():

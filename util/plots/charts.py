@@ -1,5 +1,6 @@
 """Charts by matplotlib: lines, and points in rows."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,14 +34,17 @@ def new_figure(width: float, height: float) -> Iterator[tuple[Any, list[np.ndarr
 
 
 def draw_points(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> np.ndarray:
-    """Chart (H, W, 3) uint8 of title -> name -> values: a panel for each title, in it a row of points for each name.
+    """Chart (H, W, 3) uint8 of title -> name -> values: a panel for each title, four abreast, in it a row of points for each name.
 
     A line marks the mean of each row; the rows are those of the first panel.
     """
     names = [*next(iter(panels.values()))]
-    with new_figure(0.1 * max(map(len, names)) + 3.6 * len(panels), 1 + 0.45 * len(names)) as (figure, pixels):
-        subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, rows) in zip(subplots, panels.items(), strict=True):
+    lines, abreast = math.ceil(len(panels) / 4), min(len(panels), 4)
+    with new_figure(0.1 * max(map(len, names)) + 3.6 * abreast, lines * (1 + 0.45 * len(names))) as (figure, pixels):
+        subplots = [*figure.subplots(lines, abreast, sharey=True, squeeze=False).flat]
+        for unused in subplots[len(panels) :]:
+            unused.remove()
+        for axes, (title, rows) in zip(subplots, panels.items(), strict=False):
             for y, name in enumerate(names):
                 if values := rows.get(name):
                     color = COLORS[y % len(COLORS)]
