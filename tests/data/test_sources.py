@@ -407,7 +407,7 @@ def test_tables_that_do_not_fit_are_refused(name, content, flags, message, photo
 def test_one_image_has_no_classes(photos):
     image = photos / "val" / "ant" / "1.png"
     for paths in ([image], [photos / "train"]):
-        with pytest.raises(ValueError, match="^--(data|val)_path: .* has no class folders$"):
+        with pytest.raises(ValueError, match=r"^--(data|val)_path: .* has no class folders$"):
             labelled_sources([str(path) for path in paths], Namespace(val_path=[str(image)]))
 
 
