@@ -195,7 +195,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise OSError(f"--output {output}: {error.strerror}; free disk space: the same command continues") from error
+        remedy = "free disk space, then the same command continues"
+        raise OSError(f"--output {output}: {error.strerror}; {remedy}") from error
     print_result(world, {"output": str(output)} | found, args)
     world.close()
 

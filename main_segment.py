@@ -194,7 +194,8 @@ def vote(args: Namespace) -> Outcome:
     chosen, held = {"k": args.k[0]}, generator(args.seed, SUBSET, 2).permutation(len(train))[: -(-len(train) // 10)]
     if len(args.k) > 1:
         if len(train) < 2:
-            raise ValueError(f"--k {' '.join(map(str, args.k))}: train has one image, none to choose on; give one")
+            ks = " ".join(map(str, args.k))
+            raise ValueError(f"--k {ks}: train has one image, none to choose on; give one number")
         model = seg.PatchVotes(encoder, bank.without(held.tolist()), classes, args.k, args)
         results = seg.evaluate_segmenter(single, world, model, Subset(train, held))
         mious = {k: result["miou"] for k, result in zip(args.k, results, strict=True)}

@@ -37,8 +37,8 @@ def build_target(args: Namespace) -> nn.Module:
     height, width = args.input_size
     kept = low_pass_disc(args.input_size, radius, args.lowpass)
     if kept.all() or not kept.any():
-        share = "every" if kept.any() else "no"
-        raise ValueError(f"--lowpass_radius {radius:g} keeps {share} frequency of {height} x {width} px; 0 = MAE")
+        kept_share = f"{'every' if kept.any() else 'no'} frequency of {height} x {width} px"
+        raise ValueError(f"--lowpass_radius {radius:g} keeps {kept_share}; 0 is the target of MAE")
     return LowPass(args.input_size, radius, args.mean, args.std, args.lowpass)
 
 

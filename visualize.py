@@ -89,7 +89,8 @@ def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
     """Load the weights into the model; ValueError if they do not fit."""
     fused, shares = getattr(model.encoder, "fuse_layers", ()), weights.state.get("proj_weights", ())
     if fused and len(shares) not in (0, len(fused)):
-        raise ValueError(f"--checkpoint {args.checkpoint} fuses {len(shares)} layers, not {len(fused)}: --fuse_layers")
+        counts = f"fuses {len(shares)} layers, not {len(fused)}"
+        raise ValueError(f"--checkpoint {args.checkpoint} {counts}; name them with --fuse_layers")
     if weights.family and weights.grid not in (None, model.encoder.grid):
         weights = resize_weights(weights, args.input_size)
     try:

@@ -134,15 +134,11 @@ def random_batch(args, model: PixMIM, normalize: Normalize, size: int) -> dict:
 
 
 def format_result(result: dict) -> list[str]:
-    ours = f"ours {result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
+    speed = f"{result['seconds']['ours']:.4g} s, {result['images_per_s']:.4g} images/s"
+    head = f"batch {result['batch_size']}: ours {speed}"
     rows = [f"{k} {m:.3f} ({low:.3f} to {high:.3f})" for k, (low, m, high) in result["ratios"].items() if k != "ours"]
     compiled = [f"compiled in {result['compile_s']:.1f} s"] if result["compile_s"] else []
-    return [
-        f"batch {result['batch_size']}: {ours}",
-        *rows,
-        f"matmuls at {result['matmul_tflops_per_s']:.3g} TFLOP/s",
-        *compiled,
-    ]
+    return [head, *rows, f"matmuls at {result['matmul_tflops_per_s']:.3g} TFLOP/s", *compiled]
 
 
 def get_parser() -> argparse.ArgumentParser:

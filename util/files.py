@@ -53,10 +53,14 @@ def lock_file(opened: int, message: str) -> None:
 
 
 def write_failure(path: Path, error: OSError | RuntimeError) -> OSError:
-    """The error of a file that could not be written, with its path, reason and errno; torch raises RuntimeError for a full disk."""
-    reason = str(error).split("\n")[0]
+    """The error of a file that could not be written, with its path, reason and errno.
+
+    torch and NumPy report a full disk without errno.
+    """
+    number = getattr(error, "errno", None)
+    reason = str(error).split("\n")[0] + ("" if number else ": the disk may be full")
     failure = OSError(f"{path} cannot be written ({reason}); the previous file is unchanged")
-    failure.errno = error.errno if isinstance(error, OSError) else errno.ENOSPC
+    failure.errno = number or errno.ENOSPC
     return failure
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: atomic writes, contents, and checks before a run is resumed."""
 
+import errno
 import os
 import re
 import resource
@@ -7,6 +8,7 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, ended, pretrain, records, spawn, weights
@@ -14,6 +16,7 @@ from reference.make import read as reference
 
 from util.checkpoint.resume import candidates
 from util.checkpoint.state import read_checkpoint, store_checkpoint, write_checkpoint
+from util.files import write_atomic
 
 SAVE_AND_KILL = """
 import io, os, signal, sys
@@ -83,6 +86,22 @@ def test_full_disk_keeps_the_old_file_and_raises_an_error(run):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_same(read_checkpoint(run / "last.pth"), before)
     assert not list(run.glob(".*.tmp"))
+
+
+def test_numpys_error_of_a_full_disk_is_explained(tmp_path):
+    def fill(file):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        np.save(file, np.ones(100_000))
+
+    (tmp_path / "x.npy").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"x\.npy cannot be written \(.*: the disk may be full\)") as caught:
+            write_atomic(tmp_path / "x.npy", fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "x.npy").read_bytes() == b"old"
 
 
 def mapped_file(tensor: torch.Tensor) -> str:

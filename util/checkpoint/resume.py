@@ -70,7 +70,7 @@ def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Pa
         try:
             content = read_checkpoint(path, mmap=run.world.size > 1)
             if "progress" not in content:
-                raise NotARun(f"{path} holds weights, not a run")
+                raise NotARun(path)
         except ValueError as error:
             if run.resume != "auto" and isinstance(error, NotARun):
                 raise ValueError(f"--resume {error}; to start from them use --checkpoint") from error

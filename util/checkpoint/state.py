@@ -17,6 +17,9 @@ FORMAT, FORMAT_1 = "pixmim-2", "pixmim-1"
 class NotARun(ValueError):
     """An undamaged file that holds weights, but not the state of a run."""
 
+    def __init__(self, path: Path):
+        super().__init__(f"{path} holds weights, not a run")
+
 
 def copy_to_host(content: Any) -> Any:
     """Nested copy in which every tensor is a contiguous copy in host memory, from a GPU in pinned memory."""
@@ -56,14 +59,14 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
         if ours and content["format"] == FORMAT and not checksum_matches(content):
             raise ValueError("its checksum is wrong")
     except UnpicklingError as error:  # an undamaged file with objects that this project does not save
-        raise NotARun(f"{path} holds weights, not a run") from error
+        raise NotARun(path) from error
     except Exception as error:  # torch raises many types of errors for damaged files
         if isinstance(error, OSError) and error.filename:  # the file cannot be read at all
             raise
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from error
     if not ours:
-        raise NotARun(f"{path} holds weights, not a run")
+        raise NotARun(path)
     return content
 
 

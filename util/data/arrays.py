@@ -31,7 +31,8 @@ def channel_axis(shape: tuple[int, ...], options: PixelOptions) -> int:
     if (first == middle) != (middle == last):
         return -1 if first == middle else 0
     if min(first, last) > 64:
-        raise ValueError(f"has axes {shape}: (height, width, channels) or (channels, height, width)? Save fewer")
+        orders = "(height, width, channels) or (channels, height, width)"
+        raise ValueError(f"has the axes {shape}: {orders}? Save fewer channels")
     return -1 if last <= first else 0
 
 

@@ -32,7 +32,8 @@ class PixelOptions:
         options = cls(args.in_chans, bands, value_range, given.get("alpha") or "auto")
         if bands and len(bands) != args.in_chans and (len(bands), args.in_chans) != (1, 3):
             words = " ".join(map(str, bands))
-            raise ValueError(f"--bands {words}: {len(bands)} bands for --in_chans {args.in_chans}; one per channel")
+            counts = f"{len(bands)} bands for --in_chans {args.in_chans}"
+            raise ValueError(f"--bands {words}: {counts}; name one per channel")
         if value_range[0] not in ("auto", "full", "percentile") and len(value_range) not in (2, 2 * args.in_chans):
             count = f"{len(value_range)} numbers for --in_chans {args.in_chans}"
             raise ValueError(f"--value_range: {count}; give LOW HIGH for all channels, or one such pair per channel")

@@ -81,9 +81,9 @@ class Samples(Dataset):
             masks.at(epoch, i).random(out=noise[n], dtype=np.float32)
         if images is None:
             return {"bad": bad}
-        labels = torch.from_numpy(self.source.labels[index].astype(np.int64))
-        batch = {"images": stacked[: len(index)], "label": labels, "index": torch.tensor(index)}
-        batch |= {"noise": torch.from_numpy(noise)[: len(index)]}
+        batch = {"images": stacked[: len(index)], "noise": torch.from_numpy(noise)[: len(index)]}
+        batch["label"] = torch.from_numpy(self.source.labels[index].astype(np.int64))
+        batch["index"] = torch.tensor(index)
         batch |= {"flip": torch.tensor(flips)} if self.flip else {}
         if get_worker_info() and not stacked.is_shared():  # arrays go through a pipe, tensors through shared memory
             return {name: value.numpy() for name, value in batch.items()} | {"bad": bad}

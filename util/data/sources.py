@@ -178,7 +178,8 @@ def pretrain_source(args: Namespace) -> Source:
     """Unlabelled images of --data_path of any kind."""
     source = open_sources(args.data_path, query_of(args, pretraining=True), "--data_path")
     if args.stream_samples and not isinstance(source, Stream):
-        raise ValueError(f"--stream_samples {args.stream_samples}: omit it, --data_path {source.name(0)} is no stream")
+        where = f"--data_path {source.name(0)}"
+        raise ValueError(f"--stream_samples {args.stream_samples}: omit it, {where} is not a stream")
     if isinstance(source, Cache):
         source.check_flags(args)
     return source

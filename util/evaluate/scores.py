@@ -102,4 +102,5 @@ def print_result(world: World, result: dict, args: Namespace) -> None:
         try:
             append_line(Path(path), json.dumps(about | {"result": result}))
         except OSError as error:
-            raise OSError(f"--results {path} cannot be written ({error.strerror}); it is printed above") from error
+            reason = f"--results {path} cannot be written ({error.strerror})"
+            raise OSError(f"{reason}; the result is printed above") from error

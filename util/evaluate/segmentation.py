@@ -149,7 +149,8 @@ def load_segmenter(args, build_encoder: Callable, weights: Weights | None, world
     """(model of a segmenter.pth, arguments completed by its own); ValueError for other files."""
     content = read_checkpoint(Path(args.checkpoint)) if weights and weights.source == "pixmim" else {}
     if weights is None or "segmenter" not in content:
-        raise ValueError(f"--checkpoint {args.checkpoint} has no segmentation head; use a segmenter.pth")
+        remedy = "use a segmenter.pth of main_segment.py"
+        raise ValueError(f"--checkpoint {args.checkpoint} has no segmentation head; {remedy}")
     own = {name: weights.args[name] for name in ("finetune", "layers", "classes", "drop_path")}
     asked = ("palette", "ignore_index", "short_side", "image_column", "mask_column", "split_column")
     own |= {name: weights.args[name] for name in asked if vars(args).get(name) is None}

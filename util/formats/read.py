@@ -273,7 +273,8 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     state = _select_state(path, box, use_ema)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
-        raise ValueError(f'{path} holds {found[:200]}: expected a dict of tensors, or one as "model" or "state_dict"')
+        expected = 'a dict of tensors, bare or under "model" or "state_dict"'
+        raise ValueError(f"{path} holds {found[:200]}: expected {expected}")
     if broken := [key for key, value in state.items() if not value.isfinite().all()]:
         names = f"{len(broken)} tensors hold nan or inf ({join_names(broken)})"
         raise ValueError(f"{path}: {names}: the run diverged; use an earlier checkpoint")

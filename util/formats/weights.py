@@ -141,7 +141,8 @@ def check_settings(args: dict[str, Any]) -> None:
         if x is not None and (not isinstance(x, kind) or isinstance(x, bool) or not least <= x <= most):
             bad.append(name)
     if bad:
-        raise ValueError(f"its setting {bad[0]} is {args[bad[0]]!r}, not written by this project: use the original")
+        setting = f"{bad[0]} is {args[bad[0]]!r}"
+        raise ValueError(f"its setting {setting}, which this project does not write: use the original file")
 
 
 OWN = ("model", "patch_size", "in_chans", "decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels")

@@ -74,7 +74,8 @@ def _select_for_hf(weights: Weights, host: str, encoder_only: bool) -> State:
         return dict(weights.state)
     encoder = to_timm(weights.state)
     if "fc_norm.weight" in encoder or weights.averages_normed:
-        raise ValueError("--to hf: transformers' ViT reads the class token, this the mean of patches; use --to timm")
+        why = "transformers' ViT classifies the class token, this model the mean of the patches"
+        raise ValueError(f"--to hf: {why}; use --to timm")
     if encoder_only:
         return _remove_head(encoder)
     if "head.weight" not in encoder:
