@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -200,11 +201,20 @@ def ended(process: subprocess.Popen | Process) -> tuple[int | None, str, str]:
     return process.returncode, out, err
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ports that are free. Linux gives those from 32768 on to any connection, perhaps before they are used here."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"fewer than {count} free ports")
+
+
 def start_ranks(count: int, *words) -> list[subprocess.Popen | Process]:
     """Start ranks with the environment variables of torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [spawn(*words, RANK=r, LOCAL_RANK=r, **group) for r in range(count)]
 

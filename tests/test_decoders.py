@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from functools import cache, partial
 
 import pytest
@@ -14,6 +13,7 @@ from conftest import (
     assert_same,
     assert_same_run,
     call,
+    free_ports,
     interrupted,
     pretrain,
     ranks,
@@ -440,12 +440,11 @@ WITHOUT_DROP = [name for name in RUNS if "drop_path" not in RUNS[name]]  # it dr
 @pytest.fixture(scope="module")
 def on_two_ranks(photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    ports = [socket.create_server(("127.0.0.1", 0)) for _ in WITHOUT_DROP]  # one per run
+    ports = free_ports(len(WITHOUT_DROP))  # one per run
     commands = []
     for name, port in zip(WITHOUT_DROP, ports, strict=True):
         place = ["--data_path", str(photos), "--output_dir", str(folder / name), "--batch_size", "4"]
-        commands.append([port.getsockname()[1], [*PRETRAIN, *SIZES, *RUNS[name].split(), *place]])
-        port.close()
+        commands.append([port, [*PRETRAIN, *SIZES, *RUNS[name].split(), *place]])
     for status, _, err in ranks(2, "-c", JOBS, json.dumps(commands)):
         assert status == 0, err
     return folder

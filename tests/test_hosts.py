@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from argparse import Namespace
 from functools import cache, partial
 from itertools import combinations
@@ -17,6 +16,7 @@ from conftest import (
     DEVICE,
     PRETRAIN,
     assert_same,
+    free_ports,
     interrupted,
     one_rank,
     pretrain,
@@ -184,14 +184,11 @@ def on_two_ranks(trained, photos, tmp_path_factory):
     jobs = {host: ["main_pretrain", [*PRETRAIN, *SIZES, *flags.split()]] for host, flags in HOSTS.items()}
     checkpoint = str(trained("convvit") / "last.pth")
     jobs["tuned"] = ["main_finetune", [*DEVICE, *TUNE, *PLAIN, "--checkpoint", checkpoint]]
-    ports = [
-        socket.create_server(("127.0.0.1", 0)) for _ in jobs
-    ]  # one per job, so that no rank joins an earlier group
+    ports = free_ports(len(jobs))  # one per job, so that no rank joins an earlier group
     commands = []
     for (name, (main, words)), port in zip(jobs.items(), ports, strict=True):
         place = ["--data_path", str(photos), "--output_dir", str(folder / name), "--batch_size", "4"]
-        commands.append([port.getsockname()[1], main, [*words, *place]])
-        port.close()
+        commands.append([port, main, [*words, *place]])
     for status, _, err in ranks(2, "-c", JOBS, json.dumps(commands)):
         assert status == 0, err
     return folder

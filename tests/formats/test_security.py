@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import tarfile
 import time
 import zipfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, PRETRAIN, call, ended, files, pretrain, records, spawn
+from conftest import DEVICE, PRETRAIN, call, ended, files, free_ports, pretrain, records, spawn
 
 from util.checkpoint.state import read_checkpoint, write_checkpoint
 from util.data.archives import Archives, scan_archive
@@ -259,9 +258,7 @@ def test_a_single_process_opens_no_listening_socket(photos, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux")
 def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     seen = inspect_training(photos, tmp_path / "run", 2, listening_sockets, **group)
     assert port in {number for _, number in seen}
