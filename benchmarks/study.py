@@ -281,6 +281,9 @@ def curves(study: Study, records: list[dict]) -> dict[str, tuple[list[float], li
 
 def main() -> None:
     args = get_parser().parse_args()
+    for name in ("page", "chart", "columns", "curves"):
+        if getattr(args, name) and not args.table:
+            raise ValueError(f"--{name} needs --table, which runs nothing")
     study = read_study(args.study)
     records = Path(args.records or f"docs/results/{study.name}.jsonl")
     if args.table:

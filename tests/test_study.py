@@ -181,10 +181,20 @@ def test_a_wrong_study_is_one_line(study, old, new, message):
         run(study)
 
 
-@pytest.mark.parametrize("more", [["--arms", "c"], ["--data", "x"], ["--table", "--page", os.devnull]], ids=str)
+WRONG = [
+    ["--arms", "c"],
+    ["--data", "x"],
+    ["--table", "--page", os.devnull],
+    ["--chart", "c.png"],
+    ["--columns", "first"],
+]
+
+
+@pytest.mark.parametrize("more", WRONG, ids=str)
 def test_wrong_flags_are_one_line(study, more):
     with pytest.raises((SystemExit, ValueError)):
         run(study, *more)
+    assert not (study.parent / "tiny").exists()  # nothing ran
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
