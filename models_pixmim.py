@@ -1,6 +1,7 @@
 """PixMIM: masked image modelling with a low-frequency target (arXiv:2303.02416), on timm's vision transformers.
 
-Contents: patches and masks, the low-pass target, masked ViT, decoder, loss. Needs torch and timm only: copy this file alone.
+Contents: patches and masks, the low-pass target, masked ViT, decoders, the method and its loss, attention on CPUs. Needs
+torch and timm only: copy this file alone.
 
 Letters: B batch, C channels, H W pixels, h w patches, L = h * w, V visible and R predicted patches, D width, E width of
 the decoder, P = p * p * C values of a patch in (row, column, channel) order, U mask units.
@@ -25,7 +26,7 @@ class PatchMask(NamedTuple):
     """Visible, removed and predicted patches of each image; patches are numbered row by row."""
 
     keep: Tensor  # (B, V) int64, visible patches in the order of the encoder's tokens
-    predict: Tensor  # (B, R) int64, removed patches in the order of the prediction: all of them, or some
+    predict: Tensor  # (B, R) int64, removed patches that are predicted (all or some), in the order of the prediction
     removed: Tensor  # (B, L) bool, True = not visible
     grid: Size  # (h, w) of the L patches
 
@@ -83,9 +84,9 @@ def mask_from_noise(
 ) -> PatchMask:
     """Mask that keeps the int(L * (1 - ratio)) patches with the smallest noise (B, U), as MAE does.
 
-    Patches of a unit share its noise and are kept in raster order, so the number kept is the same for every grid. With
-    `predict_ratio`, a share of all patches, the next int(L * (ratio - predict_ratio)) patches are neither visible nor
-    predicted, as in CrossMAE.
+    Patches of a unit share its noise; a unit may be kept in part, in raster order. `predict_ratio` is the share of all
+    patches that is predicted: the next int(L * (ratio - predict_ratio)) patches are neither visible nor predicted, as in
+    CrossMAE.
     """
     h, w = grid
     if unit > 1:  # noise of the units -> noise of the patches
@@ -115,8 +116,8 @@ def low_pass_disc(size: Size, radius: float, kind: str = "reference", device: to
     for dim, n in enumerate(size):
         k = torch.arange(n, device=device)
         k = (k + n // 2) % n - n // 2  # exact; fftfreq(n) * n is not exact and loses boundary bins
-        zero = (n - 1) / 2 - n // 2 if kind == "reference" else 0.0
-        distance2 += ((k - zero) ** 2).unsqueeze(1 - dim)
+        center = (n - 1) / 2 - n // 2 if kind == "reference" else 0.0
+        distance2 += ((k - center) ** 2).unsqueeze(1 - dim)
     return distance2 <= radius**2
 
 
@@ -128,16 +129,16 @@ class LowPass(nn.Module):
     real zero-phase filter. Buffers are not saved.
 
     Smaller images of the same aspect ratio have the same radius in bins, which are cycles per image side: a crop resized
-    to 112 px keeps the frequencies that it keeps at 224 px, because 40 is below its limit of 56.
+    to 112 px, whose highest frequency is 56, keeps the same 40 as at 224 px.
     """
 
     def __init__(self, size: Size, radius: float, mean: Sequence[float], std: Sequence[float], kind: str = "reference"):
         super().__init__()
         self.size, self.radius, self.kind = size, radius, kind
         self.mean, self.std = (nn.Buffer(torch.tensor(x).view(-1, 1, 1), persistent=False) for x in (mean, std))
-        self.even, self.odd = (nn.Buffer(x, persistent=False) for x in self.parts(size))
+        self.even, self.odd = (nn.Buffer(x, persistent=False) for x in self.split_disc(size))
 
-    def parts(self, size: Size, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def split_disc(self, size: Size, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Even and odd part of the disc, (H, W // 2 + 1)."""
         disc = low_pass_disc(size, self.radius, self.kind, device).float()
         mirrored = disc.flip(0, 1).roll((1, 1), (0, 1))  # the value at each bin's conjugate partner
@@ -149,7 +150,7 @@ class LowPass(nn.Module):
         size = images.shape[-2:]
         if size[0] * self.size[1] != size[1] * self.size[0]:
             raise ValueError(f"the low-pass target is built for {self.size} px, not for {tuple(size)}")
-        even, odd = (self.even, self.odd) if size == self.size else self.parts(size, images.device)
+        even, odd = (self.even, self.odd) if size == self.size else self.split_disc(size, images.device)
         with torch.autocast(images.device.type, enabled=False):
             spectrum = torch.fft.rfft2(images.float() * self.std + self.mean)
             # The even part of the disc yields the real part of the filtered image, the odd part the imaginary part: two
@@ -206,7 +207,7 @@ def transformer_block(dim: int, heads: int, drop_path: float = 0.0) -> Block:
 class MaskedViT(VisionTransformer):
     """timm's VisionTransformer with the same state dict, MAE's initialisation and the method `encode`.
 
-    With `reg_tokens` N - 1 it has N class tokens, as Pixio: global_pool "token" is their mean (timm's: the first alone).
+    `reg_tokens` = N - 1 gives N class tokens, as in Pixio: global_pool "token" is their mean (timm's: the first alone).
     ValueError for the options of timm that `encode` would ignore, such as dynamic_img_size.
     """
 
@@ -288,14 +289,15 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: PatchMask) -> Tensor:
         x = self.embed(tokens)
-        hidden = self.mask_token.to(x.dtype).expand(*mask.predict.shape, -1)
-        first = torch.arange(self.num_prefix_tokens, device=x.device).expand(len(x), -1)
-        place = torch.cat([first, torch.cat([mask.keep, mask.predict], dim=1) + self.num_prefix_tokens], dim=1)
-        place, raster = place.sort(dim=1)  # the other patches have no token
+        mask_tokens = self.mask_token.to(x.dtype).expand(*mask.predict.shape, -1)
+        prefix = torch.arange(self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+        patches = torch.cat([mask.keep, mask.predict], dim=1) + self.num_prefix_tokens
+        # in raster order, as in MAE; patches that are neither visible nor predicted have no token
+        positions, order = torch.cat([prefix, patches], dim=1).sort(dim=1)
         pos_embed = sample_positions(self.pos_embed, self.grid, mask.grid)
-        x = take(torch.cat([x, hidden], dim=1), raster) + pos_embed[0][place]
+        x = take(torch.cat([x, mask_tokens], dim=1), order) + pos_embed[0][positions]
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return self.pred(self.norm(take(x, raster.argsort(dim=1)[:, tokens.shape[1] :])))
+        return self.pred(self.norm(take(x, order.argsort(dim=1)[:, tokens.shape[1] :])))
 
 
 class CrossBlock(nn.Module):
@@ -350,8 +352,8 @@ class CrossDecoder(nn.Module):
     def forward(self, tokens: Tensor | list[Tensor], mask: PatchMask) -> Tensor:
         pos_embed = sample_positions(self.pos_embed, self.grid, mask.grid)
         x = self.mask_token + pos_embed[0, self.num_prefix_tokens :][mask.predict]
-        for block, read in zip(self.blocks, self.read(tokens), strict=True):
-            x = checkpoint(block, x, read, use_reentrant=False) if self.grad_checkpointing else block(x, read)
+        for block, memory in zip(self.blocks, self.read(tokens), strict=True):
+            x = checkpoint(block, x, memory, use_reentrant=False) if self.grad_checkpointing else block(x, memory)
         return self.pred(self.norm(x))
 
 
@@ -385,14 +387,17 @@ class PixMIM(nn.Module):
         self.check_mask(encoder.grid)
         if decoder_dim % decoder_heads:
             raise ValueError(f"decoder width {decoder_dim} is not a multiple of its {decoder_heads} attention heads")
-        sizes = (encoder.grid, encoder.embed_dim, decoder_dim, decoder_depth, decoder_heads)
-        ends = (encoder.patch**2 * encoder.in_chans, encoder.num_prefix_tokens)
         if fuse_levels and (decoder != "cross" or type(encoder).encode is not MaskedViT.encode):
             raise ValueError("--fuse_levels needs --decoder cross and a vit_* model; use --no-fuse_levels")
+        options = {
+            "grid": encoder.grid, "in_dim": encoder.embed_dim, "dim": decoder_dim, "depth": decoder_depth,
+            "heads": decoder_heads, "out_dim": encoder.patch**2 * encoder.in_chans,
+            "num_prefix_tokens": encoder.num_prefix_tokens,
+        }  # fmt: skip
         if fuse_levels:
+            options["levels"] = len(encoder.blocks) + 1
             encoder.norm.requires_grad_(False)  # not used: it stays (1, 0)
-        levels = len(encoder.blocks) + 1 if fuse_levels else 0
-        self.decoder = CrossDecoder(*sizes, *ends, levels) if decoder == "cross" else Decoder(*sizes, *ends)
+        self.decoder = CrossDecoder(**options) if decoder == "cross" else Decoder(**options)
         if learned_positions:  # as Pixio: rows of the class tokens too
             for part in (encoder, self.decoder):
                 nn.init.trunc_normal_(part.pos_embed, std=0.02)

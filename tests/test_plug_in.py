@@ -48,6 +48,21 @@ def test_low_pass_equals_the_target_of_pre_training(names):
     assert torch.equal(names["low_pass"](images), target(images))
 
 
+def test_the_loss_of_the_example_target_is_that_of_grey_patches(names):
+    """Second computation: patches of the grey image, each value standing for three channels."""
+    torch.manual_seed(0)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    encoder = names["ENCODERS"]["last_two_vit_tiny"](img_size=(32, 32), patch_size=8)
+    model = PixMIM(encoder, names["Grey"](), decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    loss, prediction, mask = model(images, noise)
+    grey = images.mean(1).unflatten(2, (4, 8)).unflatten(1, (4, 8)).transpose(2, 3).reshape(2, 16, 64)
+    pixels = torch.stack([image[patches] for image, patches in zip(grey, mask.predict, strict=True)])
+    pixels = (pixels - pixels.mean(2, keepdim=True)) / (
+        pixels.var(2, unbiased=False, keepdim=True) * 192 / 191 + 1e-6
+    ).sqrt()
+    assert_close(loss, ((prediction.unflatten(2, (64, 3)) - pixels.unsqueeze(3)) ** 2).mean())
+
+
 def test_the_example_host_trains_and_averages_its_last_two_layers(names):
     encoder = perturb(names["ENCODERS"]["last_two_vit_tiny"](img_size=(32, 32), patch_size=8))
     model = PixMIM(encoder, nn.Identity(), decoder_dim=16, decoder_depth=1, decoder_heads=2)
