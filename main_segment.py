@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
                                ".csv or .tsv with the paths of images and masks", packed=False)
     group.add_argument("--image_column", metavar="NAME", help="column of a table with the images (default: image, file_name or path, for example)")
     group.add_argument("--mask_column", metavar="NAME", default="mask", help="column of a table with the masks")
-    group.add_argument("--split_column", metavar="NAME", help="column of a table that tells train from val (default: split)")
+    group.add_argument("--split_column", metavar="NAME", help="column of a table with the name of the split, such as train or val (default: split)")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="names of classes 0, 1, ... (default: as many as the masks of train, or ADE20K's)")
     group.add_argument("--palette", nargs="+", type=colour, metavar="RRGGBB", help="colours of classes 0, 1, ... in coloured masks (default: masks hold class numbers)")
     group.add_argument("--ignore_index", type=number(int, 0, 65535), help="class number of pixels that are ignored (default: 255)")
@@ -71,7 +71,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--untrained", default="auto", metavar="auto|none|DIR",
         help="finetune: output folder of the untrained encoder's run, which is trained first if it is not complete; auto = OUTPUT_DIR/untrained")
     cli.add_schedule_arguments(parser, blr=[], batch_size=16, epochs=32, warmup_epochs=1.2, min_lr=0.0, weight_decay=None)
-    parser.set_defaults(blr=None)  # see LINEAR and FINETUNE
+    parser.set_defaults(blr=None)
+    cli.explain_defaults(parser, {name: f"{value}, with --finetune {FINETUNE[name]}" for name, value in LINEAR.items()})
     cli.add_device_arguments(parser)
     group = cli.add_run_arguments(parser, "output/segment")
     group.add_argument("--eval", action="store_true", help="only evaluate --checkpoint, a segmenter.pth, on val")

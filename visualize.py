@@ -61,12 +61,12 @@ def get_parser() -> argparse.ArgumentParser:
         help=f"draw image, mask and prediction of images of val by a segmenter.pth, and the {WORST} of the lowest mIoU")
     add("--filter", nargs="*", type=number(float, 1), metavar="R",
         help="draw each image under low-pass filters of these radii in bins, and what they remove; without radii: 10 20 40 80 "
-             "112 scaled from 224 px to --input_size, and the model's radius")
+             "112 scaled from 224 px to --input_size, and the model's radius (default: not drawn)")
     # fmt: on
     cli.add_pixel_arguments(parser)
     cli.add_model_arguments(parser, ENCODERS)
-    text = "None = as in --checkpoint, else as in MAE: --norm_pix_loss, decoder heads 32 wide."
-    cli.add_method_arguments(parser, **dict.fromkeys(METHOD)).description = text
+    group = cli.add_method_arguments(parser, **dict.fromkeys(METHOD))
+    group.description = "Attention heads of the decoder whose number the file does not state are 32 wide."
     cli.add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser

@@ -175,12 +175,12 @@ def measure(args, images: Folder, folder: Path, log: Callable[[str], None]) -> d
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure the images/s of every data pipeline and of MAE's.")
     add = parser.add_argument
-    add("--data_path", help="folder of images; None = synthetic ones")
+    add("--data_path", help="folder of images (default: synthetic ones)")
     add("--synthetic", type=number(int, BATCH), default=384, help="number of synthetic images, noise of 500 x 375 px")
     add("--input_size", type=number(int, 16), default=224, help="side of the training input in pixels")
     add("--seconds", type=number(float, 0), default=3.0, help="duration of each measurement")
     add("--rounds", type=number(int, 1), default=5, help="measurements of each pipeline")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
+    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
     return parser
 
 

@@ -28,7 +28,7 @@ from util.rng import CROP, MASK, generator, seed_everything
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=argparse.ArgumentParser)
+    commands = parser.add_subparsers(dest="command", required=True)
     perturb = commands.add_parser("perturb", help="write perturbed validation images")
     perturb.add_argument("--data_path", required=True, metavar="DIR", help="folder with val/<class>/")
     perturb.add_argument("--out", required=True, metavar="DIR", help="folder for KIND/val/<class>/IMAGE.png")
@@ -38,8 +38,16 @@ def get_parser() -> argparse.ArgumentParser:
     crops.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/{images,masks}")
     crops.add_argument("--draws", type=number(int, 1), default=10000, help="crops of each kind over all images")
     for each in (perturb, crops):
-        each.add_argument("--input_size", type=number(int, 1), nargs="+", action=SizeAction, default=(128, 128))
-        each.add_argument("--seed", type=number(int, 0), default=0)
+        each.add_argument(
+            "--input_size",
+            type=number(int, 1),
+            nargs="+",
+            action=SizeAction,
+            default=(128, 128),
+            metavar="H",
+            help="side of the training input in pixels, or H W",
+        )
+        each.add_argument("--seed", type=number(int, 0), default=0, help="seed of the crops, or of noise and shuffling")
     return parser
 
 

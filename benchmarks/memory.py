@@ -116,7 +116,8 @@ def largest_batches(args: Namespace, batch_size: int, peak: float) -> dict[int, 
 def get_parser() -> argparse.ArgumentParser:
     """That of main_pretrain.py, without the need of images."""
     parser = main_pretrain.get_parser()
-    next(action for action in parser._actions if action.dest == "data_path").required = False
+    data_path = next(action for action in parser._actions if action.dest == "data_path")
+    data_path.required, data_path.help = False, "not read (default: none)"
     return parser
 
 

@@ -63,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure time and memory to open caches and folders of growing size.")
     add, sizes = parser.add_argument, [10**n for n in range(3, 7)]
     add("--images", type=number(int, 1), nargs="+", default=sizes, help="numbers of images")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
+    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
     return parser
 
 

@@ -63,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     text = "flags of benchmarks.throughput, in quotes; DIR = another checkout"
     add("variants", nargs="+", metavar="[DIR:]FLAGS", help=text)
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant, after two that are not timed")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added")
+    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
     return parser
 
 

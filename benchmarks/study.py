@@ -66,14 +66,28 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", default=[], type=named_path, metavar="NAME=PATH", help="folders that the steps name")
     add("--output_dir", default="output", help="the runs lie in OUTPUT_DIR/STUDY/ARM/SEED")
     add("--records", metavar="FILE", help="lines of finished steps (default: docs/results/STUDY.jsonl)")
-    add("--arms", nargs="+", metavar="ARM", help="only these")
+    add("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
     add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="only these (default: those of the file)")
     add("--jobs", type=number(int, 1), default=1, help="runs at once, each on its GPU or its share of the cores")
     add("--table", action="store_true", help="run nothing, print the table of the records")
-    add("--page", metavar="FILE", help="with --table: write it into this page, between <!-- STUDY --> and <!-- end -->")
-    add("--chart", type=picture, metavar="FILE", help="with --table: picture of --columns, a point for each seed")
+    add(
+        "--page",
+        metavar="FILE",
+        help="with --table: write it into this page, between <!-- STUDY --> and <!-- end --> (default: none)",
+    )
+    add(
+        "--chart",
+        type=picture,
+        metavar="FILE",
+        help="with --table: picture of --columns, a point for each seed (default: none)",
+    )
     add("--columns", nargs="+", metavar="TITLE", help="with --chart: columns of the table (default: the first)")
-    add("--curves", type=picture, metavar="FILE", help="with --table: kNN during pre-training over epoch_seconds")
+    add(
+        "--curves",
+        type=picture,
+        metavar="FILE",
+        help="with --table: kNN during pre-training over epoch_seconds (default: none)",
+    )
     return parser
 
 

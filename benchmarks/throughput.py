@@ -149,7 +149,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=number(int, 1), nargs="+", default=[8], help="images per step; several = in turn")
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
     add("--compile", action="store_true", help="include the compiled model")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row per batch size is added")
+    add(
+        "--append",
+        type=Path,
+        metavar="FILE",
+        help="Markdown table to which a row per batch size is added (default: none)",
+    )
     parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser
 

@@ -1,5 +1,6 @@
 """Command line: recipes, value ranges, help and one-line errors."""
 
+import argparse
 import errno
 import importlib
 import re
@@ -14,7 +15,11 @@ import main_pretrain
 from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, resolve_defaults, run_main
 from util.run import split_effective_batch
 
-MAINS = ["main_pretrain", "main_knn", "main_features", "main_linprobe", "main_finetune", "visualize"]
+PARSERS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted({*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")})
+    if "def get_parser" in path.read_text()
+]
 
 
 def parse(*words: str):
@@ -305,20 +310,26 @@ def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
 # ------------------------------------------------------------------------------------------------------ help and errors
 
 
-@pytest.mark.parametrize("name", MAINS)
+@pytest.mark.parametrize("name", PARSERS)
 def test_help_explains_every_flag_and_prints_its_default(name, capsys):
-    parser = importlib.import_module(name).get_parser()
-    with pytest.raises(SystemExit) as end:
-        parser.parse_args(["--help"])
-    assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for action in parser._actions:
-        assert action.help, action.dest
-        if action.option_strings[0] not in ("-h", "--help") and not action.required:
-            default = parser.get_default(action.dest)
-            explained = default is None and ("(default: " in action.help or name == "visualize")  # as in --checkpoint
-            assert explained or f"(default: {default})" in text, action.dest
-    assert "@FILE reads flags from a recipe." in text
+    parsers = {"": importlib.import_module(name).get_parser()}
+    for action in parsers[""]._actions:
+        parsers |= action.choices if isinstance(action, argparse._SubParsersAction) else {}
+    for command, parser in parsers.items():
+        with pytest.raises(SystemExit) as end:
+            parsers[""].parse_args([*([command] if command else []), "--help"])
+        assert end.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) or "--help" in action.option_strings:
+                continue
+            assert action.help, action.dest
+            if action.option_strings and not action.required:
+                default = parser.get_default(action.dest)
+                explained = default is None and action.help.count("(default: ") == 1
+                assert explained or text.count(f"(default: {default})") >= 1, action.dest
+        assert "@FILE reads flags from a recipe." in text
+        assert "(default: None)" not in text
 
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, FloatingPointError])

@@ -36,7 +36,7 @@ from util.checkpoint.state import read_checkpoint, write_checkpoint
 from util.data.transforms import Normalize
 from util.plots.grids import to_uint8
 from util.plots.reconstruction import draw_reconstruction, reconstruct
-from util.run import git, versions, write_config
+from util.run import versions, write_config
 
 SIZES = ["--epochs", "2", "--batch_size", "8", "--warmup_epochs", "1", "--blr", "0.03", "--image_every", "0"]
 TRAIN = [*PRETRAIN, *SIZES]
@@ -107,42 +107,52 @@ def test_each_image_is_used_at_most_once_per_epoch_and_the_incomplete_batch_is_d
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_uncommitted_changes_are_saved_beside_the_configuration(tmp_path, monkeypatch):
-    run = one_rank(tmp_path)
-    monkeypatch.setattr("util.run.git", lambda *command: b"-a\n+b \n" if command[0] == "diff" else b"1234-dirty\n")
+def test_uncommitted_changes_and_new_modules_are_saved_beside_the_configuration(tmp_path, monkeypatch):
+    """`git apply` of the saved file in a fresh clone gives the code of the run."""
+    run, code = one_rank(tmp_path / "out"), tmp_path / "code"
+    (code / "util").mkdir(parents=True)
+    run.folder.mkdir()
+    (code / "util" / "run.py").write_text("a\n")
+    git = "git", "-c", "user.name=x", "-c", "user.email=x@x"
+    for command in ("init -q", "add .", "commit -qm x"):
+        subprocess.run([*git, *command.split()], cwd=code, check=True)
+    monkeypatch.setattr("util.run.__file__", str(code / "util" / "run.py"))
     monkeypatch.setattr("util.run.versions", versions.__wrapped__)
+    saved = run.folder / "changes.diff"
     write_config(run)
-    assert (tmp_path / "changes.diff").read_bytes() == b"-a\n+b \n"
-    assert json.loads((tmp_path / "config.json").read_text())["commit"] == "1234-dirty"
-    monkeypatch.setattr("util.run.git", lambda *command: b"")
+    assert not saved.exists()
+    (code / "util" / "run.py").write_text("a\nb \n")
+    (code / "models_new.py").write_text("c = 1\n")
+    (code / "notes.txt").write_text("not code")
     write_config(run)
-    assert not (tmp_path / "changes.diff").exists()
+    assert json.loads((run.folder / "config.json").read_text())["commit"].endswith("-dirty")
+    subprocess.run([*git, "clone", "-q", code, tmp_path / "clone"], check=True)
+    subprocess.run([*git, "apply", saved], cwd=tmp_path / "clone", check=True)
+    found = {path.name: path.read_text() for path in (tmp_path / "clone").rglob("*.*") if ".git" not in path.parts}
+    assert found == {"run.py": "a\nb \n", "models_new.py": "c = 1\n"}
+    subprocess.run([*git, "checkout", "-q", "."], cwd=code, check=True)
+    (code / "models_new.py").unlink()
+    write_config(run)
+    assert not saved.exists()
 
 
-def test_git_diff_returns_uncommitted_changes(tmp_path, monkeypatch):
-    monkeypatch.setattr("util.run.__file__", str(tmp_path / "run.py"))
-    (tmp_path / "run.py").write_text("a\n")
-    for command in ("init -q", "add .", "-c user.name=x -c user.email=x@x commit -qm x"):
-        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
-    assert git("diff", "HEAD") == b""
-    (tmp_path / "run.py").write_text("b\n")
-    assert git("diff", "HEAD").splitlines()[-2:] == [b"-a", b"+b"]
-
-
-def test_a_run_with_the_default_radius_accepts_the_same_radius_as_a_number(pretrained, photos, tmp_path):
+def test_a_run_with_defaults_accepts_flags_with_the_same_effect(pretrained, photos, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     content = read_checkpoint(tmp_path / "run" / "last.pth")
-    older = {
-        "lowpass_radius": None,
-        "crop_interpolation": None,
-        "mean": None,
-        "std": None,
-    }  # as in checkpoints of earlier versions
+    older = dict.fromkeys(("lowpass_radius", "crop_interpolation", "mean", "std", "patch_size"))  # of earlier versions
     assert content["args"]["lowpass_radius"] == pytest.approx(40 * 16 / 224)
     write_checkpoint(tmp_path / "run" / "last.pth", content | {"args": content["args"] | older})
-    pretrain(photos, tmp_path / "run", "--lowpass_radius", 40 * 16 / 224, "--crop_interpolation", "bilinear")
-    with pytest.raises(ValueError, match=r"--lowpass_radius 2\.857.*, not 3"):
-        pretrain(photos, tmp_path / "run", "--lowpass_radius", 3)
+    same = {
+        "lowpass_radius": 40 * 16 / 224, "crop_interpolation": "bilinear", "crop_pct": 0.875, "class_tokens": 1,
+        "predict_ratio": 0.75, "alpha": "auto",
+    }  # fmt: skip
+    pretrain(photos, tmp_path / "run", *(word for name, value in same.items() for word in (f"--{name}", value)))
+    other = {"lowpass_radius": 3, "crop_pct": 0.9, "class_tokens": 2, "predict_ratio": 0.5, "alpha": "drop"}
+    for name, value in other.items():
+        with pytest.raises(ValueError, match=rf"--{name} .*, not {value}"):
+            pretrain(photos, tmp_path / "run", f"--{name}", value)
+    with pytest.raises(ValueError, match=r"last\.pth does not fit this model"):
+        pretrain(photos, tmp_path / "run", "--patch_size", 4)
 
 
 def test_commit_is_none_without_git(monkeypatch):

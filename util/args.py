@@ -60,12 +60,20 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def explain_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    """Add to the help of flags that are None if they are not given what they are then."""
+    for action in parser._actions:
+        if action.default is None and action.dest in defaults and "(default: " not in (action.help or ""):
+            action.help = f"{action.help} (default: {defaults[action.dest]})"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with recipes, printed defaults and without abbreviated flags."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None = None, **options):
         epilog = "@FILE reads flags from a recipe. Later flags override earlier ones."
-        super().__init__(description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False)
+        options |= {"epilog": epilog, "formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         words = expand(sys.argv[1:] if args is None else list(args))
@@ -172,18 +180,17 @@ def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
                        help="normalise each target patch by its own mean and standard deviation")
     group.add_argument("--decoder", choices=["self", "cross"],
                        help="attention of the decoder: self = among visible and predicted patches (MAE); cross = of predicted patches to "
-                            "the encoder's tokens (CrossMAE) (default: as in --checkpoint, else self)")
+                            "the encoder's tokens (CrossMAE)")
     for name, least, what in (("dim", 4, "width"), ("depth", 1, "number of blocks"), ("heads", 1, "number of attention heads")):
-        group.add_argument(f"--decoder_{name}", type=number(int, least),
-                           help=f"decoder: {what} (default: as in --checkpoint, else {METHOD[f'decoder_{name}']})")
+        group.add_argument(f"--decoder_{name}", type=number(int, least), help=f"decoder: {what}")
     group.add_argument("--fuse_levels", action=argparse.BooleanOptionalAction,
-                       help="--decoder cross: each block reads its own weighted sum of the outputs of all encoder blocks, as CrossMAE "
-                            "(default: as in --checkpoint, else off)")
+                       help="--decoder cross: each block reads its own weighted sum of the outputs of all encoder blocks, as CrossMAE")
     group.add_argument("--pos_embed", choices=["sincos", "learned"],
-                       help="position embeddings: sincos = fixed (MAE); learned = trained (Pixio) (default: as in --checkpoint, else sincos)")
+                       help="position embeddings: sincos = fixed (MAE); learned = trained (Pixio)")
     group.add_argument("--fuse_layers", type=number(int, 0), nargs="+",
                        help="layers that an MFF encoder fuses, counted from 0 (default: 0 2 4 6 8 11 of 12 layers)")
     parser.set_defaults(**METHOD | defaults)
+    explain_defaults(parser, {name: f"as in --checkpoint, else {value}" for name, value in METHOD.items()})
     return group
 
 
@@ -205,17 +212,17 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pools: Sequence[st
     return group
 
 
-def add_pixel_arguments(group) -> None:
-    """Flags of the values of an image, which a checkpoint states."""
+def add_pixel_arguments(group, stated: str = "as in --checkpoint, else ") -> None:
+    """Flags of the values of an image; `stated`: where their defaults are read."""
     group.add_argument("--bands", type=number(int, 1), nargs="+",
-                       help="bands, channels or pages of each image to use, in this order; 1 = first (default: as in --checkpoint, else all)")
+                       help="bands, channels or pages of each image to use, in this order; 1 = first (default: " + stated + "all)")
     group.add_argument("--value_range", type=range_word, nargs="+", action=RangeAction, metavar="auto|full|LOW HIGH|percentile P Q",
                        help="values that become black and white. auto = one range for all images that are not 8-bit: the declared one, "
                             "else from a sample of at most 256; full = range of the number type, 0 to 1 for floats; LOW HIGH, or such a "
-                            "pair per channel = of all images; percentile = of each channel of each image (default: as in --checkpoint, else auto)")
+                            "pair per channel = of all images; percentile = of each channel of each image (default: " + stated + "auto)")
     group.add_argument("--alpha", choices=["auto", "composite", "drop", "channel"],
                        help="fourth channel: composite = blend over white; drop = ignore; channel = use as any other; auto = composite, "
-                            "but channel in GeoTIFFs (default: as in --checkpoint, else auto)")
+                            "but channel in GeoTIFFs (default: " + stated + "auto)")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: bool = True, packed: bool = True):
@@ -243,7 +250,7 @@ def add_source_arguments(group, layout: str, splits: bool = True, packed: bool =
     group.add_argument("--image_column", metavar="NAME",
                        help="column of a .csv, .tsv or .parquet with the images or their paths (default: image, file_name or path, for example)")
     if splits:
-        group.add_argument("--split_column", metavar="NAME", help="column of a table that tells train from val (default: split)")
+        group.add_argument("--split_column", metavar="NAME", help="column of a table with the name of the split, such as train or val (default: split)")
     group.add_argument("--tar_key", metavar="KEY",
                        help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all (default: the only one)")
     group.add_argument("--verbose_data", action="store_true", help="list each class and each file that is left out")
@@ -306,7 +313,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser, blr: float | list[fl
                             "Overrides accum_iter; batch_size becomes the maximum per forward pass")
     group.add_argument("--epochs", type=number(int, 1, 10**6), help="number of epochs")
     group.add_argument("--warmup_epochs", type=number(float, 0), help="epochs of linear warm-up of the learning rate from 0")
-    several = "; several values train several probes at once, --min_lr is that of the largest" if isinstance(blr, list) else ""
+    several = "; several values train several heads at once, --min_lr is that of the largest" if isinstance(blr, list) else ""
     group.add_argument("--blr", type=number(float, 0), default=blr, nargs="+" if several else None,
                        help=f"base learning rate; peak learning rate = blr x effective batch / 256{several}")
     group.add_argument("--min_lr", type=number(float, 0), help="learning rate at the end of the schedule, not scaled by the batch")
@@ -367,6 +374,14 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
     if "mean" in found:
         found["mean"], found["std"] = channel_statistics(found["in_chans"], found["mean"], found["std"])
     return argparse.Namespace(**found)
+
+
+def effective_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The resolved arguments with one value where several have the same effect, for comparing two runs."""
+    found = vars(resolve_defaults(args))
+    defaults = {"predict_ratio": found.get("mask_ratio"), "class_tokens": 1, "alpha": "auto"}
+    defaults["crop_pct"] = default_crop_pct(found["input_size"])
+    return {name: defaults.get(name) if value is None else value for name, value in found.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

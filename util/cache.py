@@ -253,10 +253,9 @@ def build(args: argparse.Namespace) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(required=True, parser_class=argparse.ArgumentParser)
+    commands = parser.add_subparsers(required=True)
     # fmt: off
-    make = commands.add_parser("build", help="pack a folder of images", allow_abbrev=False,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    make = commands.add_parser("build", help="pack a folder of images")
     make.set_defaults(command=build)
     add = make.add_argument
     add_source_arguments(make, "images, as for main_pretrain.py: a folder, tar or zip files, or a table")
@@ -265,7 +264,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="side of the training input in pixels, or H W")
     add("--crop_interpolation", choices=list(INTERPOLATIONS), default="bilinear", help="interpolation of the resize")
     add("--in_chans", type=number(int, 1), default=3, help="channels of an image")
-    add_pixel_arguments(make)
+    add_pixel_arguments(make, "")
     add("--tile", type=number(int, 8), metavar="N",
         help="cut images into equal tiles of at most N pixels a side, each an entry of the cache; also reads images of more than "
              "2^28 pixels: only for files you trust (default: whole images)")
@@ -277,7 +276,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--on_bad_image", choices=["stop", "skip"], default="stop",
         help="unreadable image: stop = end the build; skip = use the next image in its place")
     # fmt: on
-    check = commands.add_parser("verify", help="compare a cache with the digests in its manifest", allow_abbrev=False)
+    check = commands.add_parser("verify", help="compare a cache with the digests in its manifest")
     check.set_defaults(command=verify)
     check.add_argument("cache", help="folder of the cache")
     return parser

@@ -99,9 +99,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--encoder_only", action="store_true", help="hf: write a ViTModel without decoder, not a ViTMAEForPreTraining")
     add("--backbone", choices=["MAE", "VisionTransformer"], default="MAE", help="mmseg: backbone class that loads the file")
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
-        help="resample the position embeddings to this input size in pixels: one side, or H W")
+        help="resample the position embeddings to this input size in pixels: one side, or H W (default: that of IN)")
     add("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
-    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository of the Hugging Face Hub; a new one is private")
+    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository of the Hugging Face Hub; a new one is private (default: no upload)")
     # fmt: on
     return parser
 

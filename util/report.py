@@ -36,7 +36,13 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("outputs", nargs="+", metavar="OUTPUT", help="folder that is searched for results.jsonl, or file of --results")
     add("--json", action="store_true", help="print JSON with each value, its seeds, command and commit")
-    add("--difference", type=int, nargs=2, metavar="ROW", help="also the second row minus the first, over common seeds")
+    add(
+        "--difference",
+        type=int,
+        nargs=2,
+        metavar="ROW",
+        help="also the second row minus the first, over common seeds (default: no difference)",
+    )
     return parser
 
 

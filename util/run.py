@@ -2,7 +2,7 @@
 
 OUTPUT_DIR holds
     config.json             arguments, command, versions, commit; written at every start
-    changes.diff            uncommitted changes of tracked files, if there are any (git apply)
+    changes.diff            uncommitted changes of tracked files and new .py files, if there are any (git apply)
     log.jsonl               one JSON object per log line and evaluation
     tensorboard/            the same numbers, and pictures
     last.pth                newest checkpoint
@@ -40,7 +40,7 @@ from util.lr_sched import warmup_cosine
 
 
 class Run(NamedTuple):
-    args: Namespace  # as given; what is derived from them follows
+    args: Namespace  # with defaults resolved; what is derived from them follows
     world: World
     log: Log
     folder: Path
@@ -86,7 +86,7 @@ def git(*command: str) -> bytes:
     with suppress(OSError):
         # safe.directory: a checkout may belong to another user
         words = ["git", "-c", "safe.directory=*", *command]
-        return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, check=False).stdout
+        return subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, check=False).stdout
     return b""
 
 
@@ -182,7 +182,7 @@ def prepare_folder(run: Run) -> None:
 
 
 def write_config(run: Run) -> None:
-    """Write config.json, and changes.diff if the code has uncommitted changes."""
+    """Write config.json, and changes.diff if the code has uncommitted changes or new modules."""
     device = run.world.device
     config = {
         "args": args_to_dict(run.args), "command": [Path(sys.executable).name, *sys.argv], "world_size": run.world.size,
@@ -191,7 +191,10 @@ def write_config(run: Run) -> None:
         "origin": run.origin, **versions(),
     }  # fmt: skip
     write_json(run.folder / "config.json", config)
-    if changes := git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD"):  # of tracked files
+    changes = git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD")  # of tracked files
+    new = git("ls-files", "--others", "--exclude-standard", "-z", "*.py").split(b"\0")[:-1]
+    changes += b"".join(git("diff", "--no-index", "--no-color", os.devnull, os.fsdecode(name)) for name in new)
+    if changes:
         write_atomic(run.folder / "changes.diff", changes)
     else:
         (run.folder / "changes.diff").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from util.args import resolve_defaults
+from util.args import effective_args
 from util.checkpoint.state import FORMAT_1, NotARun, read_checkpoint
 from util.dist import World
 from util.files import link_atomic, lock_file
@@ -101,10 +101,12 @@ def describe_continuation(path: Path, run: Run) -> str:
 
 def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) -> None:
     """ValueError if the checkpoint belongs to a run that computes something else: flags, batch, weights, images."""
-    before, now = (args_to_dict(resolve_defaults(args)) for args in (Namespace(**content["args"]), run.args))
+    stated = (Namespace(**content["args"]), run.args)
+    before, now = (args_to_dict(Namespace(**effective_args(args))) for args in stated)
     remedy, data_path = describe_continuation(path, run), f"--data_path {' '.join(run.args.data_path)}"
     for flag in sorted((set(before) & set(now)) - FREE):
-        if before[flag] != now[flag]:
+        by_model = flag == "patch_size" and None in (before[flag], now[flag])  # the shapes of the weights decide
+        if before[flag] != now[flag] and not by_model:
             raise ValueError(f"{path} was trained with --{flag} {before[flag]}, not {now[flag]}; {remedy}")
     if content["batch"] != run.batch:
         raise ValueError(
