@@ -21,7 +21,7 @@ from util.data.ranges import resolve_pixels
 from util.data.samples import Samples
 from util.data.transforms import Normalize, eval_transform
 from util.dist import init_world
-from util.evaluate.encoder import MODEL_FLAGS, load_encoder, pooling, read_architecture
+from util.evaluate.encoder import MODEL_FLAGS, load_encoder, patch_features, pooling, read_architecture
 from util.evaluate.probes import Probe
 from util.evaluate.segmentation import Confusion, load_segmenter, mask_loader, predict_images
 from util.formats.keys import pixmim_names
@@ -136,8 +136,9 @@ def draw_encoder(args: Namespace, weights: Weights | None, batch: dict, device: 
         return draw_queries(maps, scale_to_pixels(batch))
     if args.attention and not encoder.num_prefix_tokens:
         raise ValueError(f"--attention: --model {args.model} has no class token; use --pca")
-    draw = draw_attention if args.attention else draw_components
-    return draw(encoder, images, scale_to_pixels(batch))
+    if args.attention:
+        return draw_attention(encoder, images, scale_to_pixels(batch))
+    return draw_components(patch_features(encoder, images), scale_to_pixels(batch))
 
 
 def draw_filter_radii(args: Namespace, pixels: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Import rules, recipes, README and docs: what belongs to no single function."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -28,6 +29,11 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+def module_path(name: str) -> Path:
+    path = ROOT / name.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
 SOURCES = {module_name(path): path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py")]}
 
 
@@ -42,7 +48,8 @@ def imported_modules(text: str, modules: set[str]) -> set[str]:
             names = {f"{parent}.{alias.name}" for alias in node.names}
             found |= names & modules
             found |= {parent} if names - modules else set()
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {"?" for alias in node.names if alias.name == "import_module" and alias.asname}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found.add(str(node.args[0].value) if isinstance(node.args[0], ast.Constant) else "?")
     return found
 
@@ -66,8 +73,8 @@ def is_outside_model_files(name: str) -> bool:
 
 SEPARATE = ("util.formats", "util.data", "util.plots")
 UTIL_LEVELS = (  # each imports from lines below; the rest of util is the lowest
-    ("util.plots", "util.cache", "util.convert", "util.report"),
-    ("util.evaluate", "util.meters"),
+    ("util.cache", "util.convert", "util.report", "util.plots.curves"),
+    ("util.evaluate", "util.meters", "util.plots"),
     ("util.checkpoint", "util.data", "util.formats"),
 )
 
@@ -89,18 +96,35 @@ IMPORT_RULES: dict[str, Callable[[str, str], bool]] = {  # rule -> whether (modu
     "model files import torch, timm, the standard library and models_pixmim": lambda name, other: (
         name.startswith("models_") and is_outside_model_files(other)
     ),
-    "models imports no util": lambda name, other: name == "models" and is_within(other, "util"),
+    "models imports model files alone": lambda name, other: (
+        name == "models" and is_of_project(other) and not other.startswith("models_")
+    ),
+    "evaluate and plots do not import each other": lambda name, other: (
+        {name.split(".")[1] for name in (name, other) if is_within(name, "util.evaluate", "util.plots")}
+        == {"evaluate", "plots"}
+    ),
+    "reading checkpoints imports keys, unpickle and weights alone of formats": lambda name, other: (
+        name == "util.formats.read"
+        and is_within(other, "util.formats")
+        and other.split(".")[-1] not in ("keys", "unpickle", "weights")
+    ),
     "packages of util import from lower levels": lambda name, other: (
         is_within(name, "util") and is_within(other, "util") and util_level(other) < util_level(name)
     ),
     "formats, data and plots do not import each other": lambda name, other: (
         is_within(name, *SEPARATE) and is_within(other, *SEPARATE) and name.split(".")[1] != other.split(".")[1]
     ),
-    "checkpoint imports formats.keys only of formats": lambda name, other: (
-        is_within(name, "util.checkpoint") and is_within(other, "util.formats") and other != "util.formats.keys"
+    "checkpoint imports formats.keys only of formats, and no data": lambda name, other: (
+        is_within(name, "util.checkpoint")
+        and is_within(other, "util.formats", "util.data")
+        and other != "util.formats.keys"
     ),
-    "the engine imports neither evaluation nor plots": lambda name, other: (
-        name == "engine_pretrain" and is_within(other, "util.evaluate", "util.plots")
+    "the engine imports neither models nor evaluation, plots, formats and tools": lambda name, other: (
+        name == "engine_pretrain"
+        and (
+            other.startswith("models")
+            or is_within(other, "util.evaluate", "util.plots", "util.formats", *UTIL_LEVELS[0])
+        )
     ),
 }
 
@@ -143,11 +167,12 @@ def test_no_module_breaks_an_import_rule():
         ({"models_pixmim": "import numpy as np"}, "models_pixmim imports numpy: model files"),
         ({"models_convmae": "import models_mff"}, "models_convmae imports models_mff: model files"),
         ({"models": "from util import log"}, "models imports util.log: models imports"),
+        ({"models": "import engine_pretrain"}, "models imports engine_pretrain: models imports"),
         ({"util.log": "from util.data import decode"}, "util.log imports util.data.decode: packages"),
         ({"util.run": "import util.checkpoint.stop"}, "util.run imports util.checkpoint.stop: packages"),
         ({"util.data.tars": "import util.evaluate.knn"}, "util.data.tars imports util.evaluate.knn: packages"),
         ({"util.formats.hub": "import util.convert"}, "util.formats.hub imports util.convert: packages"),
-        ({"util.evaluate.knn": "import util.plots.grids"}, "util.evaluate.knn imports util.plots.grids: packages"),
+        ({"util.evaluate.knn": "import util.plots.grids"}, "util.evaluate.knn imports util.plots.grids: evaluate"),
         ({"util.data.tars": "from util.formats import keys"}, "util.data.tars imports util.formats.keys: formats"),
         ({"util.formats.read": "import util.plots.grids"}, "util.formats.read imports util.plots.grids: formats"),
         ({"util.plots.grids": "from util.data.decode import x"}, "util.plots.grids imports util.data.decode: formats"),
@@ -157,6 +182,19 @@ def test_no_module_breaks_an_import_rule():
         ),
         ({"util.checkpoint.stop": "import util.formats"}, "util.checkpoint.stop imports util.formats: checkpoint"),
         ({"engine_pretrain": "from util.evaluate import knn"}, "engine_pretrain imports util.evaluate.knn: the engine"),
+        (
+            {"util.checkpoint.resume": "import util.data.sources"},
+            "util.checkpoint.resume imports util.data.sources: checkpoint",
+        ),
+        ({"engine_pretrain": "import models"}, "engine_pretrain imports models: the engine"),
+        ({"engine_pretrain": "from util.convert import convert"}, "engine_pretrain imports util.convert: the engine"),
+        (
+            {"util.formats.read": "from util.formats import write"},
+            "util.formats.read imports util.formats.write: reading",
+        ),
+        ({"util.plots.grids": "import util.evaluate.knn"}, "util.plots.grids imports util.evaluate.knn: evaluate"),
+        ({"util.log": "from importlib import import_module as f"}, "util.log imports ?: only debug_step"),
+        ({"util.log": "__import__('main_knn')"}, "util.log imports main_knn: nobody"),
         ({"engine_pretrain": "import util.plots.grids"}, "engine_pretrain imports util.plots.grids: the engine"),
         ({"util.a": "import util.b", "util.b": "from util import a"}, "import cycle: util."),
     ],
@@ -209,12 +247,13 @@ def check_script(script: str, words: list[str]) -> None:
 
 
 def commands_of(page: Path) -> list[str]:
-    """Lines of the page's bash blocks; of a whole script only those that start a script of this project."""
+    """Lines of the page's bash blocks; of whole scripts and of sh blocks only those that start a script of this project."""
     commands = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
-        lines = [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-        whole_script = block.startswith("#!")
-        commands += [line.removesuffix(" &") for line in lines if not whole_script or ".py " in line]
+    for language, block in re.findall(r"```(bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
+        lines = [line.strip().removesuffix(" &") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+        own = r"\b(main_\w+|visualize|debug_step)\.py |python -m (util|benchmarks|demo|tests)\b"
+        some = language == "sh" or block.startswith("#!")
+        commands += [line for line in lines if not some or re.search(own, line)]
     return [command for command in commands if not command.startswith("#")]
 
 
@@ -226,12 +265,40 @@ def test_commands_of_readme_and_docs_parse(page, monkeypatch):
         check_command(command)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_scripts_in_running_text_exist(page):
-    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    modules = re.findall(r"`[^`\n]*python -m ((?:util|benchmarks|demo|tests)\b[\w.]*)", prose)
-    scripts = re.findall(r"`[^`\n]*python (\w+\.py)", prose)
-    assert [x for x in (*(f"{x.replace('.', '/')}.py" for x in modules), *scripts) if not (ROOT / x).exists()] == []
+def wrong_scripts_in(text: str) -> list[str]:
+    """Commands in running text that start no script of this project, or with a flag that it does not have."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    wrong = []
+    for command in re.findall(
+        r"`((?:[A-Z_]+=\S+ )*python (?:-m (?:util|benchmarks|demo|tests)\b[\w.]*|\w+\.py)[^`]*)`", prose
+    ):
+        module = re.search(r"python (?:-m )?([\w.]+)", command)[1].removesuffix(".py")
+        flags = set(re.findall(r"(?<=\s)--\w+", command.partition(module)[2]))
+        if not (ROOT / f"{module.replace('.', '/')}.py").exists() or flags - flags_of(module):
+            wrong.append(command)
+    return wrong
+
+
+def flags_of(module: str) -> set[str]:
+    """Flags of a script and of its commands; empty without a parser."""
+    imported = importlib.import_module(module)
+    parsers = [imported.get_parser()] if hasattr(imported, "get_parser") else []
+    for action in parsers[0]._actions if parsers else []:
+        parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+    return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *map(module_path, sorted(SOURCES))], ids=lambda path: path.name)
+def test_commands_in_running_text_have_a_script_and_its_flags(page):
+    """Pages of documentation, and docstrings and messages of the sources."""
+    assert wrong_scripts_in(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "command", ["python -m util.cache build --oout x", "python main_pretrain.py --helpp", "python main_x.py"]
+)
+def test_a_wrong_command_in_running_text_is_found(command):
+    assert wrong_scripts_in(f"Call `{command}` once.") == [command]
 
 
 def test_right_commands_of_every_kind_pass(monkeypatch):

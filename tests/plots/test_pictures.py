@@ -139,7 +139,7 @@ def test_the_attention_picture_has_a_column_per_head_divided_by_its_maximum(draw
 
 def test_the_component_picture_shows_them_together_and_alone(drawn):
     model, images = encoder(size=(16, 16)), torch.randn(2, 3, 16, 16)
-    draw_components(model, images, torch.rand(2, 3, 16, 16))
+    draw_components(patch_features(model, images), torch.rand(2, 3, 16, 16))
     together, *alone = [value for name, value in drawn.items() if name.startswith("component")]
     assert len(alone) == 3
     assert np.array_equal(together, np.stack([one[..., 0] for one in alone], -1))

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.evaluate.encoder import patch_features
 from util.plots.grids import draw_columns, enlarge_maps, to_uint8
 
 RAMP = ((234, 240, 246), (150, 198, 224), (24, 100, 170), (8, 24, 66))  # pale to dark blue: lightness shows the value
@@ -79,10 +78,10 @@ def draw_queries(maps: Tensor, pixels: Tensor) -> np.ndarray:
     return draw_columns({f"image {n + 1}": rows[:, n] for n in range(rows.shape[1])}, labels)
 
 
-def draw_components(encoder: Any, images: Tensor, pixels: Tensor) -> np.ndarray:
-    """Grid (H', W', 3) uint8, a row per image: the image, three components of its patch features as RGB, and each alone."""
-    components, shares = principal_components(patch_features(encoder, images))
-    maps = enlarge_maps(stretch_components(components), encoder.patch)
+def draw_components(features: Tensor, pixels: Tensor) -> np.ndarray:
+    """Grid (H', W', 3) uint8, a row per image: the image, three components of its patch features (B, D, h, w) as RGB, and each alone."""
+    components, shares = principal_components(features)
+    maps = enlarge_maps(stretch_components(components), pixels.shape[-1] // features.shape[-1])
     alone = {
         f"component {i + 1}: {share:.0%} of the variance": to_uint8(maps[:, i : i + 1])
         for i, share in enumerate(shares)
