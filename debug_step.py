@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine_pretrain import TrainState, train_step
 from util.args import Parser, number, resolve_defaults, run_main
-from util.checkpoint.resume import Progress, find_checkpoint, load_checkpoint
+from util.checkpoint.resume import Progress, average_statistics, find_checkpoint, load_checkpoint
 from util.checkpoint.state import copy_to_host
 from util.data.batches import DevicePrefetcher
 from util.dist import autocast, init_world
@@ -28,13 +28,7 @@ from util.log import Log
 from util.rng import seed_everything, step_seed
 from util.run import Run, read_config
 
-# a flag that only this script has, in this order -> script
-SCRIPTS = {
-    "mask_column": "main_segment",
-    "probe_as": "main_linprobe",
-    "layer_decay": "main_finetune",
-    "mask_ratio": "main_pretrain",
-}
+SCRIPTS = ("main_pretrain", "main_linprobe", "main_finetune", "main_segment")
 
 
 def find_nonfinite_rows(value: Any, count: int) -> list[int]:
@@ -109,6 +103,8 @@ def run_until(state: TrainState, progress: Progress, last: int) -> list[str]:
     """Train from `progress` to the step before `last`, then inspect that one; returns the reports of all ranks."""
     sampler, world = state.loader.batch_sampler, state.run.world
     for epoch in range(progress.epoch, -(-last // sampler.steps)):
+        if epoch > progress.epoch:  # as at the end of an epoch of the run
+            average_statistics(state.model, world)
         start = progress.start_of(epoch).step
         sampler.start(epoch, start)
         batches = iter(DevicePrefetcher(state.loader, world.device, sampler.parts))
@@ -130,11 +126,10 @@ def get_parser() -> Parser:
 def main() -> None:
     asked = get_parser().parse_args()
     config = read_config(asked.run)
-    known = config.get("args", {})
-    script = next((script for flag, script in SCRIPTS.items() if flag in known), None)
-    if script is None:
+    script = Path(config.get("command", ["", ""])[1]).stem
+    if script not in SCRIPTS:
         raise ValueError(f"{asked.run / 'config.json'} is missing or damaged; RUN is the --output_dir of a run")
-    known |= {"input_size": tuple(known["input_size"])}
+    known = config["args"] | {"input_size": tuple(config["args"]["input_size"])}
     module = importlib.import_module(script)
     defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
     args = resolve_defaults(Namespace(**defaults | known | {"device": asked.device}))

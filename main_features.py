@@ -1,4 +1,4 @@
-"""python main_features.py --checkpoint output/pixmim/last.pth --data_path DIR --output FILE.npy: features of images.
+"""python main_features.py --checkpoint FILE --data_path DIR --output FILE.npy: features of images.
 
 One vector per image, the class token or the mean of the patch tokens, or with --maps a map of all patch tokens.
 """

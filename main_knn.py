@@ -1,4 +1,4 @@
-"""python main_knn.py --checkpoint output/pixmim/last.pth --data_path DIR: k-NN accuracy of a frozen encoder."""
+"""python main_knn.py --checkpoint FILE --data_path DIR: k-NN accuracy of a frozen encoder."""
 
 import argparse
 from argparse import Namespace
@@ -35,7 +35,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--k", type=number(int, 1), nargs="+", default=[20], help="numbers of neighbours that vote; the result is that of 20 if listed, else of the first")
     add("--temperature", type=number(float, 1e-3), nargs="+", default=[0.07],
         help="a vote has the weight exp(cosine similarity / temperature); the result is that of 0.07 if listed, else of the first")
-    add("--layers", type=number(int, 1, or_word="all"), nargs="+", default=[], metavar="N|all",
+    add("--layers", type=number(int, 1, words=["all"]), nargs="+", default=[], metavar="N|all",
         help="also measure the features after these blocks, counted from 1; all = each block")
     add("--layers_chart", type=picture, metavar="FILE", help="chart of the accuracy of --layers to write, .png or .jpg (default: none)")
     # fmt: on

@@ -1,4 +1,4 @@
-"""python main_pretrain.py --data_path DIR: pre-train PixMIM, or with --lowpass_radius 0 --crop rrc its host alone (MAE).
+"""python main_pretrain.py --data_path DIR: pre-train PixMIM, or with --lowpass_radius 0 --crop rrc plain MAE.
 
 The defaults are the paper's ViT-B/16, 300 epochs, on 8 devices.
 """

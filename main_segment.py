@@ -23,7 +23,7 @@ from util.args import Parser, number, run_main
 from util.checkpoint.resume import recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import train_loader
-from util.data.masks import MaskFolder, MultiScaleCrop, mask_folder, split_masks
+from util.data.masks import MaskFolder, mask_folder, multi_scale_crop, split_masks
 from util.data.ranges import resolve_pixels
 from util.data.sources import Subset
 from util.data.transforms import Normalize
@@ -33,7 +33,10 @@ from util.evaluate.scores import print_result
 from util.rng import SUBSET, generator
 from util.run import Run, start_run
 
-UNSET = {"ignore_index": 255}  # values of flags that are not given; with --eval those of the segmenter
+UNSET = {
+    "ignore_index": 255,
+    "mask_column": "mask",
+}  # values of flags that are not given; with --eval those of the segmenter
 LINEAR = UNSET | {"blr": [0.016], "weight_decay": 1e-4}
 FINETUNE = UNSET | {"blr": [1.6e-3], "weight_decay": 0.05}
 
@@ -49,9 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     # fmt: off
     group = cli.add_data_arguments(parser, "folder with {train,val}/{images,masks}, ADE20K's with {images,annotations}/{training,validation}, or a "
                                ".csv or .tsv with the paths of images and masks", packed=False)
-    group.add_argument("--image_column", metavar="NAME", help="column of a table with the images (default: image, file_name or path, for example)")
-    group.add_argument("--mask_column", metavar="NAME", default="mask", help="column of a table with the masks")
-    group.add_argument("--split_column", metavar="NAME", help="column of a table with the name of the split, such as train or val (default: split)")
+    group.add_argument("--mask_column", metavar="NAME", help="column of a table with the masks (default: mask)")
     group.add_argument("--classes", nargs="+", metavar="NAME", help="names of classes 0, 1, ... (default: as many as the masks of train, or ADE20K's)")
     group.add_argument("--palette", nargs="+", type=colour, metavar="RRGGBB", help="colours of classes 0, 1, ... in coloured masks (default: masks hold class numbers)")
     group.add_argument("--ignore_index", type=number(int, 0, 65535), help="class number of pixels that are ignored (default: 255)")
@@ -146,7 +147,7 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     args = resolve_pixels(args, train, recorded_args(args))
     run = begin(args)
     model = seg.build_segmenter(args, build_encoder, weights, len(train.classes), run.world, len(args.blr))
-    loader = train_loader(run, train, MultiScaleCrop(args), flip=True)
+    loader = train_loader(run, train, partial(multi_scale_crop, args=args), flip=True)
     loss_fn = segmentation_loss(Normalize(args, run.world.device))
     return prepare_training(run, model, build_adamw(model, run), loss_fn, loader), val
 
@@ -187,6 +188,9 @@ def vote(args: Namespace) -> Outcome:
     args, weights = read_architecture(args, ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
     train = mask_folder(args, "train")
+    if len(args.k) > 1 and len(train) < 2:
+        ks = " ".join(map(str, args.k))
+        raise ValueError(f"--k {ks}: train has one image, none to choose on; give one number")
     val = mask_folder(args, "val", train.classes)
     args = resolve_pixels(args, train)
     encoder = load_encoder(args, build_encoder, weights, **pooling(weights)).to(world.device).eval()
@@ -194,9 +198,6 @@ def vote(args: Namespace) -> Outcome:
     single = Namespace(**vars(args) | {"batch_size": 1})  # windows at a time: their votes need much memory
     chosen, held = {"k": args.k[0]}, generator(args.seed, SUBSET, 2).permutation(len(train))[: -(-len(train) // 10)]
     if len(args.k) > 1:
-        if len(train) < 2:
-            ks = " ".join(map(str, args.k))
-            raise ValueError(f"--k {ks}: train has one image, none to choose on; give one number")
         model = seg.PatchVotes(encoder, bank.without(held.tolist()), classes, args.k, args)
         results = seg.evaluate_segmenter(single, world, model, Subset(train, held))
         mious = {k: result["miou"] for k, result in zip(args.k, results, strict=True)}

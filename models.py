@@ -11,10 +11,6 @@ import models_pixmim
 from models_pixmim import LowPass, MaskedViT, PixMIM, low_pass_disc, mask_units
 
 ENCODERS = models_pixmim.ENCODERS | models_convmae.ENCODERS | models_mff.ENCODERS
-SAME_NAME = (  # flags that are options of PixMIM
-    "decoder", "decoder_dim", "decoder_depth", "decoder_heads", "fuse_levels", "mask_ratio", "mask_unit", "predict_ratio",
-    "norm_pix_loss",
-)  # fmt: skip
 
 
 def build_encoder(args: Namespace, **options) -> nn.Module:
@@ -49,8 +45,9 @@ def build_model(args: Namespace) -> PixMIM:
         if "fuse_layers" not in signature(ENCODERS[args.model]).parameters:
             raise ValueError(f"--fuse_layers: --model {args.model} does not fuse layers; use an mff_* model")
         options["fuse_layers"] = args.fuse_layers
-    method = {name: getattr(args, name) for name in SAME_NAME} | {"learned_positions": args.pos_embed == "learned"}
-    model = PixMIM(build_encoder(args, **options), build_target(args), **method)
+    method = {name: value for name, value in vars(args).items() if name in signature(PixMIM).parameters}
+    learned = args.pos_embed == "learned"
+    model = PixMIM(build_encoder(args, **options), build_target(args), learned_positions=learned, **method)
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 

@@ -1,4 +1,7 @@
-"""Pictures of a model: reconstruction, attention, feature components, spectrum, masks, low-pass filters, segmentation."""
+"""python visualize.py --checkpoint FILE --images DIR --output FILE.png: reconstruction of masked images.
+
+Other pictures: attention, feature components, spectrum, masks, low-pass filters, segmentation.
+"""
 
 import argparse
 import json

@@ -133,6 +133,21 @@ def test_workers_of_a_rank_are_its_share_of_the_cores(cores, local_ranks, worker
     assert default_workers() == workers
 
 
+@pytest.mark.parametrize(
+    ("cores", "tasks", "node", "workers"),
+    [(16, "8(x2),4", 2, 16), (64, "8(x2),4", 1, 8), (8, "8", 0, 8), (64, "1", 0, 24), (2, "8", 0, 2)],
+)
+def test_workers_of_a_rank_of_srun_are_its_share_of_the_cores_of_the_job(cores, tasks, node, workers, monkeypatch):
+    """64 cores of the node belong to the job; srun may bind each task to its share of them."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    monkeypatch.setenv("SLURM_NODEID", str(node))
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "64")
+    assert dist.local_ranks() == {"8(x2),4": [8, 8, 4], "8": [8], "1": [1]}[tasks][node]
+    assert default_workers() == workers
+
+
 def test_rank_without_local_rank_is_refused_on_gpus(cuda, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)

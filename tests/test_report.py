@@ -110,6 +110,14 @@ def test_the_difference_of_two_rows_is_over_the_seeds_that_both_have(tmp_path, t
         tabulate(tmp_path, three_groups, "--difference", 1, 4)
 
 
+@pytest.mark.parametrize(("size", "other"), [(64, None), ([64, 64], None), ([64, 48], [64, 64]), (32, [64, 64])])
+def test_another_input_size_than_the_checkpoints_makes_a_column(tmp_path, size, other):
+    """facebookresearch/mae's files state the side alone."""
+    found = record(pretrain={"input_size": size}, result={"acc1": 1.0})
+    _, column, _ = report.interpret(found)
+    assert column.get("other_input_size") == other
+
+
 SAME_ROW = [
     *({"seed": 1}, {"num_workers": 9}, {"output_dir": "y"}, {"data_path": "/elsewhere/photos"}),
     *({"crop_interpolation": "bilinear"}, {"batch_size": 32, "accum_iter": 2}),  # bilinear is what auto means for src

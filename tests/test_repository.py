@@ -294,6 +294,17 @@ def test_commands_in_running_text_have_a_script_and_its_flags(page):
     assert wrong_scripts_in(page.read_text()) == []
 
 
+SCRIPTS = [name for name, text in SOURCES.items() if "\nif __name__ ==" in text]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_docstring_of_a_script_begins_with_its_command(name):
+    command = f"python {f'-m {name}' if name.startswith('util') else f'{name}.py'} "
+    first = SOURCES[name].splitlines()[0].removeprefix('"""')
+    assert first.startswith(command)
+    assert wrong_scripts_in(f"`{first.partition(':')[0]}`") == []
+
+
 @pytest.mark.parametrize(
     "command", ["python -m util.cache build --oout x", "python main_pretrain.py --helpp", "python main_x.py"]
 )

@@ -85,11 +85,11 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
-def number(kind: type, low: float, high: float = 10**9, *, or_word: str = "") -> Callable:
-    """argparse type: an int or float in [low, high], or `or_word`. nan and inf are rejected."""
+def number(kind: type, low: float, high: float = 10**9, *, words: Sequence[str] = ()) -> Callable:
+    """argparse type: an int or float in [low, high], or one of `words`. nan and inf are rejected."""
 
     def convert(text: str):
-        if or_word and text == or_word:
+        if text in words:
             return text
         value = kind(text)
         if not low <= value <= high:
@@ -120,11 +120,6 @@ class SizeAction(argparse.Action):
         if len(values) > 2:
             parser.error(f"{option_string} takes one number or two (H W), not {len(values)}")
         setattr(namespace, self.dest, (values[0], values[-1]))
-
-
-def range_word(text: str):
-    """argparse type: a word of --value_range."""
-    return text if text in ("auto", "full", "percentile") else number(float, -(10**12), 10**12)(text)
 
 
 class RangeAction(argparse.Action):
@@ -167,7 +162,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: s
 def add_method_arguments(parser: argparse.ArgumentParser, **defaults):
     """Flags of the pre-training method; `defaults` override METHOD."""
     group = parser.add_argument_group("method")
-    group.add_argument("--lowpass_radius", type=number(float, 0, or_word="auto"),
+    group.add_argument("--lowpass_radius", type=number(float, 0, words=["auto"]),
                        help="cut-off of the target in frequency bins; 0 = raw pixels (MAE); auto = 40 at 224 px, "
                             "in proportion to the shorter side")
     group.add_argument("--lowpass", choices=["reference", "centered"],
@@ -216,7 +211,8 @@ def add_pixel_arguments(group, stated: str = "as in --checkpoint, else ") -> Non
     """Flags of the values of an image; `stated`: where their defaults are read."""
     group.add_argument("--bands", type=number(int, 1), nargs="+",
                        help="bands, channels or pages of each image to use, in this order; 1 = first (default: " + stated + "all)")
-    group.add_argument("--value_range", type=range_word, nargs="+", action=RangeAction, metavar="auto|full|LOW HIGH|percentile P Q",
+    group.add_argument("--value_range", type=number(float, -(10**12), 10**12, words=["auto", "full", "percentile"]), nargs="+",
+                       action=RangeAction, metavar="auto|full|LOW HIGH|percentile P Q",
                        help="values that become black and white. auto = one range for all images that are not 8-bit: the declared one, "
                             "else from a sample of at most 256; full = range of the number type, 0 to 1 for floats; LOW HIGH, or such a "
                             "pair per channel = of all images; percentile = of each channel of each image (default: " + stated + "auto)")
@@ -245,12 +241,12 @@ def add_data_arguments(parser: argparse.ArgumentParser, layout: str, splits: boo
 def add_source_arguments(group, layout: str, splits: bool = True, packed: bool = True) -> None:
     """Flags that name images, for a parser or a group of it."""
     group.add_argument("--data_path", nargs="+", required=True, metavar="PATH", help=layout + ("; several are joined" if packed else ""))
-    if not packed:
-        return
     group.add_argument("--image_column", metavar="NAME",
-                       help="column of a .csv, .tsv or .parquet with the images or their paths (default: image, file_name or path, for example)")
+                       help="column of a table with the images or their paths (default: image, file_name or path, for example)")
     if splits:
         group.add_argument("--split_column", metavar="NAME", help="column of a table with the name of the split, such as train or val (default: split)")
+    if not packed:
+        return
     group.add_argument("--tar_key", metavar="KEY",
                        help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all (default: the only one)")
     group.add_argument("--verbose_data", action="store_true", help="list each class and each file that is left out")

@@ -1,4 +1,4 @@
-"""Build and verify packed caches of resized images: `python -m util.cache build | verify`."""
+"""python -m util.cache build --data_path DIR --out DIR, python -m util.cache verify DIR: packed caches of resized images."""
 
 import argparse
 import hashlib
@@ -111,7 +111,7 @@ class Builder:
         flags = ("crop_interpolation", "in_chans", "bands", "value_range", "alpha", "tile", "payload")
         self.plan: dict[str, Any] = {"format": FORMAT, "input_size": list(args.input_size)}
         self.plan |= {flag: getattr(args, flag) for flag in flags} | {"images": len(self.source)}
-        self.plan |= {"files": files.hexdigest(), "pillow": PIL.__version__, "classes": self.source.classes}
+        self.plan |= {"files": files.hexdigest(), "pillow": PIL.__version__}
         self.plan["names"] = self.source.digest() if args.tile is None else None
 
     def prepare(self) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 if not __package__:  # python util/convert.py
     sys.path[0] = str(Path(__file__).parents[1])
 
-from util.args import Parser, SizeAction, number
-from util.files import import_package, printable, write_failure
+from util.args import Parser, SizeAction, number, run_main
+from util.files import import_package, write_failure
 from util.formats.commands import load_command
 from util.formats.keys import DECODER, FORMATS
 from util.formats.read import read_weights
@@ -107,20 +107,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    try:
-        args = get_parser().parse_args()
-        options = {
-            name: getattr(args, name) for name in ("folder", "encoder_only", "input_size", "backbone", "use_ema")
-        }
-        if args.push_to_hub and not (args.folder or args.to == "hf"):
-            raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")
-        print(convert(args.IN, args.OUT, args.to, **options))
-        if args.push_to_hub:
-            push(args.OUT, args.push_to_hub)
-            print(f"pushed   {args.push_to_hub}")
-    except (ValueError, OSError) as error:
-        sys.exit(printable(f"error: {error}"))
+    args = get_parser().parse_args()
+    options = {name: getattr(args, name) for name in ("folder", "encoder_only", "input_size", "backbone", "use_ema")}
+    if args.push_to_hub and not (args.folder or args.to == "hf"):
+        raise ValueError(f"--push_to_hub {args.push_to_hub} requires --folder or --to hf")
+    print(convert(args.IN, args.OUT, args.to, **options))
+    if args.push_to_hub:
+        push(args.OUT, args.push_to_hub)
+        print(f"pushed   {args.push_to_hub}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -78,6 +78,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def local_ranks(environ=os.environ) -> int:
+    """Number of ranks on this node, from the variables of torchrun or srun; 1 without them."""
+    if "LOCAL_WORLD_SIZE" in environ:
+        return int(environ["LOCAL_WORLD_SIZE"])
+    tasks = re.findall(
+        r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    )  # 8(x2),4: of three nodes
+    per_node = [int(count) for count, nodes in tasks for _ in range(int(nodes or 1))]
+    return per_node[int(environ.get("SLURM_NODEID", 0))]
+
+
 def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
     """(rank, number of ranks, local rank) from the variables of torchrun or srun; (0, 1, 0) without them."""
     if "RANK" in environ and "WORLD_SIZE" in environ:

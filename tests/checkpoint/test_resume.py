@@ -22,6 +22,7 @@ from conftest import (
     DEVICE,
     PRETRAIN,
     ROOT,
+    assert_same,
     assert_same_run,
     call,
     ended,
@@ -680,6 +681,7 @@ import main_pretrain
 from util.args import run_main
 from util.checkpoint.saver import Saver
 
+sys.argv[0] = "main_pretrain.py"
 calls, real = [], Saver.after_step
 def after_step(self, progress):
     real(self, progress)
@@ -783,7 +785,7 @@ def test_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
 
 def test_probing_on_two_ranks_resumes_with_the_batch_norm_statistics_of_each_rank(pretrained, photos, tmp_path):
     flags = [*CLASSIFIER_FLAGS, "--warmup_epochs", 0, "--blr", 1, "--pool", "mean", "--data_path", photos]
-    flags = ["main_linprobe", *flags, "--checkpoint", pretrained / "last.pth", "--output_dir"]
+    flags = ["main_linprobe", *flags, "--save_every", 1, "--checkpoint", pretrained / "last.pth", "--output_dir"]
     for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "uninterrupted"):
         assert status == 0, err
     script = SIGNAL_RANK_1.replace("main_pretrain", "main_linprobe").replace("== 10", "== 4").format("SIGTERM")
@@ -793,6 +795,16 @@ def test_probing_on_two_ranks_resumes_with_the_batch_norm_statistics_of_each_ran
     for status, _, err in ranks(2, f"{flags[0]}.py", *flags[1:], tmp_path / "interrupted"):
         assert status == 0, err
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
+    # from the initial weights past the end of the first epoch, where the ranks average their statistics
+    saved = torch.load(tmp_path / "uninterrupted" / "epoch-0001.pth", weights_only=True)
+    for path in (tmp_path / "uninterrupted").glob("*.pth"):
+        path.unlink()
+    step = saved["steps"] + 1
+    for status, _, err in ranks(2, "debug_step.py", tmp_path / "uninterrupted", step, "--device", "cpu"):
+        assert status == 0, err
+    for suffix in ("", "-rank1"):
+        replayed = torch.load(tmp_path / "uninterrupted" / f"debug-{step}{suffix}.pth", weights_only=True)["model"]
+        assert_same(replayed, saved["model"])
 
 
 def test_error_if_ranks_find_different_checkpoints(photos, tmp_path, monkeypatch):

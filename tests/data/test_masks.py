@@ -1,7 +1,9 @@
 """Folders of images and masks: layouts, decoding, errors, crops."""
 
+import re
 import shutil
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from conftest import DEVICE, MODEL, call
 from PIL import Image
 
-from util.data.masks import MultiScaleCrop, fit_size, mask_folder, split_masks
+from util.data.masks import fit_size, mask_folder, multi_scale_crop, split_masks, whole_image
 from util.data.pixels import PixelOptions
 from util.data.samples import Samples
 
@@ -77,7 +79,9 @@ def test_images_of_one_and_of_other_channels_are_read(channels, tmp_path):
         np.save(tmp_path / "train" / "images" / "a.npy", pixels)
         (tmp_path / "train" / "images" / "a.png").unlink()
     samples = Samples(
-        mask_folder(flags(tmp_path), "train"), MultiScaleCrop(flags(tmp_path)), flags(tmp_path, in_chans=channels)
+        mask_folder(flags(tmp_path), "train"),
+        partial(multi_scale_crop, args=flags(tmp_path)),
+        flags(tmp_path, in_chans=channels),
     )
     assert samples.__getitems__([(0, 0)])["images"].shape == (1, 16, 16, channels + 1)
 
@@ -148,13 +152,23 @@ def test_images_are_resized_to_the_short_side_and_cover_the_input(size, side, fi
     assert fit_size(*size, flags(".", short_side=side)) == fitted
 
 
+def test_a_very_long_image_is_refused_by_name_before_it_is_enlarged(tmp_path):
+    write_pair(tmp_path, np.zeros((2, 20000), np.uint8), np.zeros((2, 20000), np.uint8))
+    args = flags(tmp_path, input_size=(512, 512), classes=["a", "b"])
+    samples = Samples(mask_folder(args, "train"), partial(whole_image, args=args), flags(tmp_path, in_chans=3))
+    reason = samples.__getitems__([(0, 0)])["stop"]
+    assert re.search(r"a\.png cannot be read: is 20000 x 2 .*5120000 x 512", reason)
+    args.short_side, args.input_size = 0, (2, 2)
+    assert fit_size(5000, 5000, args) == (5000, 5000)  # as the image is: not enlarged
+
+
 def test_crops_without_scaling_equal_slices_of_the_padded_image(monkeypatch):
     monkeypatch.setattr("util.data.masks.SCALES", (1.0, 1.0))
     rng = np.random.default_rng(0)
     pixels, mask = rng.integers(1, 256, (40, 20, 3), np.uint8), rng.integers(1, 5, (40, 20), np.uint8)
     bands, places = [Image.fromarray(pixels), Image.fromarray(mask)], set()
     for seed in range(5):
-        crop = MultiScaleCrop(flags(".", short_side=0))(bands, np.random.default_rng(seed))
+        crop = multi_scale_crop(bands, np.random.default_rng(seed), args=flags(".", short_side=0))
         _, y, x = np.random.default_rng(seed).random(3)
         y, x = round(y * (40 - 16)), round(x * (20 - 16))
         assert np.array_equal(crop, np.dstack([pixels, mask])[y : y + 16, x : x + 16])
@@ -166,7 +180,7 @@ def test_image_and_mask_stay_aligned_at_every_scale_and_padding_is_ignored():
     mask = np.kron(np.arange(1, 5).reshape(2, 2), np.ones((16, 16))).astype(np.uint8)
     bands, padded = [Image.fromarray(mask * 50), Image.fromarray(mask)], 0
     for seed in range(20):
-        crop = MultiScaleCrop(flags("."))(bands, np.random.default_rng(seed)).astype(int)
+        crop = multi_scale_crop(bands, np.random.default_rng(seed), args=flags(".")).astype(int)
         around = np.stack([np.roll(crop[..., 1], (dy, dx), (0, 1)) for dy in (-2, 0, 2) for dx in (-2, 0, 2)])
         inside = (around.min(0) == around.max(0))[2:-2, 2:-2]  # away from edges, where bilinear and nearest differ
         assert inside.any()
@@ -178,7 +192,7 @@ def test_image_and_mask_stay_aligned_at_every_scale_and_padding_is_ignored():
 def test_crops_and_flips_are_a_function_of_seed_epoch_and_sample(masked):
     def sample(seed: int, epoch: int) -> dict:
         args = flags(masked, seed=seed)
-        samples = Samples(mask_folder(args, "train"), MultiScaleCrop(args), args, flip=True)
+        samples = Samples(mask_folder(args, "train"), partial(multi_scale_crop, args=args), args, flip=True)
         return samples.__getitems__([(epoch, 1), (epoch, 0)])
 
     first, again = sample(0, 0), sample(0, 0)

@@ -280,6 +280,27 @@ def test_the_best_head_is_logged_saved_and_evaluated_again(heads, masked):
     assert again == {k: best[k] for k in again}
 
 
+def test_a_segmenter_is_evaluated_on_the_columns_that_it_was_trained_on(masked, pretrained, tmp_path):
+    rows = [f"{path},{path.parts[-3]},{path.parents[1] / 'masks' / path.name}" for path in masked.glob("*/images/*")]
+    (tmp_path / "x.csv").write_text("file,part,seg\n" + "\n".join(rows))
+    columns = [
+        "--image_column",
+        "file",
+        "--split_column",
+        "part",
+        "--mask_column",
+        "seg",
+        "--classes",
+        "ground",
+        "square",
+    ]
+    words = ["--checkpoint", pretrained / "last.pth", *TRAIN, "--short_side", 16]
+    trained = segment(tmp_path / "run", tmp_path / "x.csv", *words, *columns)
+    saved = tmp_path / "run" / "segmenter.pth"
+    again = segment(tmp_path / "eval", tmp_path / "x.csv", "--eval", "--checkpoint", saved)
+    assert again == {name: trained[name] for name in again}
+
+
 def test_a_segmenter_is_an_encoder_for_all_others_and_only_it_can_be_evaluated(
     heads, pretrained, photos, masked, tmp_path
 ):

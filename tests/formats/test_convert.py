@@ -824,7 +824,7 @@ def test_convert_runs_as_a_module_and_as_a_script(module, mae, tmp_path):
 def test_a_missing_recipe_of_convert_is_one_line():
     result = run("@nowhere.args", "x.pth")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
-    assert result.stderr.startswith("error: @nowhere.args: recipe ")
+    assert result.stderr.startswith("convert.py: error: @nowhere.args: recipe ")
 
 
 def test_a_failed_conversion_exits_with_1_and_does_not_change_out(mae, tmp_path):
@@ -832,7 +832,7 @@ def test_a_failed_conversion_exits_with_1_and_does_not_change_out(mae, tmp_path)
     out.write_bytes(b"precious")
     result = run(save_content(tmp_path, {"model": mae | {"extra": torch.ones(1)}}), out, "--to", "mae")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("convert.py: error: ")
     assert result.stderr.count("\n") == 1
     assert out.read_bytes() == b"precious"
 
@@ -845,7 +845,7 @@ def test_a_custom_encoder_is_read_unchanged_but_not_converted(mae, tmp_path):
     assert family(state) is default_format(state) is None
     result = run(path, tmp_path / "out.pth", module=True)
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(r"error: gate\.weight: .*\n", result.stderr)
+    assert re.fullmatch(r"convert\.py: error: gate\.weight: .*\n", result.stderr)
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -885,10 +885,10 @@ def test_a_full_disk_changes_no_file_and_leaves_no_temporary_file(mae, tmp_path,
 @pytest.mark.parametrize("target", ["timm", "mae", "mmpretrain", "mmseg", "detectron2", "timm --folder", "hf"])
 def test_a_file_too_large_is_one_line_with_its_name(target, mae, tmp_path):
     path, out = save_content(tmp_path, {"model": mae}), tmp_path / "out"
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\nfrom util.convert import main; main()"
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\nfrom util.args import run_main; from util.convert import main; run_main(main)"
     status, _, err = ended(spawn("-c", limited, path, out, "--to", *target.split()))
     assert status == 1
-    assert re.fullmatch(rf"error: {out} cannot be written \(.*\); the previous file is unchanged\n", err)
+    assert re.fullmatch(rf"-c: error: {out} cannot be written \(.*\); the previous file is unchanged\n", err)
     assert [x.name for x in tmp_path.iterdir()] == ["in.pth"]
 
 

@@ -915,13 +915,13 @@ def test_push_to_hub_creates_a_private_repository(mae, tmp_path, monkeypatch, ca
 
 def test_push_errors_are_one_line(mae, tmp_path, monkeypatch):
     path = save_content(tmp_path, {"model": mae})
-    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x .*--folder"):
+    with pytest.raises(ValueError, match=r"--push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_args, **_kwargs: 1 / 0)
-    with pytest.raises(SystemExit, match=r"error: --push_to_hub me/x: division by zero; .*out "):
+    with pytest.raises(OSError, match=r"--push_to_hub me/x: division by zero; .*out "):
         command(monkeypatch, path, tmp_path / "out", "--to", "hf", "--push_to_hub", "me/x")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(SystemExit, match=r"--push_to_hub me/x .*pip install huggingface_hub"):
+    with pytest.raises(ValueError, match=r"--push_to_hub me/x .*pip install huggingface_hub"):
         command(monkeypatch, path, tmp_path / "out2", "--to", "hf", "--push_to_hub", "me/x")
 
 

@@ -21,7 +21,7 @@ from util.data.cache import Cache
 from util.data.folders import Source
 from util.data.samplers import EvalSampler, TrainSampler
 from util.data.samples import Samples, free_shared_memory
-from util.dist import World
+from util.dist import World, local_ranks
 from util.run import Run
 
 
@@ -71,7 +71,9 @@ def default_workers() -> int:
     """This rank's share of the cores, at most 24."""
     limited = hasattr(os, "sched_getaffinity")  # macOS has none
     cores = len(os.sched_getaffinity(0)) if limited else os.cpu_count() or 1
-    return min(24, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    # srun may have bound this process to its share of the node's cores; torchrun does not
+    on_node = cores if "LOCAL_WORLD_SIZE" in os.environ else int(os.environ.get("SLURM_CPUS_ON_NODE", cores))
+    return min(24, max(1, min(cores, on_node // local_ranks())))
 
 
 def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device: torch.device) -> Any:

@@ -65,7 +65,7 @@ class Cache(Source):
                 raise ValueError(f"its format is {manifest['format']!r} with {manifest['payload']!r}, not {FORMAT!r}")
             self.flags = {flag: manifest[flag] for flag in ("input_size", "crop_interpolation", "in_chans")}
             self.flags |= {flag: manifest.get(flag) for flag in PIXEL_FLAGS}
-            self.payload, self.classes = str(manifest["payload"]), [str(name) for name in manifest["classes"]]
+            self.payload, self.classes = str(manifest["payload"]), []
             self.shard_digests = [str(shard["sha256"]) for shard in manifest["shards"]]
             self.names_digest = manifest.get("names")
             sizes = np.array([int(shard["bytes"]) for shard in manifest["shards"]], np.uint64)

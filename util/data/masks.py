@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from util.crop import MAX_PIXELS
 from util.data.decode import read_image
 from util.data.folders import Folder, Query, find_split, list_images
 from util.data.pixels import PixelOptions
@@ -130,34 +131,45 @@ def mask_folder(args: Namespace, split: str, classes: Sequence[str] | None = Non
 
 
 def fit_size(height: int, width: int, args: Namespace) -> tuple[int, int]:
-    """(H, W) to which an image is resized: short side --short_side (0 = unchanged), at least --input_size in both directions."""
+    """(H, W) to which an image is resized: short side --short_side (0 = unchanged), at least --input_size in both directions.
+
+    ValueError if a very long image would be enlarged to more pixels than `resize_to_cover` allows.
+    """
+    input_height, input_width = args.input_size
     side = min(args.input_size) if args.short_side is None else args.short_side
-    scale = max(side / min(height, width) if side else 1.0, args.input_size[0] / height, args.input_size[1] / width)
-    return max(round(height * scale), args.input_size[0]), max(round(width * scale), args.input_size[1])
+    scale = max(side / min(height, width) if side else 1.0, input_height / height, input_width / width)
+    h, w = max(round(height * scale), input_height), max(round(width * scale), input_width)
+    if scale > 1 and h * w > max(MAX_PIXELS, 64 * input_height * input_width):
+        raise ValueError(
+            f"is {width} x {height} and would be {w} x {h} for --input_size {args.input_size}: too long; crop it"
+        )
+    return h, w
 
 
-class MultiScaleCrop:
+def multi_scale_crop(
+    bands: Sequence[Image.Image], rng: np.random.Generator, out=None, *, args: Namespace
+) -> np.ndarray:
     """Bands -> (H, W, C + 1) uint8: a window at a random place and of a random scale, 1/2 to 2 times `fit_size`.
 
     A window that is larger than the image is filled with zeros. Images are resized bilinearly, masks to the nearest.
     """
-
-    def __init__(self, args: Namespace):
-        self.args = args
-
-    def __call__(self, bands: Sequence[Image.Image], rng: np.random.Generator, out=None) -> np.ndarray:
-        (width, height), (scale, *place) = bands[0].size, rng.random(3)
-        zoom = fit_size(height, width, self.args)[0] / height * SCALES[0] * (SCALES[1] / SCALES[0]) ** scale
-        h, w = (max(1, round(side / zoom)) for side in self.args.input_size)
-        top, left = (round(draw * (n - side)) for draw, n, side in zip(place, (height, width), (h, w), strict=True))
-        filters = [Image.Resampling.BILINEAR] * (len(bands) - 1) + [Image.Resampling.NEAREST]
-        box, size = (left, top, left + w, top + h), self.args.input_size[::-1]
-        cropped = [band.crop(box).resize(size, kind) for band, kind in zip(bands, filters, strict=True)]
-        return stack_bands(cropped, rng, out)
+    (width, height), (scale, *place) = bands[0].size, rng.random(3)
+    zoom = fit_size(height, width, args)[0] / height * SCALES[0] * (SCALES[1] / SCALES[0]) ** scale
+    h, w = (max(1, round(side / zoom)) for side in args.input_size)
+    top, left = (round(draw * (n - side)) for draw, n, side in zip(place, (height, width), (h, w), strict=True))
+    filters = [Image.Resampling.BILINEAR] * (len(bands) - 1) + [Image.Resampling.NEAREST]
+    box, size = (left, top, left + w, top + h), args.input_size[::-1]
+    return stack_bands([band.crop(box).resize(size, kind) for band, kind in zip(bands, filters, strict=True)], out)
 
 
-def stack_bands(bands: Sequence[Image.Image], rng: Any, out: np.ndarray | None = None) -> np.ndarray:
-    """Bands -> (h, w, C + 1) uint8, unchanged: the transform of evaluation, for batches of one image."""
+def whole_image(bands: Sequence[Image.Image], rng: Any, out=None, *, args: Namespace) -> np.ndarray:
+    """Bands -> (h, w, C + 1) uint8, unchanged: the transform of evaluation. ValueError as `fit_size`."""
+    fit_size(bands[0].height, bands[0].width, args)
+    return stack_bands(bands, out)
+
+
+def stack_bands(bands: Sequence[Image.Image], out: np.ndarray | None = None) -> np.ndarray:
+    """Bands -> (h, w, C + 1) uint8."""
     return np.concatenate([np.atleast_3d(np.asarray(band)) for band in bands], axis=2, out=out)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from util.data.folders import Source
 from util.data.pixels import PixelOptions
 from util.data.timeouts import DiskTimeout, time_limit
+from util.dist import local_ranks
 from util.rng import CROP, MASK, SampleRng
 
 
@@ -121,7 +122,7 @@ def alloc_batch(count: int, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised (count, *shape) uint8; in a worker process in shared memory if it has room, which saves a copy."""
     worker, size = get_worker_info(), count * math.prod(shape)
     # each worker of this machine may be about to fill a batch
-    workers = worker.num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if worker else 0
+    workers = worker.num_workers * local_ranks() if worker else 0
     if worker is None or free_shared_memory() < workers * (size + 2**20):
         return torch.from_numpy(np.empty((count, *shape), np.uint8))  # NumPy asks for huge pages, torch does not
     return default_collate([torch.zeros((), dtype=torch.uint8).expand(count, *shape)])[0]

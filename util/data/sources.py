@@ -18,7 +18,7 @@ from util.data.cache import Cache, is_cache
 from util.data.folders import IMAGE, Folder, Query, Source, find_split, folder_source, kind_of, list_files, split_folder
 from util.data.pixels import PixelOptions
 from util.data.streams import Stream, import_webdataset, is_stream
-from util.data.tables import TABLES, open_parquet, open_table, order_classes
+from util.data.tables import TABLES, open_parquet, order_classes, read_text, table_of_paths
 from util.dist import rank_from_env
 from util.files import printable, write_atomic
 from util.rng import SUBSET, generator
@@ -112,7 +112,7 @@ def open_group(kind: str, paths: Iterable[str], query: Query) -> Source:
     if kind == "folder":
         return open_folder(paths[0], query)
     if kind == "table":
-        return open_table(Path(paths[0]), query)
+        return table_of_paths(Path(paths[0]), read_text(Path(paths[0]), query), query)
     if kind == "file":
         return Folder([os.fsencode(path) for path in paths], os.path.dirname(paths[0]))
     chosen, query = files_of_split(list(map(Path, paths)), query)

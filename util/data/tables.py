@@ -139,11 +139,6 @@ def table_of_paths(path: Path, columns: dict[str, list[str]], query: Query) -> F
     return source
 
 
-def open_table(path: Path, query: Query) -> Folder:
-    """The image files that a .txt, .csv or .tsv lists."""
-    return table_of_paths(path, read_text(path, query), query)
-
-
 class Embedded(Source):
     """Images stored in a column of parquet files, as Hugging Face writes them. Reading one reads its row group."""
 

@@ -13,7 +13,7 @@ from util.data.transforms import eval_transform
 from util.dist import init_world
 from util.evaluate.encoder import load_encoder, pooling
 from util.evaluate.probes import Probe
-from util.evaluate.robustness import MaskedClasses, evaluate_corruptions, find_images
+from util.evaluate.robustness import evaluate_corruptions, find_images, mask_classes
 from util.evaluate.scores import evaluate, print_result
 from util.formats.commands import load_command
 from util.formats.keys import default_format, to_mae
@@ -69,17 +69,18 @@ def evaluate_classifier(args: Namespace, weights: Weights | None, build_encoder:
         if world.is_main:
             print(line, flush=True)
 
-    def score(source: Source, model: nn.Module) -> list[dict]:
+    def score(source: Source) -> list[dict]:
         return evaluate(args, world, model, eval_loader(args, world, source, transform), count)
 
     if tree:
         report("images are resized to --input_size without a crop: those of ImageNet-C are cropped already")
-        result = evaluate_corruptions(tree, lambda source: score(source, model)[0]["acc1"], count == 1000, report)
+        result = evaluate_corruptions(tree, lambda source: score(source)[0]["acc1"], count == 1000, report)
     elif absent:
         report(f"{len(absent)} of the {count} classes have no folder in {val.place}: acc1 is among the others only")
-        result, unmasked = score(val, MaskedClasses(model, absent))
+        model.register_forward_hook(lambda _module, _images, logits: mask_classes(logits, absent))
+        result, unmasked = score(val)
         result |= {"classes": count - len(absent), "acc1_all_classes": unmasked["acc1"]}
     else:
-        (result,) = score(val, model)
+        (result,) = score(val)
     print_result(world, result, args)
     world.close()

@@ -7,7 +7,7 @@ from statistics import fmean as mean
 
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.data.folders import Query, Source, find_split
 from util.data.sources import labelled_source
@@ -23,18 +23,11 @@ ALEXNET = {
 SEVERITIES = range(1, 6)
 
 
-class MaskedClasses(nn.Module):
-    """Logits (B, 2, classes) of a classifier: without the absent classes, as ImageNet-A and -R define, and with all."""
-
-    def __init__(self, model: nn.Module, absent: list[int]):
-        super().__init__()
-        self.model, self.absent = model, absent
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.model(images).flatten(0, -2).unsqueeze(1)  # an attentive probe has (B, 1, classes)
-        masked = logits.clone()
-        masked[..., self.absent] = -torch.inf
-        return torch.cat([masked, logits], dim=1)
+def mask_classes(logits: Tensor, absent: list[int]) -> Tensor:
+    """Logits (B, classes) -> (B, 2, classes): without the absent classes, as ImageNet-A and -R define, and with all."""
+    masked = logits.clone()
+    masked[:, absent] = -torch.inf
+    return torch.stack([masked, logits], dim=1)
 
 
 def class_names(weights: Weights) -> list[str] | None:

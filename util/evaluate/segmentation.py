@@ -7,6 +7,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from util.checkpoint.resume import average_statistics
 from util.checkpoint.state import copy_to_host, read_checkpoint, write_checkpoint
 from util.data.batches import DevicePrefetcher, eval_loader
 from util.data.folders import Source
-from util.data.masks import fit_size, split_masks, stack_bands
+from util.data.masks import fit_size, split_masks, whole_image
 from util.data.transforms import Normalize
 from util.dist import World, autocast
 from util.evaluate.encoder import Encoder, forward_blocks, load_encoder, pooling
@@ -278,7 +279,7 @@ def evaluate_segmenter(args, world: World, model: nn.Module, source: Source, run
 
 def mask_loader(args: Namespace, world: World, source: Source) -> DevicePrefetcher:
     """Batches of one image of any size, spread over the ranks."""
-    return eval_loader(Namespace(**vars(args) | {"batch_size": 1}), world, source, stack_bands)
+    return eval_loader(Namespace(**vars(args) | {"batch_size": 1}), world, source, partial(whole_image, args=args))
 
 
 def validate_segmenter(run: Run, model: nn.Module, source: Source, epoch: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Chart of pre-training runs from their log.jsonl: loss, gradient norm, kNN. `python -m util.plots.curves RUN... --output x.png`."""
+"""python -m util.plots.curves RUN... --output FILE.png: chart of pre-training runs: loss, gradient norm, kNN."""
 
 import argparse
 from pathlib import Path
