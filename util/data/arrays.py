@@ -6,7 +6,6 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-import PIL
 from PIL import Image, ImageOps
 
 from util.data.pixels import PixelOptions, Stored, range_of_type
@@ -190,13 +189,7 @@ def read_foreign(file: str | BytesIO, options: PixelOptions, error: Exception) -
             return read_dicom(opened, options)
     if head.startswith(TIFF):
         return read_tiff(file, options)
-    brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    if b"avif" in head[8:40] and brand and "AVIF" not in Image.OPEN:
-        raise ValueError(f"is AVIF, which Pillow {PIL.__version__} does not read: pip install -U pillow") from error
-    if brand in HEIF and b"avif" not in head[8:40]:
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF:
         import_package("pillow_heif", "is HEIC, which", "pillow-heif").register_heif_opener()
         return Image.open(file, formats=["HEIF"])
-    formats: list[str] = [name for name in ("JPEG2000", "AVIF") if name in Image.OPEN]
-    if not formats or not (brand or head.startswith((b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51"))):
-        raise error
-    return Image.open(file, formats=formats)
+    raise error

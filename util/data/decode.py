@@ -11,7 +11,7 @@ from util.data.arrays import GEOTIFF, TIFF, read_foreign, read_values
 from util.data.pixels import PixelOptions, Stored, to_bands
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns at half of its limit; PixelOptions.max_pixels is checked instead
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # for some others Pillow runs Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")  # for some others Pillow runs Ghostscript
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".npy",
     ".jp2", ".j2k", ".avif", ".heic", ".heif", ".dcm", ".dicom",
