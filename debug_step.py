@@ -124,25 +124,25 @@ def get_parser() -> Parser:
 
 
 def main() -> None:
-    asked = get_parser().parse_args()
-    config = read_config(asked.run)
+    requested = get_parser().parse_args()
+    config = read_config(requested.run)
     script = Path(config.get("command", ["", ""])[1]).stem
     if script not in SCRIPTS:
-        raise ValueError(f"{asked.run / 'config.json'} is missing or damaged; RUN is the --output_dir of a run")
+        raise ValueError(f"{requested.run / 'config.json'} is missing or damaged; RUN is the --output_dir of a run")
     known = config["args"] | {"input_size": tuple(config["args"]["input_size"])}
     module = importlib.import_module(script)
     defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
-    args = resolve_defaults(Namespace(**defaults | known | {"device": asked.device}))
-    state, _ = module.setup(args, partial(open_run, asked.run, config))
+    args = resolve_defaults(Namespace(**defaults | known | {"device": requested.device}))
+    state, _ = module.setup(args, partial(open_run, requested.run, config))
     run, steps = state.run, state.loader.batch_sampler.steps
-    if asked.step > args.epochs * steps:
-        raise ValueError(f"STEP {asked.step}: the run has {args.epochs * steps} steps")
+    if requested.step > args.epochs * steps:
+        raise ValueError(f"STEP {requested.step}: the run has {args.epochs * steps} steps")
     source, progress = "the initial weights", Progress(0, 0)
-    if found := find_checkpoint(run, steps, before=asked.step):
+    if found := find_checkpoint(run, steps, before=requested.step):
         path, content, progress = found
         source = str(path)
         load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
-    lines = [f"trained from {source} to step {asked.step}", *run_until(state, progress, asked.step)]
+    lines = [f"trained from {source} to step {requested.step}", *run_until(state, progress, requested.step)]
     if run.world.is_main:
         print("\n".join(lines))
     run.close()

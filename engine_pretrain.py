@@ -1,4 +1,7 @@
-"""The training loop of all scripts that train: loss of a batch, optimiser step, epoch."""
+"""The training loop of all scripts that train: loss of a batch, optimiser step, epoch.
+
+Masks, crops and flips are drawn by the loader (util/data/samples.py), so that each depends on (seed, epoch, sample) alone.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +57,8 @@ def prepare_training(run: Run, model: nn.Module, optimizer, loss_fn: LossFn, loa
 def wrap_model(model: nn.Module, run: Run) -> nn.Module:
     """The model with torch.compile (--compile) and DistributedDataParallel (several ranks); parameters are shared.
 
-    Call this before loading the checkpoint: DDP replaces every rank's buffers, batch-norm statistics included, by rank 0's.
+    DDP replaces the buffers of every rank, batch-norm statistics included, by those of rank 0: call this before a checkpoint
+    is loaded.
     """
     wrapped: Any = torch.compile(model, dynamic=False) if run.args.compile else model
     if run.world.size > 1:
@@ -66,7 +70,7 @@ def wrap_model(model: nn.Module, run: Run) -> nn.Module:
 
 
 def make_gradient_nan(loss: Tensor) -> Tensor:
-    """The loss, unchanged if finite; otherwise its whole gradient becomes nan, so that every rank sees it."""
+    """The loss if it is finite; otherwise nan with a gradient of nan in every parameter, so that every rank sees it."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
@@ -98,6 +102,7 @@ def train_step(state: TrainState, batches: Iterator[dict], epoch: int, step: int
     losses = []
     for micro in range(run.accum_iter):
         batch = next(batches)
+        # dropout and mixup depend on (seed, step, rank) alone: a resumed run equals an uninterrupted one
         seed_everything(step_seed(run.args.seed, (epoch * steps + step) * run.accum_iter + micro, run.world.rank))
         is_last = micro == run.accum_iter - 1  # ranks exchange gradients only then
         with nullcontext() if is_last or run.world.size == 1 else state.wrapped.no_sync():

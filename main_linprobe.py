@@ -76,10 +76,11 @@ def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tup
     train, val = labelled_sources(args.data_path, args)
     args = resolve_pixels(args, train, recorded_args(args))
     train = select_training_images(train, args)
-    asked = [args.pool] if isinstance(args.pool, str) else args.pool or []  # a string if read from --checkpoint
-    options = [pooling(weights, pool) for pool in asked if pool != "ep"] or [pooling(weights)]  # the encoder has each
+    requested = [args.pool] if isinstance(args.pool, str) else args.pool or []  # a string if read from --checkpoint
+    # each must exist in the encoder; "ep" reads tokens
+    options = [pooling(weights, pool) for pool in requested if pool != "ep"] or [pooling(weights)]
     encoder = load_encoder(args, build_encoder, weights, **options[0])
-    pools = order_pools(weights, asked or [pool_name(encoder)])
+    pools = order_pools(weights, requested or [pool_name(encoder)])
     run = begin(args)
     if run.world.is_main:
         write_list(run.folder, train)

@@ -183,7 +183,7 @@ def finetune(args: Namespace) -> Outcome:
     return tuned._replace(result={**tuned.result, "miou_untrained": control["miou"]})
 
 
-def vote(args: Namespace) -> Outcome:
+def run_knn(args: Namespace) -> Outcome:
     """Result of --method knn."""
     args, weights = read_architecture(args, ENCODERS)
     world = init_world(args.device, args.amp, args.timeout_minutes)
@@ -198,7 +198,7 @@ def vote(args: Namespace) -> Outcome:
     single = Namespace(**vars(args) | {"batch_size": 1})  # windows at a time: their votes need much memory
     chosen, held = {"k": args.k[0]}, generator(args.seed, SUBSET, 2).permutation(len(train))[: -(-len(train) // 10)]
     if len(args.k) > 1:
-        model = seg.PatchVotes(encoder, bank.without(held.tolist()), classes, args.k, args)
+        model = seg.PatchVotes(encoder, bank.exclude_images(held.tolist()), classes, args.k, args)
         results = seg.evaluate_segmenter(single, world, model, Subset(train, held))
         mious = {k: result["miou"] for k, result in zip(args.k, results, strict=True)}
         chosen = {"k": max(mious, key=lambda k: mious[k]), "selected_on": "train", "miou_of_k": mious}
@@ -219,7 +219,7 @@ def evaluate(args: Namespace) -> Outcome:
 
 def main() -> None:
     args = parse_args()
-    run = evaluate if args.eval else vote if args.method == "knn" else finetune if args.finetune else train
+    run = evaluate if args.eval else run_knn if args.method == "knn" else finetune if args.finetune else train
     outcome = run(args)
     print_result(outcome.world, outcome.result, outcome.args)
     outcome.world.close()

@@ -369,7 +369,7 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 class PixMIM(nn.Module):
     """Masked autoencoder: mean squared error between predicted and target patches, over the predicted patches.
 
-    `target` maps images (B, C, H, W) to target images: LowPass for PixMIM, nn.Identity for the host alone (MAE).
+    `target` maps images (B, C, H, W) to target images: LowPass for PixMIM, nn.Identity for MAE.
     `decoder` is "self" (MAE) or "cross" (CrossMAE; with `fuse_levels` its blocks read all levels of a MaskedViT).
     `predict_ratio` is the share of all patches that is predicted; None = every removed patch. `learned_positions` trains
     the parameter `pos_embed` of encoder and decoder.

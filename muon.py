@@ -7,7 +7,7 @@ import torch
 from timm.optim.muon import Muon, muon
 from torch import Tensor, nn
 
-# Names of AdamW's weights beside those that their shape tells: patch embedding (ConvMAE's first), prediction, fusion.
+# Weights that AdamW updates though they are matrices: patch embedding (ConvMAE's first), prediction, fusion.
 ADAMW = re.compile(r"(^|\.)(patch_embed1?|pred|fusion)\.")
 
 

@@ -88,7 +88,7 @@ def find_images(names: list[str], count: int) -> Folder:
     return Folder(chosen)
 
 
-def fit(model: PixMIM, weights: Weights, args: Namespace) -> None:
+def load_weights(model: PixMIM, weights: Weights, args: Namespace) -> None:
     """Load the weights into the model; ValueError if they do not fit."""
     fused, shares = getattr(model.encoder, "fuse_layers", ()), weights.state.get("proj_weights", ())
     if fused and len(shares) not in (0, len(fused)):
@@ -163,16 +163,16 @@ def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: t
         grid = model.encoder.grid
         masks = [mask_from_noise(x, args.mask_ratio, grid, args.mask_unit).removed.unflatten(1, grid) for x in noise]
         return draw_masks(scale_to_pixels(batch).cpu(), masks)
-    fit(model, weights, args)
+    load_weights(model, weights, args)
     model.to(device).eval()
     noise = draw_mask_noise(model, args, count, 0).to(device)
-    made = reconstruct(model, Normalize(args, device)(batch), noise, args)
+    reconstruction = reconstruct(model, Normalize(args, device)(batch), noise, args)
     if not args.spectrum:
-        return draw_reconstruction(made)
-    radius = made.radius or default_radius(args.input_size)
-    below, above = (255 * power**0.5 for power in split_power(made.filled - made.images, radius))
+        return draw_reconstruction(reconstruction)
+    radius = reconstruction.radius or default_radius(args.input_size)
+    below, above = (255 * power**0.5 for power in split_power(reconstruction.filled - reconstruction.images, radius))
     print(json.dumps({"radius": radius, "rms_below": below, "rms_above": above}))
-    return draw_spectrum(made)
+    return draw_spectrum(reconstruction)
 
 
 def draw_segments(args: Namespace, weights: Weights | None) -> tuple[np.ndarray, int]:

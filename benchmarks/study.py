@@ -31,7 +31,7 @@ from util.files import append_line
 from util.log import read_records
 from util.plots.charts import draw_lines, draw_points
 from util.plots.grids import save_picture
-from util.report import numbers, table
+from util.report import measured_numbers, table
 from util.run import git
 
 SECTIONS = {"study", "steps", "columns"}
@@ -224,7 +224,7 @@ def values_of(study: Study, records: list[dict]) -> dict[str, dict[str, dict[int
     """Title of each column -> name of each arm -> seed -> value."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for record in records:
-        for key, value in numbers(record["result"]).items():
+        for key, value in measured_numbers(record["result"]).items():
             found.setdefault((record["arm"], f"{record['step']} {key}"), {})[record["seed"]] = value
     return {
         title: {arm.name: found.get((arm.name, source), {}) for arm in study.arms}

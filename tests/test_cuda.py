@@ -73,7 +73,7 @@ def test_evaluations_on_a_pretended_gpu_equal_the_cpu(pretrained, photos, masked
         assert found[0] == found[1], name
 
 
-def test_features_pictures_and_replay_run_on_a_pretended_gpu(cuda, pretrained, photos, masked, tmp_path):
+def test_features_pictures_and_debug_step_run_on_a_pretended_gpu(cuda, pretrained, photos, masked, tmp_path):
     run, images = pretrain(photos, tmp_path / "run", *GPU, "--amp", "fp16"), photos / "val"
     checkpoint = ["--checkpoint", run / "last.pth"]
     for kind in ([], ["--maps"]):

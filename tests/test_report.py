@@ -114,7 +114,7 @@ def test_the_difference_of_two_rows_is_over_the_seeds_that_both_have(tmp_path, t
 def test_another_input_size_than_the_checkpoints_makes_a_column(tmp_path, size, other):
     """facebookresearch/mae's files state the side alone."""
     found = record(pretrain={"input_size": size}, result={"acc1": 1.0})
-    _, column, _ = report.interpret(found)
+    _, column, _ = report.split_record(found)
     assert column.get("other_input_size") == other
 
 

@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict:
     """The dictionary in a file of `write_json`; ValueError with its path if it is damaged. Earlier files have no checksum."""
     try:
         content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or ("sha256" in content and not checksum_matches(content)):
+        if not isinstance(content, dict) or ("sha256" in content and not pop_checksum(content)):
             raise ValueError("its checksum is wrong")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({printable(error)})") from error
@@ -155,8 +155,8 @@ def content_hash(content: Any) -> str:
     return digest.hexdigest()
 
 
-def checksum_matches(content: dict) -> bool:
-    """Remove `sha256` from a checkpoint's content; True if it is the hash of the rest."""
+def pop_checksum(content: dict) -> bool:
+    """Remove `sha256` from the content of a file; True if it is the hash of the rest."""
     return content.pop("sha256", None) == content_hash(content)
 
 

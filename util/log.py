@@ -150,7 +150,7 @@ class Log:
 
 
 def report_thread(report: Callable, failed: Any) -> None:
-    """`report` what ended a thread, but not that TensorBoard's met a full disk: its next call raises that."""
+    """`report` the error that ended a thread, except TensorBoard's on a full disk, which its next call raises."""
     if type(failed.thread).__name__ != "_AsyncWriterThread" or not isinstance(failed.exc_value, OSError):
         report(failed)
 

@@ -61,7 +61,7 @@ def settings(args: dict, world_size: int = 1) -> dict[str, Any]:
     return found
 
 
-def interpret(record: dict) -> tuple[dict, dict, list[int]]:
+def split_record(record: dict) -> tuple[dict, dict, list[int]]:
     """(Settings of the row, settings of the column, seeds); an error if `print_result` has not written the record."""
     args, result, origin = record["args"], record["result"], record["args"]["origin"]
     file, data, evaluated = args["checkpoint"], data_name(args), args.get("eval", False)
@@ -89,12 +89,12 @@ def interpret(record: dict) -> tuple[dict, dict, list[int]]:
     return row, column, [run["seed"], *seeds]
 
 
-def numbers(result: dict, prefix: str = "") -> dict[str, float]:
+def measured_numbers(result: dict, prefix: str = "") -> dict[str, float]:
     """Measured numbers of a result, also those of nested results; neither FACTS nor nan."""
     found: dict[str, float] = {}
     for name, value in result.items():
         if isinstance(value, dict):
-            found |= numbers(value, f"{prefix}{name} ")
+            found |= measured_numbers(value, f"{prefix}{name} ")
         elif type(value) in (int, float) and name not in FACTS and math.isfinite(value):
             found[prefix + name] = value
     return found
@@ -111,8 +111,8 @@ def read_results(outputs: list[str]) -> tuple[list[dict], dict[str, int]]:
         for line in file.read_text(errors="surrogateescape").splitlines():
             try:
                 record = json.loads(line)
-                row, column, seeds = interpret(record)
-                found = {"row": row, "column": column, "seeds": seeds, "values": numbers(record["result"])}
+                row, column, seeds = split_record(record)
+                found = {"row": row, "column": column, "seeds": seeds, "values": measured_numbers(record["result"])}
                 records.append(found | {key: record[key] for key in ("time", "commit", "command")})
             except (ValueError, KeyError, TypeError, AttributeError):
                 damaged[str(file)] = damaged.get(str(file), 0) + 1

@@ -26,7 +26,7 @@ from util.data.transforms import Normalize, eval_transform
 from util.dist import World
 from util.evaluate.classifier import save_classifier
 from util.evaluate.encoder import features, pooling
-from util.evaluate.knn import extract_features, knn_votes, nearest
+from util.evaluate.knn import extract_features, find_neighbours, knn_votes
 from util.evaluate.probes import Probe
 from util.evaluate.scores import Score
 from util.formats.keys import rename, to_timm
@@ -82,7 +82,7 @@ def slow_knn(train, labels, query, classes: int, k: int, temperature: float) -> 
 @pytest.mark.parametrize("k", [1, 5, 100])
 def test_knn_votes_equal_a_loop_over_all_neighbours(k):
     train, labels, queries = torch.randn(30, 8), torch.randint(0, 4, (30,)), torch.randn(6, 8)
-    cosines, found = nearest(ALONE, F.normalize(train), torch.arange(30), F.normalize(queries), min(k, 30))
+    cosines, found = find_neighbours(ALONE, F.normalize(train), torch.arange(30), F.normalize(queries), min(k, 30))
     votes = knn_votes(cosines, labels[found], 4, 0.07)
     for query, mine in zip(queries.numpy(), votes, strict=True):
         slow = torch.tensor(slow_knn(train.numpy(), labels.tolist(), query, 4, k, 0.07))
@@ -387,7 +387,7 @@ def test_classifiers_are_copied_to_the_cpu_before_saving(tmp_path, monkeypatch):
 def test_knn_votes_do_not_overflow_at_low_temperatures():
     train = F.normalize(torch.randn(30, 8), dim=1)
     labels = torch.arange(30) % 3
-    cosines, found = nearest(ALONE, train, torch.arange(30), train, 5)
+    cosines, found = find_neighbours(ALONE, train, torch.arange(30), train, 5)
     votes = knn_votes(cosines, labels[found], 3, temperature=1e-3)
     assert votes.isfinite().all()
     assert torch.equal(votes.argmax(1), labels)  # at this temperature only the nearest, the query itself, counts

@@ -30,7 +30,7 @@ from models_pixmim import ENCODERS, MaskedViT
 from util import convert
 from util.dist import World
 from util.evaluate.encoder import layer_features, pooling
-from util.evaluate.knn import from_keys, nearest, to_keys
+from util.evaluate.knn import find_neighbours, from_keys, to_keys
 from util.evaluate.probes import EfficientProbing, Probe, order_pools
 from util.formats.read import read_weights
 from util.formats.weights import Weights
@@ -285,7 +285,7 @@ def test_nearest_equals_sorting_all_cosines_even_with_ties(k, monkeypatch):
     bank = F.normalize(torch.randn(10, 6)).repeat(4, 1)  # each image four times
     queries = F.normalize(torch.randn(5, 6))
     index = torch.randperm(40)
-    cosines, found = nearest(ALONE, bank, index, queries, k)
+    cosines, found = find_neighbours(ALONE, bank, index, queries, k)
     for query, row, numbers in zip(queries, cosines, found, strict=True):
         exact = [
             (round(-(query.double() @ x.double()).item(), 7), n) for x, n in zip(bank, index.tolist(), strict=True)

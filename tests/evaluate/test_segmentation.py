@@ -31,9 +31,9 @@ from models_pixmim import ENCODERS
 from util.data.masks import mask_folder
 from util.dist import World
 from util.evaluate.segmentation import (
-    Bank,
     Confusion,
     DenseProbe,
+    PatchBank,
     PatchVotes,
     SharedNorm,
     build_bank,
@@ -190,7 +190,7 @@ def test_neighbours_of_the_training_image_itself_are_perfect(size):
             with torch.no_grad():
                 features += patch_maps(encoder, images[..., *window])[0].flatten(1).mT
             labels += [truth[y + i : y + i + 8, x + j : x + j + 8].flatten() + 1 for i in (0, 8) for j in (0, 8)]
-    bank = Bank(F.normalize(torch.stack(features), dim=1), torch.stack(labels).byte(), torch.zeros(len(labels)))
+    bank = PatchBank(F.normalize(torch.stack(features), dim=1), torch.stack(labels).byte(), torch.zeros(len(labels)))
     model = PatchVotes(encoder, bank, 3, [1], args)
     with torch.no_grad():
         assert torch.equal(predict(model, images, args, CPU)[0].argmax(0), truth)
@@ -203,7 +203,7 @@ def test_votes_equal_a_loop_over_all_patches_and_pixels():
         F.normalize(torch.randn(3, 5)),
     )
     args = Namespace(layers=None, temperature=0.5)
-    found = PatchVotes(pico(), Bank(rows, labels, torch.zeros(20)), 3, [2, 7, 50], args).votes(queries)
+    found = PatchVotes(pico(), PatchBank(rows, labels, torch.zeros(20)), 3, [2, 7, 50], args).votes(queries)
     for q, query in enumerate(queries):
         order = sorted(range(20), key=lambda i, query=query: -float(rows[i] @ query))
         for n, k in enumerate((2, 7, 50)):
@@ -230,7 +230,7 @@ def test_the_bank_is_bounded_and_the_same_on_one_rank_and_two(masked):
         same = (whole.features == row).all(1) & (whole.images == image)
         assert same.sum() == 1
         assert torch.equal(whole.labels[same][0], labels)
-    assert {*alone.without([1, 2]).images.tolist()} == {0, 3, 4, 5}
+    assert {*alone.exclude_images([1, 2]).images.tolist()} == {0, 3, 4, 5}
 
 
 def segment(folder, masked, *words) -> dict:

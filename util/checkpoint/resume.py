@@ -56,14 +56,14 @@ def candidates(folder: Path, resume: str) -> list[Path]:
 def recorded_args(args: Namespace) -> dict:
     """Arguments in the config.json beside the checkpoint that this command resumes from; {} for a new run."""
     paths = candidates(Path(args.output_dir), args.resume)
-    # deleted or damaged: decided again, and compared with the checkpoint
+    # if it is missing, values are decided anew and compared with the checkpoint (check_same_run)
     return read_config(paths[0].parent).get("args", {}) if paths else {}
 
 
 def find_checkpoint(run: Run, steps: int, before: int | None = None) -> tuple[Path, dict, Progress] | None:
     """(file, content, progress) of the newest undamaged checkpoint; None for a new run.
 
-    `steps` of an epoch. `before`: only checkpoints saved before this step of the run, counted from 1.
+    `steps`: steps of an epoch. `before`: only checkpoints saved before this step of the run, counted from 1.
     """
     damaged = []
     for path in candidates(run.folder, run.resume):
@@ -114,8 +114,10 @@ def check_same_run(path: Path, content: dict, run: Run, data: list, steps: int) 
             f"ranks); --effective_batch {content['batch']} sets it for any number of ranks; {remedy}"
         )
     if content["origin"] != run.origin:
-        names = f"--checkpoint {run.args.checkpoint} names now" if run.origin else "this command without --checkpoint"
-        raise ValueError(f"{path} started from other weights than {names}; use the same, or another --output_dir")
+        given = f"those of --checkpoint {run.args.checkpoint}" if run.origin else "the random ones of this command"
+        raise ValueError(
+            f"{path} started from other weights than {given}; use the same --checkpoint, or another --output_dir"
+        )
     (count, names), (count_now, names_now) = content.get("data", data), data
     if count != count_now or content.get("steps", steps) != steps:
         raise ValueError(

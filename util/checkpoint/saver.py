@@ -4,19 +4,34 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import torch
 
-import util.checkpoint.resume as resuming
-from util.checkpoint.resume import Progress, running_statistics
+from util.checkpoint.resume import (
+    Progress,
+    check_same_run,
+    claim_folder,
+    find_checkpoint,
+    load_checkpoint,
+    lock_folder,
+    running_statistics,
+)
 from util.checkpoint.state import copy_to_host
 from util.checkpoint.stop import EXIT_RESUMABLE, DelayedMax, StopRequest
 from util.checkpoint.writer import Writer
 from util.formats.keys import mae_names
 from util.run import args_to_dict, write_config
 
-NOTHING, SAVE, UNSAVED, STOP = range(4)  # what a rank requests after a step; all ranks follow the largest
+
+class Request(IntEnum):
+    """What a rank requests after a step; all ranks follow the largest."""
+
+    NOTHING = 0
+    SAVE = 1
+    FAIL = 2  # the checkpoint cannot be written
+    STOP = 3
 
 
 class Saver:
@@ -36,15 +51,15 @@ class Saver:
         """Load the checkpoint that --resume refers to and prepare OUTPUT_DIR; ValueError if it belongs to another run."""
         run, state = self.run, self.state
         if run.world.is_main:
-            resuming.lock_folder(run.folder)
-        found = resuming.find_checkpoint(run, self.steps)
+            lock_folder(run.folder)
+        found = find_checkpoint(run, self.steps)
         progress = self.resumed_at = found[2] if found else Progress(0, 0)
         if len({repr(each) for each in run.world.gather(progress)}) > 1:
             raise ValueError(f"--output_dir {run.folder}: the ranks find different checkpoints; use a shared disk")
         if found:
             path, content, _ = found
-            resuming.check_same_run(path, content, run, self.data, self.steps)
-            resuming.load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
+            check_same_run(path, content, run, self.data, self.steps)
+            load_checkpoint(path, content, run, state.model, state.optimizer, state.scaler)
             position = f"epoch {progress.epoch + 1} of {run.args.epochs}, {progress.step} of {self.steps} steps done"
             run.log.info(f"resumed from {path}: {position}")
             threads = content.get("threads", torch.get_num_threads())
@@ -54,7 +69,7 @@ class Saver:
                     f"OMP_NUM_THREADS={threads} continues bit for bit"
                 )
         if run.world.is_main:
-            resuming.claim_folder(run, found[0] if found else None)
+            claim_folder(run, found[0] if found else None)
             write_config(run)
         run.world.barrier()  # if rank 0 fails here, the others end too
         at = (progress.epoch * self.steps + progress.step) / self.steps
@@ -64,22 +79,22 @@ class Saver:
     def after_step(self, position: Callable[[], Progress]) -> None:
         """Save if it is time, and stop if any rank was asked to; `position()` is then called on all ranks."""
         requested = self.agreement.exchange(self.own_request())
-        if requested == NOTHING:
+        if requested == Request.NOTHING:
             return
-        if requested == UNSAVED:
+        if requested == Request.FAIL:
             self.fail_unsaved()
         progress = position()
         self.save(progress)
-        if requested == STOP:
+        if requested == Request.STOP:
             self.stop(progress)
 
-    def own_request(self) -> int:
+    def own_request(self) -> Request:
         """What this rank requests."""
         if self.stop_request.signal:
-            return STOP
+            return Request.STOP
         if self.writer.failed or (self.writer.error and self.run.args.on_full_disk == "stop"):
-            return UNSAVED
-        return SAVE if self.is_save_due() else NOTHING
+            return Request.FAIL
+        return Request.SAVE if self.is_save_due() else Request.NOTHING
 
     def is_save_due(self) -> bool:
         """True on rank 0 if --save_minutes have passed and no save is in progress; restarts the clock."""
@@ -95,9 +110,9 @@ class Saver:
             permanent = done % args.save_every == 0 or done == args.epochs
             self.save(progress, f"epoch-{done:04d}.pth" if permanent else None)
         requested = max(self.run.world.gather(self.own_request()))
-        if requested == STOP:
+        if requested == Request.STOP:
             self.stop(progress)
-        if requested == UNSAVED:
+        if requested == Request.FAIL:
             self.fail_unsaved()
 
     def save(self, progress: Progress, permanent: str | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.files import check_zip, checksum_matches, content_hash, link_atomic, sync_folder, write_atomic
+from util.files import check_zip, content_hash, link_atomic, pop_checksum, sync_folder, write_atomic
 
 FORMAT, FORMAT_1 = "pixmim-2", "pixmim-1"
 
@@ -48,15 +48,15 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
 
     `mmap`: its tensors are pages of the file, which the ranks of a node share.
     """
+    with path.open("rb") as file:
+        old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
+    if old or path.suffix == ".safetensors":
+        raise NotARun(path)
     try:
-        with path.open("rb") as file:
-            old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
-        if old or path.suffix == ".safetensors":
-            raise UnpicklingError
         check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         ours = isinstance(content, dict) and content.get("format") in (FORMAT, FORMAT_1)
-        if ours and content["format"] == FORMAT and not checksum_matches(content):
+        if ours and content["format"] == FORMAT and not pop_checksum(content):
             raise ValueError("its checksum is wrong")
     except UnpicklingError as error:  # an undamaged file with objects that this project does not save
         raise NotARun(path) from error

@@ -72,7 +72,7 @@ class DelayedMax:
         self.pending: tuple[Any, Tensor] | None = None
 
     def exchange(self, mine: int) -> int:
-        """Submit a number; returns the largest number of the previous step, with a single rank of this step."""
+        """Submit a number; returns the largest of the previous step: of this one with a single rank, 0 in the first step."""
         if self.world.size == 1:
             return mine
         before, largest = self.pending, torch.tensor(mine)

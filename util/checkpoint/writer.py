@@ -22,7 +22,7 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """True after an error that waiting does not mend: all but a full disk or quota and too little memory."""
+        """True after an error that waiting cannot mend; a full disk, a quota or too little memory may end."""
         full = isinstance(self.error, OSError) and self.error.errno in (errno.ENOSPC, errno.EDQUOT, None)
         return self.error is not None and not full and not isinstance(self.error, MemoryError)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from util.data.pixels import PixelOptions, Stored, range_of_type
+from util.data.pixels import PixelOptions, RawImage, range_of_type
 from util.files import import_package
 
 GEOTIFF = (34735, 33550)  # GeoKeyDirectory, ModelPixelScale
@@ -52,7 +52,7 @@ def declared_range(tags: Any) -> tuple[float, float] | None:
     return (0, 2 ** int(most).bit_length() - 1) if most and 255 < most < 65535 else None
 
 
-def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
+def read_tiff(file: str | BytesIO, options: PixelOptions) -> RawImage:
     """All samples and pages of a TIFF that Pillow does not read in full."""
     what = "is a TIFF of several bands or pages, or of an uncommon type of number, which"
     tifffile = import_package("tifffile", what)
@@ -82,7 +82,7 @@ def read_tiff(file: str | BytesIO, options: PixelOptions) -> Stored:
             alpha = "tiff" if extra[0] in (1, 2) and not any(tag in tags for tag in GEOTIFF) else "band"
     colour = page.photometric == 2 and values.shape[2] == 3 + bool(alpha)
     values = turn_upright(values, tags.get(274, 1))
-    return Stored(values, colour, alpha, declared_range(tags), page.photometric == 0 and values.dtype != np.bool_)
+    return RawImage(values, colour, alpha, declared_range(tags), page.photometric == 0 and values.dtype != np.bool_)
 
 
 def pillow_reads_all(image: Any) -> bool:
@@ -111,7 +111,7 @@ def png_range(file: Any) -> tuple[float, float] | None:
 PNG_BYTES = {"RGB;16B": ("RGB;16B", "RGB;16L"), "RGBA;16B": ("RGBA;16B", "RGBA;16L"), "LA;16B": ("RGBA",)}
 
 
-def read_png(image: Any, file: str | BytesIO) -> Stored:
+def read_png(image: Any, file: str | BytesIO) -> RawImage:
     """16-bit PNG of several channels, which Pillow reduces to 8 bits."""
     declared, halves = png_range(image.fp), []
     for mode in PNG_BYTES[image.tile[0][3]]:
@@ -122,10 +122,10 @@ def read_png(image: Any, file: str | BytesIO) -> Stored:
             halves.append(np.asarray(part).astype(np.uint16))
     high, low = halves if len(halves) > 1 else (halves[0][..., ::2], halves[0][..., 1::2])
     count = high.shape[2]
-    return Stored(high * 256 + low, count > 2, "" if count == 3 else "alpha", declared)
+    return RawImage(high * 256 + low, count > 2, "" if count == 3 else "alpha", declared)
 
 
-def read_values(image: Any, file: str | BytesIO, options: PixelOptions) -> Stored | None:
+def read_values(image: Any, file: str | BytesIO, options: PixelOptions) -> RawImage | None:
     """Values of an image that Pillow has opened but would not read exactly; None for 8-bit colours."""
     tags, mode = getattr(image, "tag_v2", {}), image.tile[0][3] if image.tile else ""
     if image.format == "TIFF" and not pillow_reads_all(image):
@@ -144,20 +144,20 @@ def read_values(image: Any, file: str | BytesIO, options: PixelOptions) -> Store
     values = np.atleast_3d(np.asarray(image))
     if maxval != 65535:  # Pillow has scaled the values to 16 bits
         values = (values * maxval + 32767) // 65535
-    return Stored(values, declared=declared, inverted=tags.get(262) == 0)
+    return RawImage(values, declared=declared, inverted=tags.get(262) == 0)
 
 
-def read_npy(file: Any, options: PixelOptions) -> Stored:
+def read_npy(file: Any, options: PixelOptions) -> RawImage:
     """An array of numbers, (H, W), (H, W, C) or (C, H, W). Pickled objects are refused."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
     options.check_size(shape, dtype.itemsize)
     file.seek(0)
-    return Stored(with_channels(np.load(file, allow_pickle=False), options))
+    return RawImage(with_channels(np.load(file, allow_pickle=False), options))
 
 
-def read_dicom(file: Any, options: PixelOptions) -> Stored:
+def read_dicom(file: Any, options: PixelOptions) -> RawImage:
     """Frames of a DICOM file, rescaled to its units (CT: Hounsfield units)."""
     pydicom, pixels = (import_package(name, "is a DICOM file, which") for name in ("pydicom", "pydicom.pixels"))
     dataset = pydicom.dcmread(file)
@@ -173,10 +173,10 @@ def read_dicom(file: Any, options: PixelOptions) -> Stored:
         ends = np.array([least / 2**shift, (most + 1) / 2**shift - 1]).reshape(1, 2)
         declared = tuple(sorted(pixels.apply_modality_lut(ends, dataset).ravel().tolist()))
         values = pixels.apply_modality_lut(values, dataset).astype(np.float32)
-    return Stored(values, samples == 3, "", declared, dataset.get("PhotometricInterpretation") == "MONOCHROME1")
+    return RawImage(values, samples == 3, "", declared, dataset.get("PhotometricInterpretation") == "MONOCHROME1")
 
 
-def read_foreign(file: str | BytesIO, options: PixelOptions, error: Exception) -> Stored | Image.Image:
+def read_foreign(file: str | BytesIO, options: PixelOptions, error: Exception) -> RawImage | Image.Image:
     """Values of, or image in, a file that is in none of the usual formats, by its first bytes; else `error` is raised."""
     given: Any = nullcontext(file) if isinstance(file, BytesIO) else open(file, "rb")  # noqa: SIM115  closed by `with`
     with given as opened:

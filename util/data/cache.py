@@ -121,15 +121,15 @@ class Cache(Source):
                 f"--crop {args.crop}: the cache {self.folder} holds resized images, but RandomResizedCrop resizes "
                 "another part of the image each time; use --crop src, or --data_path with the images"
             )
-        asked = vars(args) | {"input_size": list(args.input_size)}
-        if asked.get("sizes"):
+        requested = vars(args) | {"input_size": list(args.input_size)}
+        if requested.get("sizes"):
             raise ValueError(f"--sizes: the cache {self.folder} holds one size; use --data_path with the images")
         for flag, cached in self.flags.items():
-            if flag in PIXEL_FLAGS and asked.get(flag) in (None, "auto", ["auto"]):
+            if flag in PIXEL_FLAGS and requested.get(flag) in (None, "auto", ["auto"]):
                 continue  # `resolve_pixels` takes the cache's
-            if asked[flag] != cached:
+            if requested[flag] != cached:
                 raise ValueError(
-                    f"--{flag} {asked[flag]}: the cache {self.folder} was built with {cached}; "
+                    f"--{flag} {requested[flag]}: the cache {self.folder} was built with {cached}; "
                     "build another, or use --data_path with the images"
                 )
 

@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from util.data.arrays import GEOTIFF, TIFF, read_foreign, read_values
-from util.data.pixels import PixelOptions, Stored, to_bands
+from util.data.pixels import PixelOptions, RawImage, to_bands
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns at half of its limit; PixelOptions.max_pixels is checked instead
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")  # for some others Pillow runs Ghostscript
+# for some others Pillow runs Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".npy",
     ".jp2", ".j2k", ".avif", ".heic", ".heif", ".dcm", ".dicom",
@@ -42,20 +43,20 @@ def flatten(image: Image.Image, in_chans: int, drop_alpha: bool) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def colour_values(image: Image.Image, alpha: str) -> Stored:
+def colour_values(image: Image.Image, alpha: str) -> RawImage:
     """Channels of an 8-bit image."""
     if image.mode in ("PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     pixels = np.atleast_3d(np.asarray(image))
-    return Stored(pixels, image.mode.startswith("RGB"), alpha if image.mode.endswith("A") else "")
+    return RawImage(pixels, image.mode.startswith("RGB"), alpha if image.mode.endswith("A") else "")
 
 
 def read_image(path: bytes | BytesIO, options: PixelOptions) -> list[Any]:
     """[RGB] or [grey] image, upright (EXIF), or a grey image for each of another number of channels.
 
-    With options.raw the `Stored` values, or [] for an 8-bit image. Errors name what the image has and the flag that helps.
+    With options.raw the `RawImage` values, or [] for an 8-bit image. Errors name what the image has and the flag that helps.
     """
     file = path if isinstance(path, BytesIO) else os.fsdecode(path)
     image: Any
@@ -63,7 +64,7 @@ def read_image(path: bytes | BytesIO, options: PixelOptions) -> list[Any]:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         image = read_foreign(file, options, error)
-    if isinstance(image, Stored):
+    if isinstance(image, RawImage):
         return [image] if options.raw else to_bands(image, options)
     with image:
         options.check_size((image.height, image.width))

@@ -56,7 +56,7 @@ class PixelOptions:
 
 
 @dataclass
-class Stored:
+class RawImage:
     """Values of an image file, upright, and what the file says of them."""
 
     values: np.ndarray  # (H, W, C) of any type of number
@@ -80,7 +80,7 @@ def range_of_type(dtype: np.dtype) -> tuple[float, float]:
     return (0, 1) if dtype.kind in "bf" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
 
 
-def value_limits(stored: Stored, values: np.ndarray, value_range: tuple) -> tuple[Any, Any]:
+def value_limits(stored: RawImage, values: np.ndarray, value_range: tuple) -> tuple[Any, Any]:
     """(low, high), each a number or one per channel, of the values that become 0 and 255."""
     mode, numbers = value_range[0], value_range
     if mode == "full" or (mode == "auto" and stored.is_8bit):
@@ -90,8 +90,8 @@ def value_limits(stored: Stored, values: np.ndarray, value_range: tuple) -> tupl
     if mode == "auto":
         kind = "float" if values.dtype.kind == "f" else "int"
         if value_range[1:2] != (kind,):
-            what = f"was decided for other images ({' '.join(map(str, value_range[1:]))})"
-            why = what if value_range[1:] else "has seen no such image"
+            what = f"was chosen for other images ({' '.join(map(str, value_range[1:]))})"
+            why = what if value_range[1:] else "was chosen without such an image"
             raise ValueError(f"holds {values.dtype} values, for which --value_range auto {why}; give full or LOW HIGH")
         numbers = value_range[2:]
     return np.array(numbers[::2], np.float64), np.array(numbers[1::2], np.float64)
@@ -113,7 +113,7 @@ def blend(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return ((pixels * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
 
 
-def choose_channels(stored: Stored, options: PixelOptions) -> tuple[np.ndarray, np.ndarray | None]:
+def choose_channels(stored: RawImage, options: PixelOptions) -> tuple[np.ndarray, np.ndarray | None]:
     """(Values (H, W, C) of the channels wanted, alpha (H, W, 1) or None); a grey image gives three equal channels.
 
     ValueError that names the remedy for another number of channels.
@@ -140,7 +140,7 @@ def choose_channels(stored: Stored, options: PixelOptions) -> tuple[np.ndarray, 
     return values, alpha
 
 
-def to_bands(stored: Stored, options: PixelOptions) -> list[Image.Image]:
+def to_bands(stored: RawImage, options: PixelOptions) -> list[Image.Image]:
     """[RGB] or [grey] image, or of another number of channels a grey image each."""
     values, alpha = choose_channels(stored, options)
     pixels = scale(values, *value_limits(stored, values, options.value_range))

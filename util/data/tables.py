@@ -31,12 +31,12 @@ def choose_columns(path: Path, names: Sequence[str], query: Query) -> dict[str, 
     """{image, label, split: column} of a table, without those that it lacks or that are not wanted."""
     chosen = {}
     for what, known in DEFAULTS.items():
-        asked = getattr(query, f"{what}_column")
+        requested = getattr(query, f"{what}_column")
         by_name = {name.casefold(): name for name in reversed(names)}
-        name = asked or next((by_name[name] for name in known if name in by_name), None)
+        name = requested or next((by_name[name] for name in known if name in by_name), None)
         needed = what == "image" or (what == "label" and query.labelled)
-        if (asked and asked not in names) or (needed and name is None):
-            wanted = asked or f"of a known name, --{what}_column"
+        if (requested and requested not in names) or (needed and name is None):
+            wanted = requested or f"of a known name, --{what}_column"
             raise ValueError(f"{path} has no column {wanted}; it has {' '.join(names)}")
         if name is not None and (needed or what == "split"):
             chosen[what] = name

@@ -65,11 +65,11 @@ def read_file(args: Namespace) -> Weights:
     weights = read_weights(args.checkpoint, args.input_size, getattr(args, "use_ema", False))
     adaptable = {"patch_size": "resample_patches" in args, "in_chans": getattr(args, "init_channels", None)}
     for flag, adapts in adaptable.items():
-        asked, has = getattr(args, flag), getattr(weights, flag)
-        if weights.family and asked not in (None, has) and not adapts:
+        requested, has = getattr(args, flag), getattr(weights, flag)
+        if weights.family and requested not in (None, has) and not adapts:
             remedy = ", or add --init_channels mean or cycle" if flag == "in_chans" and "init_channels" in args else ""
             raise ValueError(
-                f"--{flag} {asked}: --checkpoint {args.checkpoint} has {has}; leave --{flag} out{remedy}, "
+                f"--{flag} {requested}: --checkpoint {args.checkpoint} has {has}; leave --{flag} out{remedy}, "
                 f"or continue pre-training with it: main_pretrain.py --checkpoint (docs/continue.md)"
             )
     return weights
@@ -160,13 +160,13 @@ def is_finetuned(weights: Weights | None) -> bool:
     return bool(weights and (weights.pooled or weights.num_classes) and "probe_as" not in weights.args)
 
 
-def knn_layer(weights: Weights | None, asked: str = "auto") -> str:
+def knn_layer(weights: Weights | None, requested: str = "auto") -> str:
     """--knn_features: by default after the final norm for fine-tuned encoders, before it for masked pre-training.
 
     Untrained encoders and own probes, whose encoder is frozen, count as the latter. Class token of MAE ViT-B: 35.6 before
     the norm, 16.1 after it (logs of efficient-probing, arXiv:2506.10178).
     """
-    return asked if asked != "auto" else "after_norm" if is_finetuned(weights) else "before_norm"
+    return requested if requested != "auto" else "after_norm" if is_finetuned(weights) else "before_norm"
 
 
 def encoder_blocks(encoder: Encoder) -> nn.Sequential:

@@ -50,16 +50,17 @@ def from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32), LOW - (keys & LOW)
 
 
-def nearest(world: World, bank: Tensor, index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def find_neighbours(world: World, bank: Tensor, index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(Cosines, indices) (Q, k) of the training images of all ranks that are nearest to this rank's queries, nearest first.
 
     `bank` (N, D) and `index` (N,) are this rank's, `queries` (Q, D) as many on each rank. Of equal cosines the lower index
     comes first, so that the result does not depend on the number of ranks.
     """
-    everyone = world.all_gather(queries).flatten(0, 1).double()  # float64: rounded to float32 in any order of summation
-    best = torch.full((len(everyone), k), torch.iinfo(torch.int64).min, device=queries.device)
+    # float64: rounded to float32 in any order of summation
+    all_queries = world.all_gather(queries).flatten(0, 1).double()
+    best = torch.full((len(all_queries), k), torch.iinfo(torch.int64).min, device=queries.device)
     for part, numbers in zip(bank.split(BLOCK), index.split(BLOCK), strict=True):
-        keys = to_keys((everyone @ part.double().T).float(), numbers)
+        keys = to_keys((all_queries @ part.double().T).float(), numbers)
         best = torch.cat([best, keys], dim=1).topk(k).values
     own = world.all_gather(best).unflatten(1, (world.size, -1))[:, world.rank]  # (ranks, Q, k)
     return from_keys(own.transpose(0, 1).flatten(1).topk(k).values)
@@ -100,7 +101,8 @@ def knn(
     rows = max(1, QUERIES // world.size)
     for n, layer in enumerate(layers):
         for start in range(0, longest, rows):
-            similarity, found = nearest(world, bank[:, n], index, queries[start : start + rows, n], min(max(ks), total))
+            part = queries[start : start + rows, n]
+            similarity, found = find_neighbours(world, bank[:, n], index, part, min(max(ks), total))
             targets = truth[start : start + rows]
             for k in ks:
                 for t in temperatures:

@@ -12,7 +12,7 @@ from util.formats.weights import Weights
 
 
 def order_pools(weights: Weights | None, pools: Iterable[str]) -> list[str]:
-    """The poolings, first the one whose result is reported: what trained the encoder decides, never the accuracy.
+    """The poolings, first the one whose result is reported. The training of the encoder decides, never the accuracy.
 
     Labels trained one feature. A masked objective trains patch tokens, which efficient probing weighs; among linear
     probes the class token comes first, as in the published ones.

@@ -153,8 +153,8 @@ def load_segmenter(args, build_encoder: Callable, weights: Weights | None, world
         remedy = "use a segmenter.pth of main_segment.py"
         raise ValueError(f"--checkpoint {args.checkpoint} has no segmentation head; {remedy}")
     own = {name: weights.args[name] for name in ("finetune", "layers", "classes", "drop_path")}
-    asked = ("palette", "ignore_index", "short_side", "image_column", "mask_column", "split_column")
-    own |= {name: weights.args[name] for name in asked if vars(args).get(name) is None}
+    flags = ("palette", "ignore_index", "short_side", "image_column", "mask_column", "split_column")
+    own |= {name: weights.args[name] for name in flags if vars(args).get(name) is None}
     args = Namespace(**vars(args) | own)
     model = build_segmenter(args, build_encoder, weights, len(args.classes), world)
     missing, unknown = model.load_state_dict(content["segmenter"], strict=False)
@@ -295,23 +295,23 @@ def validate_segmenter(run: Run, model: nn.Module, source: Source, epoch: int) -
 # --------------------------------------------------------------------------------------------------- nearest patches
 
 
-class Bank(NamedTuple):
+class PatchBank(NamedTuple):
     """Patches of the training images."""
 
     features: Tensor  # (M, D) of unit length
     labels: Tensor  # (M, p x p) uint8, class + 1 of each pixel, 0 = ignored
     images: Tensor  # (M,) index of the image, ascending
 
-    def without(self, indices: Sequence[int]) -> "Bank":
+    def exclude_images(self, indices: Sequence[int]) -> "PatchBank":
         """The patches of all other images."""
         kept = ~torch.isin(self.images, torch.tensor(indices, device=self.images.device))
-        return Bank(*(part[kept] for part in self))
+        return PatchBank(*(part[kept] for part in self))
 
 
 @torch.inference_mode()
-def build_bank(args: Namespace, world: World, encoder: Encoder, source: Source) -> Bank:
+def build_bank(args: Namespace, world: World, encoder: Encoder, source: Source) -> PatchBank:
     """Patches of all windows of the source's images, of each image at most its share of --bank_patches, drawn by --seed."""
-    parts: list[Bank] = []
+    parts: list[PatchBank] = []
     count, limit = len(source), args.bank_patches
     for batch, images, truth in resized_images(args, world, mask_loader(args, world, source)):
         i = batch["index"].item()
@@ -327,12 +327,12 @@ def build_bank(args: Namespace, world: World, encoder: Encoder, source: Source) 
         share = (i + 1) * limit // count - i * limit // count
         chosen = torch.from_numpy(generator(args.seed, SUBSET, 1, i).permutation(total)[:share]).sort().values
         rows = F.normalize(torch.cat(features), dim=1)[chosen.to(world.device)]
-        parts.append(Bank(rows.cpu(), torch.cat(labels).byte().cpu()[chosen], torch.full((len(chosen),), i)))
+        parts.append(PatchBank(rows.cpu(), torch.cat(labels).byte().cpu()[chosen], torch.full((len(chosen),), i)))
     shares = [part for rank in world.gather(parts) for part in rank]
     if not shares:
         raise ValueError("--data_path: no image can be read")
     shares.sort(key=lambda part: part.images[:1].tolist())  # the order of one rank
-    return Bank(*(torch.cat(part).to(world.device) for part in zip(*shares, strict=True)))
+    return PatchBank(*(torch.cat(part).to(world.device) for part in zip(*shares, strict=True)))
 
 
 class PatchVotes(nn.Module):
@@ -341,7 +341,7 @@ class PatchVotes(nn.Module):
     A vote weighs exp(cosine similarity / temperature); ignored pixels do not vote.
     """
 
-    def __init__(self, encoder: Encoder, bank: Bank, num_classes: int, ks: Sequence[int], args: Namespace):
+    def __init__(self, encoder: Encoder, bank: PatchBank, num_classes: int, ks: Sequence[int], args: Namespace):
         super().__init__()
         self.encoder, self.bank, self.num_classes, self.ks = encoder, bank, num_classes, ks
         self.layers, self.temperature = args.layers, args.temperature

@@ -64,7 +64,7 @@ def move_positions(embed: Tensor, old: Size, new: Size, prefix: int, sincos: Cal
     return resample_pos_embed(embed, old, new, prefix)
 
 
-def adapt(weights: Weights, encoder: Any, args: Namespace, sincos: Callable) -> tuple[State, list[str]]:
+def adapt_to_encoder(weights: Weights, encoder: Any, args: Namespace, sincos: Callable) -> tuple[State, list[str]]:
     """(float32 state for this encoder's channels, patches and grid, what was changed); ValueError names the flag to add."""
     state = {name: value.float() for name, value in weights.state.items()}
     file, changes = f"--checkpoint {args.checkpoint}", []
@@ -102,7 +102,7 @@ def initial_state(weights: Weights, own: State, encoder, args, sincos: Callable)
     `own` is the state of the new model. The decoder is read as a whole or not at all. ValueError if a tensor of the encoder
     is missing or of another shape.
     """
-    state, report = adapt(weights, encoder, args, sincos)
+    state, report = adapt_to_encoder(weights, encoder, args, sincos)
     if args.fuse_levels and not weights.fuse_levels:  # the final norm is not used and not trained: it stays (1, 0)
         state = {name: value for name, value in state.items() if name not in FINAL_NORM}
     fits = {name for name, value in state.items() if name in own and own[name].shape == value.shape}

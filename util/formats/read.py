@@ -52,11 +52,11 @@ def _load_with_config(path: Path) -> tuple[Any, dict[str, Any]]:
     file = weights_file(path)
     if file == path:
         return load_content(path), {}
-    about, processor = (_read_json(path / name) for name in ("config.json", "preprocessor_config.json"))
-    if not about:
+    config, processor = (_read_json(path / name) for name in ("config.json", "preprocessor_config.json"))
+    if not config:
         raise ValueError(f"{path} has no config.json that describes the model: download it, or pass {file}")
-    looks = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-    return load_content(file), {"pretrained_cfg": looks} | about  # timm's config.json has its own
+    preprocessing = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return load_content(file), {"pretrained_cfg": preprocessing} | config  # timm's config.json has its own
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -76,61 +76,63 @@ CLAIMS = {
 }  # fmt: skip
 
 
-def _find_contradictions(claims: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
+def _find_contradictions(stated: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
     """Values in config.json that contradict the sizes of the weights."""
     for key, fact in CLAIMS.items():
-        if claims.get(key) is not None and fact in facts and claims[key] not in (facts[fact], [facts[fact]] * 2):
-            yield f"{key} {claims[key]} (the weights: {facts[fact]})"
-    patch, (height, width) = facts["patch_size"], claims["input_size"]
+        if stated.get(key) is not None and fact in facts and stated[key] not in (facts[fact], [facts[fact]] * 2):
+            yield f"{key} {stated[key]} (the weights: {facts[fact]})"
+    patch, (height, width) = facts["patch_size"], stated["input_size"]
     if height is not None and not (_is_count(height) and _is_count(width)):
         yield f"image size {height}, {width}"
     elif height is not None and (height // patch) * (width // patch) != facts["num_patches"]:
         yield f"image size {height}, {width} (the weights: {facts['num_patches']} patches of {patch} px)"
     for key, dim in (("num_heads", facts["embed_dim"]), ("decoder_heads", facts.get("decoder_dim", 0))):
-        if claims[key] is not None and (not _is_count(claims[key]) or dim % claims[key]):
-            yield f"{claims[key]} attention heads (the weights: width {dim})"
+        if stated[key] is not None and (not _is_count(stated[key]) or dim % stated[key]):
+            yield f"{stated[key]} attention heads (the weights: width {dim})"
     for key in ("mean", "std"):
-        values = claims[key]
+        values = stated[key]
         numbers = isinstance(values, list) and {*map(type, values)} <= {int, float}
         if values is not None and not (numbers and len(values) == facts["in_chans"]):
             yield f"{key} {values} (the weights: {facts['in_chans']} channels)"
-    if claims.get("hidden_act", "gelu") != "gelu":
-        yield f"hidden_act {claims['hidden_act']} (here: gelu)"
+    if stated.get("hidden_act", "gelu") != "gelu":
+        yield f"hidden_act {stated['hidden_act']} (here: gelu)"
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _config_args(path: Path, about: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
+def _config_args(path: Path, config: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
     """(Arguments in config.json, list of its unused values); ValueError if the weights contradict it."""
     facts = rules.tensor_sizes(state)
     if facts["family"] == "convvit":
         raise ValueError(f"{path} holds a ConvMAE, which transformers and timm lack: pass the weight file itself")
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
     # timm's
-    inner, looks = (x if isinstance(x := about.get(key), dict) else {} for key in ("model_args", "pretrained_cfg"))
-    claims = about | inner
-    size = claims.get("image_size", claims.get("img_size"))
-    claims |= {
+    model_args, preprocessing = (
+        x if isinstance(x := config.get(key), dict) else {} for key in ("model_args", "pretrained_cfg")
+    )
+    stated = config | model_args
+    size = stated.get("image_size", stated.get("img_size"))
+    stated |= {
         "input_size": size if isinstance(size, list) and len(size) == 2 else [size, size],
-        "num_heads": claims.get("num_attention_heads", claims.get("num_heads")),
-        "decoder_heads": claims.get("decoder_num_attention_heads") if "decoder_dim" in facts else None,
-        "mean": looks.get("mean"),
-        "std": looks.get("std"),
+        "num_heads": stated.get("num_attention_heads", stated.get("num_heads")),
+        "decoder_heads": stated.get("decoder_num_attention_heads") if "decoder_dim" in facts else None,
+        "mean": preprocessing.get("mean"),
+        "std": preprocessing.get("std"),
     }
-    if wrong := [*_find_contradictions(claims, facts)]:
+    if wrong := [*_find_contradictions(stated, facts)]:
         raise ValueError(f"{path / 'config.json'} states {', '.join(wrong)}: use the config.json of these weights")
-    args = {key: claims[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
-    args |= {"input_size": None if size is None else claims["input_size"], "classes": about.get("label_names")}
-    usual = {"norm_pix_loss": False, "mask_ratio": 0.75} if about.get("model_type") == "vit_mae" else {}
-    args |= {key: about.get(key, usual.get(key)) for key in METHOD}
-    if claims.get("fc_norm") is False and claims.get("global_pool") == "avg":
+    args = {key: stated[key] for key in ("num_heads", "decoder_heads", "mean", "std")}
+    args |= {"input_size": None if size is None else stated["input_size"], "classes": config.get("label_names")}
+    usual = {"norm_pix_loss": False, "mask_ratio": 0.75} if config.get("model_type") == "vit_mae" else {}
+    args |= {key: config.get(key, usual.get(key)) for key in METHOD}
+    if stated.get("fc_norm") is False and stated.get("global_pool") == "avg":
         args["pool"] = "mean"
-    crop_pct = looks.get("crop_pct")  # of a classifier; features of any encoder follow MAE's rule
+    crop_pct = preprocessing.get("crop_pct")  # of a classifier; features of any encoder follow MAE's rule
     if "head.weight" in state and size is not None and isinstance(crop_pct, int | float) and 0.01 <= crop_pct <= 1:
-        args["crop_pct"] = None if crop_pct == default_crop_pct(tuple(claims["input_size"])) else crop_pct
-    eps = about.get("layer_norm_eps", 1e-6)
+        args["crop_pct"] = None if crop_pct == default_crop_pct(tuple(stated["input_size"])) else crop_pct
+    eps = config.get("layer_norm_eps", 1e-6)
     unused = [] if eps == 1e-6 else [f"config.json's layer_norm_eps {eps} (1e-06 here, as in MAE)"]
     return {name: value for name, value in args.items() if value is not None}, unused
 
@@ -142,19 +144,19 @@ def _disc_radius(low_pass: Tensor) -> float:
     return 0 if low_pass.all() else math.ceil(distance[low_pass[0] > 0].max())
 
 
-def _stated_args(box: dict, state: State) -> dict[str, Any]:
+def _stated_args(checkpoint: dict, state: State) -> dict[str, Any]:
     """Settings that a file states beside the weights, under their names there and under ours."""
-    args, meta = box.get("args"), box.get("meta")
+    args, meta = checkpoint.get("args"), checkpoint.get("meta")
     found = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, dict) else {}
-    config = str(meta.get("cfg")).lower() if isinstance(meta, dict) else ""
-    found |= {key: json.loads(value) for key, value in SETTING.findall(config)}
+    settings = str(meta.get("cfg")).lower() if isinstance(meta, dict) else ""
+    found |= {key: json.loads(value) for key, value in SETTING.findall(settings)}
     found |= {ours: found[theirs] for theirs, ours in OUR_NAMES.items() if theirs in found}
-    if "progress" in box and str(box.get("format", "")).startswith("pixmim"):
-        at = box["progress"]
-        found |= {"epochs_done": at["epoch"] + at["step"] / box.get("steps", 1)}
-        found |= {key: box[key] for key in ("batch", "data") if key in box}
-        if box.get("origin") and not found.get("origin"):  # of an earlier version, whose arguments lack it
-            found["origin"] = {"sha256": box["origin"], "source": None, "args": {}}
+    if "progress" in checkpoint and str(checkpoint.get("format", "")).startswith("pixmim"):
+        at = checkpoint["progress"]
+        found |= {"epochs_done": at["epoch"] + at["step"] / checkpoint.get("steps", 1)}
+        found |= {key: checkpoint[key] for key in ("batch", "data") if key in checkpoint}
+        if checkpoint.get("origin") and not found.get("origin"):  # of an earlier version, whose arguments lack it
+            found["origin"] = {"sha256": checkpoint["origin"], "source": None, "args": {}}
     if "target_generator.low_pass_filter" in state:
         found["lowpass_radius"] = _disc_radius(state["target_generator.low_pass_filter"])
     keys = {key: f"data_preprocessor.{key}" for key in ("mean", "std")}
@@ -187,9 +189,9 @@ def _join_qkv_bias(state: State) -> State:
     return joined
 
 
-def _detect_source(box: dict, state: State) -> tuple[str, State]:
+def _detect_source(checkpoint: dict, state: State) -> tuple[str, State]:
     """(Source repository, state in the names of one column of RULES)."""
-    if str(box.get("format", "")).startswith("pixmim"):
+    if str(checkpoint.get("format", "")).startswith("pixmim"):
         return "pixmim", state
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
         return "hf", rules.from_hf(state)
@@ -197,7 +199,7 @@ def _detect_source(box: dict, state: State) -> tuple[str, State]:
         return "mm", rules.from_mmseg(state) if any(".attn.attn.in_proj_" in key for key in state) else state
     if "patch_embed.projection.weight" in state:
         return "mmseg", rules.from_mmseg(state)
-    return "mae" if "model" in box or "mask_token" in state else "timm", state
+    return "mae" if "model" in checkpoint or "mask_token" in state else "timm", state
 
 
 def _report(path: Path, text: str) -> None:
@@ -206,9 +208,9 @@ def _report(path: Path, text: str) -> None:
         print(printable(f"{path}: {text}"), flush=True)
 
 
-def _select_state(path: Path, box: dict, use_ema: bool) -> dict:
+def _select_state(path: Path, checkpoint: dict, use_ema: bool) -> dict:
     """Tensors of a file: with use_ema those of its moving average; ValueError where there is none."""
-    found = {key: box[key] for pair in EMA.items() for key in pair if isinstance(box.get(key), dict)}
+    found = {key: checkpoint[key] for pair in EMA.items() for key in pair if isinstance(checkpoint.get(key), dict)}
     averages = [key for key in found if key in EMA.values()]
     if use_ema and not averages:
         raise ValueError(f"--use_ema: {path} has neither {' nor '.join(EMA.values())}; leave the flag out")
@@ -216,7 +218,7 @@ def _select_state(path: Path, box: dict, use_ema: bool) -> dict:
     if averages and (use_ema or len(found) > 1):
         others = ", ".join(name for name in found if name != key)
         _report(path, f"reads {key}" + (f", not {others}; --use_ema chooses the moving average" if not use_ema else ""))
-    return box if key is None else found[key]
+    return checkpoint if key is None else found[key]
 
 
 def _strip_prefixes(path: Path, state: State) -> tuple[State, list[str]]:
@@ -225,36 +227,36 @@ def _strip_prefixes(path: Path, state: State) -> tuple[State, list[str]]:
     while (match := WRAPPER.match(next(iter(state)))) and all(key.startswith(match[0]) for key in state):
         prefix += match[0]
         state = {key.removeprefix(match[0]): value for key, value in state.items()}
-    marks = [match[1] for key in state if (match := PATCHES.fullmatch(key))]
-    mark = min(marks, key=len, default="") if "patch_embed.proj.weight" not in state else ""
-    others = [key for key in state if not key.startswith(mark)]
-    state = {key.removeprefix(mark): value for key, value in state.items() if key.startswith(mark)}
-    ignored = [f"{len(others)} keys outside {prefix}{mark} ({join_names(others)})"] if others else []
-    if re.sub(r"module\.|_orig_mod\.", "", prefix + mark):
-        _report(path, f"reads the keys below {prefix}{mark}" + "".join(f"; ignores {text}" for text in ignored))
+    starts = [match[1] for key in state if (match := PATCHES.fullmatch(key))]
+    start = min(starts, key=len, default="") if "patch_embed.proj.weight" not in state else ""
+    others = [key for key in state if not key.startswith(start)]
+    state = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+    ignored = [f"{len(others)} keys outside {prefix}{start} ({join_names(others)})"] if others else []
+    if re.sub(r"module\.|_orig_mod\.", "", prefix + start):
+        _report(path, f"reads the keys below {prefix}{start}" + "".join(f"; ignores {text}" for text in ignored))
     return state, ignored
 
 
-def _with_size(path: Path, weights: Weights, asked: tuple[int, int] | None) -> Weights:
-    """Weights with the input size `asked` for if the file records none and has as many patches.
+def _with_size(path: Path, weights: Weights, requested: tuple[int, int] | None) -> Weights:
+    """Weights with the input size `requested` for if the file records none and has as many patches.
 
-    ValueError if another number of patches is asked for and the file may be a square or of the aspect of `asked`.
+    ValueError if another number of patches is asked for and the file may be a square or of the aspect of `requested`.
     """
     patch, count, square = weights.patch_size, weights.num_patches, weights.input_size
-    if not weights.family or asked is None or weights.size_recorded:
+    if not weights.family or requested is None or weights.size_recorded:
         return weights
-    height, width = (side // patch for side in asked)
+    height, width = (side // patch for side in requested)
     if height * width == count:
-        if square and square != asked:
-            how = f"read as {asked[0]} x {asked[1]} px, as asked, not {square[0]} x {square[1]}"
+        if square and square != requested:
+            how = f"read as {requested[0]} x {requested[1]} px, as asked, not {square[0]} x {square[1]}"
             _report(path, f"records no input size: {how}")
-        return weights.with_state(weights.state, input_size=[*asked])
+        return weights.with_state(weights.state, input_size=[*requested])
     scale = math.sqrt(count / max(1, height * width))
     other = (round(height * scale) * patch, round(width * scale) * patch)
     if height != width and square and square[0] == square[1] and other[0] * other[1] == count * patch**2:
         how = "--to mae" if weights.family == "convvit" else "--folder, which records it"
         raise ValueError(
-            f"--input_size {asked[0]} {asked[1]}: {path} records no input size, and its {count} patches may be "
+            f"--input_size {requested[0]} {requested[1]}: {path} records no input size, and its {count} patches may be "
             f"{square[0]} x {square[1]} or {other[0]} x {other[1]} px; run util.convert with that --input_size and {how}"
         )
     return weights
@@ -268,26 +270,26 @@ def read_weights(path: str | os.PathLike, input_size: tuple[int, int] | None = N
     read with `input_size` if that has as many patches. use_ema: the moving average of the weights.
     """
     path = Path(path)
-    content, about = _load_with_config(path)
-    box = content if isinstance(content, dict) else {}
-    state = _select_state(path, box, use_ema)
+    content, config = _load_with_config(path)
+    checkpoint = content if isinstance(content, dict) else {}
+    state = _select_state(path, checkpoint, use_ema)
     if not state or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        found = f"a dict of {', '.join(map(str, box))}" if box else f"a {type(content).__name__}"
+        found = f"a dict of {', '.join(map(str, checkpoint))}" if checkpoint else f"a {type(content).__name__}"
         expected = 'a dict of tensors, bare or under "model" or "state_dict"'
         raise ValueError(f"{path} holds {found[:200]}: expected {expected}")
     if broken := [key for key, value in state.items() if not value.isfinite().all()]:
         names = f"{len(broken)} tensors hold nan or inf ({join_names(broken)})"
         raise ValueError(f"{path}: {names}: the run diverged; use an earlier checkpoint")
     state, ignored = _strip_prefixes(path, state)
-    args = _stated_args(box, state)
-    source, state = _detect_source(box, state)
+    args = _stated_args(checkpoint, state)
+    source, state = _detect_source(checkpoint, state)
     state, dropped = _fold_batch_norm(_join_qkv_bias(state))
     dropped += ignored + [key for key in state if DROPPED.fullmatch(key)]
     state = {key: value for key, value in state.items() if key not in dropped}
     if source != "pixmim" or family(state):  # own runs of custom encoders are checked by load_encoder
         state = _map_names(path, state, source)
-    if about:
-        args, unused = _config_args(path, about, state)
+    if config:
+        args, unused = _config_args(path, config, state)
         dropped += unused
     if source == "pixmim":
         try:

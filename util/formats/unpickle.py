@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from util.files import check_zip, checksum_matches
+from util.files import check_zip, pop_checksum
 
 # Allow-list: objects that mmengine and mmcv pickle beside the weights (training history, configuration).
 INERT = re.compile(
@@ -91,13 +91,13 @@ def load_content(path: Path) -> Any:
             return load_file(path)
         zipped = zipfile.is_zipfile(path)
         check_zip(path) if zipped else _check_old(path)
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    refused = sorted(name for name in asked if name != "argparse.Namespace" and not INERT.fullmatch(name))
+        requested = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    refused = sorted(name for name in requested if name != "argparse.Namespace" and not INERT.fullmatch(name))
     if refused:
         raise _refusal(path, refused)
-    placeholders = [(Placeholder, name) for name in asked if name != "argparse.Namespace"]
+    placeholders = [(Placeholder, name) for name in requested if name != "argparse.Namespace"]
     with torch.serialization.safe_globals([argparse.Namespace, *placeholders]):
         content = _load_tensors(path, zipped)
-    if isinstance(content, dict) and content.get("sha256") and not checksum_matches(content):
+    if isinstance(content, dict) and content.get("sha256") and not pop_checksum(content):
         raise ValueError(f"{path} is damaged, its checksum is wrong: copy it again, or use previous.pth or epoch-*.pth")
     return content

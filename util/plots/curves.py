@@ -30,7 +30,7 @@ def read_curve(folder: str, key: str) -> tuple[list[float], list[float]]:
 
 
 def name_runs(runs: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest ends of the paths that differ between all runs."""
     parts = [Path(run).resolve().parts for run in runs]
     length = next((n for n in range(1, max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)), 0)
     return ["/".join(p[-length:]) if length else run for p, run in zip(parts, runs, strict=True)]

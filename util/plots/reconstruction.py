@@ -63,39 +63,42 @@ def mask_images(pixels: Tensor, removed: Tensor) -> Tensor:
     return pixels.masked_fill(where.unsqueeze(1), 0.5)
 
 
-def draw_reconstruction(made: Reconstruction) -> np.ndarray:
+def draw_reconstruction(reconstruction: Reconstruction) -> np.ndarray:
     """Grid (H', W', 3) uint8, a row per image: input, target, masked input, prediction, what the filter removed.
 
     Grey images are drawn in grey: three channels with different statistics are predicted with different errors.
     """
-    columns = {"input": made.images}
-    if made.radius is not None:
-        columns[f"low-pass target, r = {made.radius:g}"] = made.target
-    columns["masked input"] = made.masked
-    columns[f"prediction ({made.scale})"] = made.filled
-    if made.radius is not None:
-        columns["removed by the filter + grey"] = made.images - made.target + 0.5
-    if (made.images - made.images[:, :1]).abs().max() < 1e-3:
+    columns = {"input": reconstruction.images}
+    if reconstruction.radius is not None:
+        columns[f"low-pass target, r = {reconstruction.radius:g}"] = reconstruction.target
+    columns["masked input"] = reconstruction.masked
+    columns[f"prediction ({reconstruction.scale})"] = reconstruction.filled
+    if reconstruction.radius is not None:
+        columns["removed by the filter + grey"] = reconstruction.images - reconstruction.target + 0.5
+    if (reconstruction.images - reconstruction.images[:, :1]).abs().max() < 1e-3:
         columns = {label: x.mean(1, keepdim=True) for label, x in columns.items()}
     return draw_columns({label: to_uint8(x) for label, x in columns.items()})
 
 
-def draw_spectrum(made: Reconstruction) -> np.ndarray:
+def draw_spectrum(reconstruction: Reconstruction) -> np.ndarray:
     """Chart (H', W', 3) uint8 of the power of each frequency; the prediction is pasted into the target."""
-    images = {} if made.radius is None else {"input": made.images}
-    images["input = target" if made.radius is None else "target"] = made.target
-    return draw_power(images | {"prediction": made.target + made.error, "error": made.error}, made.radius)
+    images = {} if reconstruction.radius is None else {"input": reconstruction.images}
+    images["input = target" if reconstruction.radius is None else "target"] = reconstruction.target
+    return draw_power(
+        images | {"prediction": reconstruction.target + reconstruction.error, "error": reconstruction.error},
+        reconstruction.radius,
+    )
 
 
-def log_pictures(log: Log, made: Reconstruction, epoch: int) -> None:
+def log_pictures(log: Log, reconstruction: Reconstruction, epoch: int) -> None:
     """Write grid and spectrum to TensorBoard, and the power of the error below and above the cut-off to the log."""
-    if not made.filled.isfinite().all():
+    if not reconstruction.filled.isfinite().all():
         log.info(f"warning: epoch {epoch}: predictions are not finite; no pictures are drawn")
         return
-    log.image("reconstruction", draw_reconstruction(made), epoch)
-    log.image("spectrum", draw_spectrum(made), epoch)
-    if made.radius is not None:
-        below, above = split_power(made.error, made.radius)
+    log.image("reconstruction", draw_reconstruction(reconstruction), epoch)
+    log.image("spectrum", draw_spectrum(reconstruction), epoch)
+    if reconstruction.radius is not None:
+        below, above = split_power(reconstruction.error, reconstruction.radius)
         log.scalars({"epoch": epoch, "error_below_cutoff": below, "error_above_cutoff": above})
 
 
