@@ -18,15 +18,21 @@ import numpy as np
 from tqdm import tqdm
 
 import util.args as cli
-import util.evaluate.encoder as enc
 from models import ENCODERS, build_encoder
-from util.args import Parser, number, run_main
 from util.data.batches import eval_loader
 from util.data.ranges import resolve_pixels
 from util.data.sources import indexed_source
 from util.data.transforms import eval_transform
 from util.dist import init_world
-from util.evaluate.encoder import encode_batches, load_encoder, pooling, read_architecture
+from util.evaluate.encoder import (
+    encode_batches,
+    features,
+    load_encoder,
+    patch_features,
+    pool_name,
+    pooling,
+    read_architecture,
+)
 from util.evaluate.scores import print_result
 from util.files import lock_file, printable, read_json, write_atomic, write_json
 from util.meters import log_bad_images
@@ -40,7 +46,7 @@ FREE = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     cli.add_data_arguments(parser, "folder of images, read recursively, tar or zip files, list or table", splits=False)
     cli.add_checkpoint_arguments(parser)
     cli.add_model_arguments(parser, ENCODERS)
@@ -50,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="file to write: float32 (N, D), with --maps (N, D, h, w); names of the images in FILE.json or the metadata. "
              "An unreadable image (--on_bad_image skip) has neither row nor name. After an interruption the same command continues")  # fmt: skip
     add("--maps", action="store_true", help="write the features of each patch instead of one vector per image")
-    add("--batch_size", type=number(int, 1), default=256, help="images per forward pass")
+    add("--batch_size", type=cli.number(int, 1), default=256, help="images per forward pass")
     parser.set_defaults(amp="off")
     return parser
 
@@ -178,12 +184,12 @@ def main() -> None:
     source = indexed_source(args, split=None)
     args = resolve_pixels(args, source)
     names = [source.relative_name(i) for i in range(len(source))]
-    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else enc.pool_name(encoder)}
+    metadata = {"checkpoint": args.checkpoint, "feature": "maps" if args.maps else pool_name(encoder)}
 
     def encode(first: int) -> Iterator[tuple[np.ndarray, list[int], int]]:
         loader = eval_loader(args, world, source, eval_transform(args.input_size, args.crop_pct), first)
         rows = 0
-        for x, batch in encode_batches(args, world, encoder, loader, enc.patch_features if args.maps else enc.features):
+        for x, batch in encode_batches(args, world, encoder, loader, patch_features if args.maps else features):
             rows += len(x)
             yield x.cpu().numpy(), batch["index"].tolist(), first + rows + len(loader.bad)
         log_bad_images(world, [loader])
@@ -202,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

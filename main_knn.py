@@ -5,7 +5,6 @@ from argparse import Namespace
 
 import util.args as cli
 from models import ENCODERS, build_encoder
-from util.args import CLASSES, Parser, number, picture, run_main
 from util.data.ranges import resolve_pixels
 from util.data.sources import labelled_sources, select_training_images
 from util.dist import init_world
@@ -19,8 +18,8 @@ NORMS = ("before_norm", "after_norm")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
-    cli.add_data_arguments(parser, CLASSES)
+    parser = cli.Parser(__doc__)
+    cli.add_data_arguments(parser, cli.CLASSES)
     cli.add_subset_arguments(parser)
     cli.add_checkpoint_arguments(parser)
     cli.add_model_arguments(parser, ENCODERS)
@@ -28,16 +27,16 @@ def get_parser() -> argparse.ArgumentParser:
     cli.add_results_argument(parser)
     # fmt: off
     add = parser.add_argument_group("kNN").add_argument
-    add("--batch_size", type=number(int, 1), default=256, help="images per rank and forward pass")
+    add("--batch_size", type=cli.number(int, 1), default=256, help="images per rank and forward pass")
     add("--knn_features", choices=["auto", *NORMS], default="auto",
         help="features before or after the encoder's final norm; auto = after_norm for classifiers, else before_norm. Both are printed, "
              "the chosen one last")
-    add("--k", type=number(int, 1), nargs="+", default=[20], help="numbers of neighbours that vote; the result is that of 20 if listed, else of the first")
-    add("--temperature", type=number(float, 1e-3), nargs="+", default=[0.07],
+    add("--k", type=cli.number(int, 1), nargs="+", default=[20], help="numbers of neighbours that vote; the result is that of 20 if listed, else of the first")
+    add("--temperature", type=cli.number(float, 1e-3), nargs="+", default=[0.07],
         help="a vote has the weight exp(cosine similarity / temperature); the result is that of 0.07 if listed, else of the first")
-    add("--layers", type=number(int, 1, words=["all"]), nargs="+", default=[], metavar="N|all",
+    add("--layers", type=cli.number(int, 1, words=["all"]), nargs="+", default=[], metavar="N|all",
         help="also measure the features after these blocks, counted from 1; all = each block")
-    add("--layers_chart", type=picture, metavar="FILE", help="chart of the accuracy of --layers to write, .png or .jpg (default: none)")
+    add("--layers_chart", type=cli.picture, metavar="FILE", help="chart of the accuracy of --layers to write, .png or .jpg (default: none)")
     # fmt: on
     return parser
 
@@ -77,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

@@ -17,7 +17,6 @@ from engine_pretrain import TrainState, prepare_training, pretrain_loss, train_o
 from models import ENCODERS, build_model, noise_length_at
 from models_pixmim import PixMIM, sincos_pos_embed
 from muon import build_muon
-from util.args import CLASSES, PRETRAIN, Parser, number, resolve_defaults, run_main, size_share
 from util.checkpoint.resume import Progress, recorded_args
 from util.checkpoint.saver import Saver
 from util.data.batches import load_batch, train_loader
@@ -41,11 +40,11 @@ FROM_FILE = (*MODEL_FLAGS, *DECODER, "fuse_layers")  # flags that are read from 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     # fmt: off
     data = cli.add_data_arguments(parser, "images: a folder of any structure (train/ if it has one), tar or zip files, a list or table "
                                   "(.txt .csv .tsv .parquet), a stream of shards, or a packed cache")
-    cli.add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
+    cli.add_model_arguments(parser, ENCODERS, *map(str, cli.PRETRAIN.values()))
     add = parser.add_argument_group("initial weights").add_argument
     add("--checkpoint", metavar="FILE|FOLDER",
         help="start from these weights, in any format that util/convert.py reads; flags of the model that are not given are those of "
@@ -54,9 +53,9 @@ def get_parser() -> argparse.ArgumentParser:
         help="--in_chans other than the file's: new = random weights for patch embedding and prediction; mean, cycle = made of the "
              "file's channels (torchgeo-bench, issue 85: repeating RGB weights made 16 of 17 results worse, by 3.9 points on average)")
     add("--resample_patches", action="store_true", help="allow a --patch_size other than the file's, as in FlexiViT")
-    add("--freeze_encoder_epochs", type=number(int, 0), default=0,
+    add("--freeze_encoder_epochs", type=cli.number(int, 0), default=0,
         help="epochs in which only the decoder is trained, for a new decoder on a trained encoder")
-    data.add_argument("--stream_samples", type=number(int, 1),
+    data.add_argument("--stream_samples", type=cli.number(int, 1),
         help="images per epoch of streamed shards, whose number is unknown; required for these (default: none)")
     add = cli.add_method_arguments(parser, **dict.fromkeys(DECODER)).add_argument
     add("--crop", choices=["src", "rrc"], default="src",
@@ -64,10 +63,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--crop_interpolation", choices=["auto", "bilinear", "bicubic"], default="auto",
         help="interpolation of the crop; auto = bilinear for src (as the release), bicubic for rrc (as MAE)")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
-    add("--drop_path", type=number(float, 0, 0.99), default=0.0, help="drop-path rate of the encoder's last block, rising linearly from 0")
+    add("--drop_path", type=cli.number(float, 0, 0.99), default=0.0, help="drop-path rate of the encoder's last block, rising linearly from 0")
     schedule = {"batch_size": 512, "epochs": 300, "warmup_epochs": 40, "blr": 1.5e-4, "min_lr": 0.0, "weight_decay": 0.05}
     add = cli.add_schedule_arguments(parser, **schedule).add_argument
-    add("--sizes", type=size_share, nargs="+", metavar="PIXELS:SHARE",
+    add("--sizes", type=cli.size_share, nargs="+", metavar="PIXELS:SHARE",
         help="an experiment: image sizes in turn and their shares of the epochs, such as 112:0.75 224:0.25; the last is --input_size "
              "(default: --input_size throughout)")
     add("--optimizer", choices=["adamw", "muon"], default="adamw",
@@ -76,10 +75,10 @@ def get_parser() -> argparse.ArgumentParser:
         help="multiply the peak learning rate by --predict_ratio / --mask_ratio, as CrossMAE's code does")
     cli.add_device_arguments(parser)
     add = cli.add_run_arguments(parser, output_dir="output/pretrain").add_argument
-    add("--image_every", type=number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")
-    add("--knn_every", type=number(int, 0), default=0,
+    add("--image_every", type=cli.number(int, 0), default=20, help="epochs between pictures on TensorBoard; 0 = no pictures")
+    add("--knn_every", type=cli.number(int, 0), default=0,
         help="epochs between kNN evaluations, which need labelled train and val images; 0 = none")
-    add("--knn_path", nargs="+", metavar="PATH", help=f"{CLASSES}, for kNN (default: --data_path)")
+    add("--knn_path", nargs="+", metavar="PATH", help=f"{cli.CLASSES}, for kNN (default: --data_path)")
     # fmt: on
     return parser
 
@@ -98,7 +97,7 @@ def knn_sources(args: Namespace) -> tuple[Source, Source]:
 def setup(args: Namespace, begin: Callable[[Namespace], Run] = start_run) -> tuple[TrainState, Source]:
     """(training state, image source): data, model, optimiser, loss."""
     args, weights = read_architecture(args, ENCODERS, FROM_FILE) if args.checkpoint else (args, None)
-    args = resolve_defaults(args)
+    args = cli.resolve_defaults(args)
     source = pretrain_source(args)
     args = resolve_pixels(args, source, recorded_args(args))
     torch.manual_seed(args.seed)
@@ -184,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

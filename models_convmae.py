@@ -17,8 +17,17 @@ from timm.models.vision_transformer import checkpoint_seq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import models_pixmim as mim
-from models_pixmim import PatchMask, Size, patchify, take, take_patches, unpatchify
+from models_pixmim import (
+    PatchMask,
+    Size,
+    init_like_mae,
+    patchify,
+    sincos_pos_embed,
+    take,
+    take_patches,
+    transformer_block,
+    unpatchify,
+)
 
 
 class Merge(nn.Conv2d):
@@ -110,15 +119,15 @@ class ConvViT(nn.Module):
         self.blocks2 = nn.ModuleList(ConvBlock(dim2, rate) for rate in drop2)
         self.patch_embed3 = PatchEmbed(dim2, dim, 2)
         self.patch_embed4 = nn.Linear(dim, dim)
-        self.blocks3 = nn.Sequential(*(mim.transformer_block(dim, num_heads, rate) for rate in drop3))
+        self.blocks3 = nn.Sequential(*(transformer_block(dim, num_heads, rate) for rate in drop3))
         self.stage1_output_decode = Merge(dim1, dim, 4)
         self.stage2_output_decode = Merge(dim2, dim, 2)
         learned = global_pool == "avg" if fc_norm is None else fc_norm
         self.norm = nn.Identity() if learned else norm_layer(dim)
         self.fc_norm = norm_layer(dim, elementwise_affine=learned)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        mim.init_like_mae(self, projection="patch_embed3.proj")
-        self.pos_embed = nn.Parameter(mim.sincos_pos_embed(dim, self.grid, 0), requires_grad=False)
+        init_like_mae(self, projection="patch_embed3.proj")
+        self.pos_embed = nn.Parameter(sincos_pos_embed(dim, self.grid, 0), requires_grad=False)
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed"}

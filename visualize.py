@@ -16,7 +16,6 @@ from torch import Tensor
 import util.args as cli
 from models import ENCODERS, build_encoder, build_model
 from models_pixmim import LowPass, PixMIM, mask_from_noise
-from util.args import METHOD, Parser, default_radius, number, picture, resolve_defaults, run_main
 from util.data.batches import load_batch
 from util.data.folders import Folder, list_images
 from util.data.masks import mask_folder
@@ -43,15 +42,15 @@ RADII = (10, 20, 40, 80, 112)  # defaults of --filter at 224 px
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     # fmt: off
     parser.add_argument("--checkpoint", required=True, metavar="FILE|none",
         help="pre-trained weights in any format that util/convert.py reads; the reconstruction and "
              "--spectrum need its decoder; none = an untrained --model")
     parser.add_argument("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
     parser.add_argument("--images", required=True, nargs="+", help="image files or folders of images; --segment: the --data_path of main_segment.py")
-    parser.add_argument("--output", type=picture, required=True, help="picture to write, .png or .jpg")
-    parser.add_argument("--count", type=number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
+    parser.add_argument("--output", type=cli.picture, required=True, help="picture to write, .png or .jpg")
+    parser.add_argument("--count", type=cli.number(int, 1), default=8, help="maximum number of images, taken at even steps from those found")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--attention", action="store_true", help="draw the attention of the last block's class token, per head, instead of the reconstruction")
     add("--ep_attention", action="store_true", help="draw the attention of each query of a classifier of main_linprobe.py --pool ep")
@@ -62,13 +61,13 @@ def get_parser() -> argparse.ArgumentParser:
     add("--masks", action="store_true", help=f"draw each image under {MASKS} masks")
     add("--segment", action="store_true",
         help=f"draw image, mask and prediction of images of val by a segmenter.pth, and the {WORST} of the lowest mIoU")
-    add("--filter", nargs="*", type=number(float, 1), metavar="R",
+    add("--filter", nargs="*", type=cli.number(float, 1), metavar="R",
         help="draw each image under low-pass filters of these radii in bins, and what they remove; without radii: 10 20 40 80 "
              "112 scaled from 224 px to --input_size, and the model's radius (default: not drawn)")
     # fmt: on
     cli.add_pixel_arguments(parser)
     cli.add_model_arguments(parser, ENCODERS)
-    group = cli.add_method_arguments(parser, **dict.fromkeys(METHOD))
+    group = cli.add_method_arguments(parser, **dict.fromkeys(cli.METHOD))
     group.description = "Attention heads of the decoder whose number the file does not state are 32 wide."
     cli.add_device_arguments(parser, amp=False)
     parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
@@ -108,7 +107,7 @@ def load_weights(model: PixMIM, weights: Weights, args: Namespace) -> None:
 
 def print_assumptions(args: Namespace) -> None:
     """Print one line if neither --checkpoint nor a flag states the loss or the mask ratio that the picture shows."""
-    assumed = {"mask_ratio": f"--mask_ratio {METHOD['mask_ratio']}"}
+    assumed = {"mask_ratio": f"--mask_ratio {cli.METHOD['mask_ratio']}"}
     if not args.masks:
         raw = "raw pixels, as mae_visualize_*, need --no-norm_pix_loss"
         assumed["norm_pix_loss"] = f"--norm_pix_loss as mae_pretrain_*_full; {raw}"
@@ -169,7 +168,7 @@ def draw_method(args: Namespace, weights: Weights | None, batch: dict, device: t
     reconstruction = reconstruct(model, Normalize(args, device)(batch), noise, args)
     if not args.spectrum:
         return draw_reconstruction(reconstruction)
-    radius = reconstruction.radius or default_radius(args.input_size)
+    radius = reconstruction.radius or cli.default_radius(args.input_size)
     below, above = (255 * power**0.5 for power in split_power(reconstruction.filled - reconstruction.images, radius))
     print(json.dumps({"radius": radius, "rms_below": below, "rms_above": above}))
     return draw_spectrum(reconstruction)
@@ -207,7 +206,7 @@ def write_picture(args: Namespace, pixels: np.ndarray, count: int) -> None:
 
 
 def main() -> None:
-    args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *METHOD))
+    args, weights = read_architecture(get_parser().parse_args(), ENCODERS, (*MODEL_FLAGS, *cli.METHOD))
     of_encoder = args.attention or args.ep_attention or args.pca
     if not (of_encoder or args.segment or args.masks or args.filter is not None or (weights and weights.has_decoder)):
         raise ValueError(
@@ -216,7 +215,7 @@ def main() -> None:
         )
     if weights and not (of_encoder or args.segment) and args.filter is None:
         print_assumptions(args)
-    args = resolve_defaults(args)
+    args = cli.resolve_defaults(args)
     if args.segment:
         write_picture(args, *draw_segments(args, weights))
         return
@@ -234,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

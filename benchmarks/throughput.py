@@ -33,7 +33,6 @@ from benchmarks.results import append, spread
 from engine_pretrain import optimizer_step, pretrain_loss
 from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
-from util.args import METHOD, PRETRAIN, Parser, number, resolve_defaults, run_main
 from util.data.transforms import Normalize
 from util.dist import autocast, init_world
 
@@ -71,7 +70,7 @@ def all_steps(args, model: PixMIM, normalize: Normalize) -> dict[str, Step]:
     full = model
     if not is_plain(model):
         names = ("predict_ratio", "decoder", "decoder_depth", "fuse_levels", "pos_embed")
-        plain = {name: METHOD[name] for name in names}
+        plain = {name: cli.METHOD[name] for name in names}
         full = build_model(argparse.Namespace(**vars(args) | plain | {"class_tokens": None})).to(normalize.mean.device)
         steps["full decoder"] = make(full)
     if type(model.encoder) is MaskedViT:  # the other encoders have no baseline
@@ -142,12 +141,12 @@ def format_result(result: dict) -> list[str]:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser("Measure the time of a training step, of its ablations and of a baseline MAE.")
-    cli.add_model_arguments(parser, ENCODERS, *map(str, PRETRAIN.values()))
+    parser = cli.Parser("Measure the time of a training step, of its ablations and of a baseline MAE.")
+    cli.add_model_arguments(parser, ENCODERS, *map(str, cli.PRETRAIN.values()))
     cli.add_method_arguments(parser)
     add = cli.add_device_arguments(parser).add_argument
-    add("--batch_size", type=number(int, 1), nargs="+", default=[8], help="images per step; several = in turn")
-    add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant")
+    add("--batch_size", type=cli.number(int, 1), nargs="+", default=[8], help="images per step; several = in turn")
+    add("--rounds", type=cli.number(int, 1), default=7, help="timed steps of each variant")
     add("--compile", action="store_true", help="include the compiled model")
     add(
         "--append",
@@ -160,7 +159,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = resolve_defaults(get_parser().parse_args())
+    args = cli.resolve_defaults(get_parser().parse_args())
     if args.amp == "fp16" or not args.norm_pix_loss:
         raise ValueError("--amp fp16 and --no-norm_pix_loss are not supported: the baseline has neither; omit them")
     device = init_world(args.device, args.amp).device
@@ -174,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    cli.run_main(main)

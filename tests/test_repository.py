@@ -465,3 +465,15 @@ def test_pages_have_no_gaps_and_no_dead_links(page):
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", prose) if not link.startswith("http")]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_files_and_names_of_the_map_of_the_code_exist():
+    page = (ROOT / "docs" / "code.md").read_text()
+    rows = [line.strip("| ").rpartition(" | ")[2] for line in page.splitlines() if line.startswith("| ")]
+    named = 0
+    for file, names in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", "\n".join(rows)):
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?:    )?(?:def|class) {name}\b|^{name}\b.* = ", source, re.MULTILINE), (file, name)
+            named += 1
+    assert named > 40

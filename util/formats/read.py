@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import util.formats.keys as rules
 from util.args import default_crop_pct
 from util.files import printable
-from util.formats.keys import DROPPED, FINAL_NORM, State, family, join_names, rename
+from util.formats.keys import (
+    DROPPED,
+    FINAL_NORM,
+    State,
+    expected_shapes,
+    family,
+    find_misshaped,
+    from_hf,
+    from_mmseg,
+    join_names,
+    rename,
+    tensor_sizes,
+)
 from util.formats.unpickle import load_content
 from util.formats.weights import METHOD, Weights, check_settings
 
@@ -104,7 +115,7 @@ def _is_count(value: Any) -> bool:
 
 def _config_args(path: Path, config: dict[str, Any], state: State) -> tuple[dict[str, Any], list[str]]:
     """(Arguments in config.json, list of its unused values); ValueError if the weights contradict it."""
-    facts = rules.tensor_sizes(state)
+    facts = tensor_sizes(state)
     if facts["family"] == "convvit":
         raise ValueError(f"{path} holds a ConvMAE, which transformers and timm lack: pass the weight file itself")
     facts["hidden"] = round(facts["mlp_ratio"] * facts["embed_dim"])
@@ -194,11 +205,11 @@ def _detect_source(checkpoint: dict, state: State) -> tuple[str, State]:
     if str(checkpoint.get("format", "")).startswith("pixmim"):
         return "pixmim", state
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
-        return "hf", rules.from_hf(state)
+        return "hf", from_hf(state)
     if any(key.startswith("backbone.") for key in state):
-        return "mm", rules.from_mmseg(state) if any(".attn.attn.in_proj_" in key for key in state) else state
+        return "mm", from_mmseg(state) if any(".attn.attn.in_proj_" in key for key in state) else state
     if "patch_embed.projection.weight" in state:
-        return "mmseg", rules.from_mmseg(state)
+        return "mmseg", from_mmseg(state)
     return "mae" if "model" in checkpoint or "mask_token" in state else "timm", state
 
 
@@ -325,11 +336,11 @@ def _map_names(path: Path, state: State, source: str) -> State:
         mapped |= dict(zip(FINAL_NORM, (torch.ones(width), torch.zeros(width)), strict=True))
         native |= {name: name for name in FINAL_NORM}
         _report(path, "CrossMAE has no final norm: read as weight 1, bias 0")
-    expected = rules.expected_shapes(mapped)
+    expected = expected_shapes(mapped)
     problems = {
         "unknown": unknown + [native[name] for name in mapped if name not in expected],
         "missing": [str(rename(name, "mae", column)) for name in expected if name not in mapped],
-        "mis-shaped": [f"{native[name]} {error}" for name, error in rules.find_misshaped(mapped, expected)],
+        "mis-shaped": [f"{native[name]} {error}" for name, error in find_misshaped(mapped, expected)],
     }
     if any(problems.values()):
         lists = "; ".join(f"{what}: {join_names(keys)}" for what, keys in problems.items() if keys)
