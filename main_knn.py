@@ -31,7 +31,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--knn_features", choices=["auto", *NORMS], default="auto",
         help="features before or after the encoder's final norm; auto = after_norm for classifiers, else before_norm. Both are printed, "
              "the chosen one last")
-    add("--k", type=cli.number(int, 1), nargs="+", default=[20], help="numbers of neighbours that vote; the result is that of 20 if listed, else of the first")
+    add("--k", type=cli.number(int, 1), nargs="+", default=[20],
+        help="numbers of neighbours that vote; the result is that of 20 if listed, else of the first")
     add("--temperature", type=cli.number(float, 1e-3), nargs="+", default=[0.07],
         help="a vote has the weight exp(cosine similarity / temperature); the result is that of 0.07 if listed, else of the first")
     add("--layers", type=cli.number(int, 1, words=["all"]), nargs="+", default=[], metavar="N|all",

@@ -52,8 +52,10 @@ def get_parser() -> argparse.ArgumentParser:
     group = cli.add_data_arguments(parser, "folder with {train,val}/{images,masks}, ADE20K's with {images,annotations}/{training,validation}, or a "
                                ".csv or .tsv with the paths of images and masks", packed=False)
     group.add_argument("--mask_column", metavar="NAME", help="column of a table with the masks (default: mask)")
-    group.add_argument("--classes", nargs="+", metavar="NAME", help="names of classes 0, 1, ... (default: as many as the masks of train, or ADE20K's)")
-    group.add_argument("--palette", nargs="+", type=colour, metavar="RRGGBB", help="colours of classes 0, 1, ... in coloured masks (default: masks hold class numbers)")
+    group.add_argument("--classes", nargs="+", metavar="NAME",
+                       help="names of classes 0, 1, ... (default: as many as the masks of train, or ADE20K's)")
+    group.add_argument("--palette", nargs="+", type=colour, metavar="RRGGBB",
+                       help="colours of classes 0, 1, ... in coloured masks (default: masks hold class numbers)")
     group.add_argument("--ignore_index", type=cli.number(int, 0, 65535), help="class number of pixels that are ignored (default: 255)")
     group.add_argument("--short_side", type=cli.number(int, 0),
                        help="short side of the resized images in pixels; 0 = unchanged (default: the shorter side of --input_size)")
@@ -66,7 +68,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--temperature", type=cli.number(float, 1e-3), default=0.07, help="knn: a vote has the weight exp(cosine similarity / temperature)")
     add("--bank_patches", type=cli.number(int, 1), default=2**18, help="knn: maximum number of training patches, the same share of each image")
     add("--finetune", action="store_true", help="train the encoder and a DPT, and the same from an untrained encoder for comparison")
-    add("--layer_decay", type=cli.number(float, 0.01, 1), default=0.65, help="finetune: factor of the learning rate from a layer to the layer before it")
+    add("--layer_decay", type=cli.number(float, 0.01, 1), default=0.65,
+        help="finetune: factor of the learning rate from a layer to the layer before it")
     add("--drop_path", type=cli.number(float, 0, 0.99), default=0.1, help="finetune: drop-path rate of the last block, rising linearly from 0")
     add("--untrained", default="auto", metavar="auto|none|DIR",
         help="finetune: output folder of the untrained encoder's run, which is trained first if it is not complete; auto = OUTPUT_DIR/untrained")

@@ -152,7 +152,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, encoders, *otherwise: s
                             "ConvMAE has none)")
     group.add_argument("--mean", type=number(float, -(10**9)), nargs="+",
                        help="mean of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
-    group.add_argument("--std", type=number(float, 1e-6), nargs="+", help="standard deviation of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
+    group.add_argument("--std", type=number(float, 1e-6), nargs="+",
+                       help="standard deviation of each channel, pixels in [0, 1] (default: ImageNet's for 3 channels)")
     group.add_argument("--crop_pct", type=number(float, 0.01, 1),
                        help="side of the evaluation crop as a share of the resized image (default: as in --checkpoint, else 0.875 up "
                             "to 224 px and 1 above, as in MAE)")
@@ -244,11 +245,13 @@ def add_source_arguments(group, layout: str, splits: bool = True, packed: bool =
     group.add_argument("--image_column", metavar="NAME",
                        help="column of a table with the images or their paths (default: image, file_name or path, for example)")
     if splits:
-        group.add_argument("--split_column", metavar="NAME", help="column of a table with the name of the split, such as train or val (default: split)")
+        group.add_argument("--split_column", metavar="NAME",
+                           help="column of a table with the name of the split, such as train or val (default: split)")
     if not packed:
         return
     group.add_argument("--tar_key", metavar="KEY",
-                       help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all (default: the only one)")
+                       help="image of each sample in tar shards that hold several, such as input.jpg of x.input.jpg; '*' = all "
+                            "(default: the only one)")
     group.add_argument("--verbose_data", action="store_true", help="list each class and each file that is left out")
 
 

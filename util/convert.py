@@ -101,7 +101,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--input_size", type=number(int, 1), nargs="+", action=SizeAction, metavar="H",
         help="resample the position embeddings to this input size in pixels: one side, or H W (default: that of IN)")
     add("--use_ema", action="store_true", help="read the moving average of the weights, which some files hold beside them")
-    add("--push_to_hub", metavar="NAME", help="upload the folder to this repository of the Hugging Face Hub; a new one is private (default: no upload)")
+    add("--push_to_hub", metavar="NAME",
+        help="upload the folder to this repository of the Hugging Face Hub; a new one is private (default: no upload)")
     # fmt: on
     return parser
 

@@ -22,9 +22,9 @@ from util.run import Run, args_to_dict, read_config
 
 # Flags that a resumed run may change: they affect where and how fast it runs, not what it computes.
 FREE = {
-    "checkpoint", "data_path", "val_path", "verbose_data", "output_dir", "resume", "overwrite", "num_workers", "device", "compile", "grad_checkpointing", "batch_size", "accum_iter",
-    "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk", "image_every", "knn_every", "knn_path", "eval",
-    "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin", "untrained",
+    "checkpoint", "data_path", "val_path", "verbose_data", "output_dir", "resume", "overwrite", "num_workers", "device", "compile",
+    "grad_checkpointing", "batch_size", "accum_iter", "effective_batch", "log_every", "save_every", "save_minutes", "on_full_disk",
+    "image_every", "knn_every", "knn_path", "eval", "on_bad_image", "max_skipped", "timeout_minutes", "results", "origin", "untrained",
 }  # fmt: skip
 
 

@@ -17,10 +17,12 @@ METHOD: dict[str, Any] = {  # settings of pre-training -> type of their value
     "fuse_layers": list | tuple, "predict_ratio": float | int, "pos_embed": str,
 }  # fmt: skip
 PIXELS: dict[str, Any] = {"bands": list | tuple, "value_range": list | tuple, "alpha": str}
+COUNTS = ("patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads", "mask_unit", "class_tokens")
 LIMITS: dict[str, tuple[Any, float, float]] = {  # settings of our own runs -> type, least, most; None = any
     "mask_ratio": (float | int, 1e-6, 1 - 1e-6), "predict_ratio": (float | int, 0, 1), "crop_pct": (float | int, 0.01, 1),
     "lowpass_radius": (float | int, 0, 10**6),
-} | dict.fromkeys(("patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads", "mask_unit", "class_tokens"), (int, 1, 10**6))  # fmt: skip
+    **dict.fromkeys(COUNTS, (int, 1, 10**6)),
+}  # fmt: skip
 HEADS = {48: 3, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # width -> attention heads of the published models
 
 
