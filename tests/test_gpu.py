@@ -1,6 +1,7 @@
 """What a GPU computes, by `make gpu`; the same tests run on the CPU, where they check themselves."""
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -112,9 +113,7 @@ def test_without_a_gpu_the_report_is_one_line_and_status_1(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with patch.object(sys, "argv", ["gpu.py"]), pytest.raises(SystemExit) as ending:
         gpu.run_main(gpu.main)
-    assert ending.value.code == (
-        "gpu.py: error: torch finds no GPU: nothing was measured; see docs/gpu.md for what is tested without one"
-    )
+    assert re.fullmatch(r"gpu\.py: error: .*no GPU.*docs/gpu\.md.*", ending.value.code)
 
 
 def test_a_row_has_the_steps_of_a_recipe_and_its_memory(device, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from copy import deepcopy
 from multiprocessing import get_context
@@ -106,7 +107,7 @@ def test_the_difference_of_two_rows_is_over_the_seeds_that_both_have(tmp_path, t
     (difference,) = found["differences"]
     assert (difference["difference"], difference["n"]) == (4, 2)
     assert difference["standard_error"] == pytest.approx(stdev([3, 5]) / 2**0.5)
-    with pytest.raises(ValueError, match=r"--difference \[1, 4\]: the table has the rows 1 to 3"):
+    with pytest.raises(ValueError, match=r"--difference \[1, 4\]: .*rows 1 to 3"):
         tabulate(tmp_path, three_groups, "--difference", 1, 4)
 
 
@@ -220,7 +221,7 @@ def test_damaged_lines_are_counted_and_no_number_is_made_of_them(tmp_path, three
     found = json.loads("\n".join(call("util.report", tmp_path, "--json")))
     assert found["damaged"] == {str(file): len(wrong)}
     assert cells(found) == cells(tabulate(tmp_path, three_groups))
-    assert f"{file}: {len(wrong)} damaged lines are left out" in call("util.report", tmp_path)
+    assert any(line.startswith(f"{file}: {len(wrong)} damaged lines") for line in call("util.report", tmp_path))
 
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path):
@@ -248,7 +249,7 @@ def test_foreign_text_cannot_break_the_table(tmp_path):
 @pytest.mark.parametrize("words", [["nothing.jsonl"], ["."]])
 def test_no_results_is_one_line(tmp_path, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, OSError), match=r"no results; evaluate with --results|there is no such file"):
+    with pytest.raises((ValueError, OSError), match=r"^\.: .*--results FILE|^nothing\.jsonl: "):
         call("util.report", *words)
 
 
@@ -287,7 +288,7 @@ def test_a_file_that_cannot_be_written_is_named_after_the_result_is_printed(phot
     assert status == 1
     assert "acc1" in json.loads(out.splitlines()[-1])
     assert err.count("\n") == 1
-    assert "x.jsonl cannot be written" in err
+    assert re.search(r"--results .*x\.jsonl ", err)
 
 
 def test_mains_record_what_they_measured_of_which_checkpoint(photos, pretrained, tmp_path):
@@ -315,7 +316,7 @@ def test_mains_record_what_they_measured_of_which_checkpoint(photos, pretrained,
 def test_the_report_is_a_command_with_one_line_errors(tmp_path):
     status, out, err = ended(spawn("-m", "util.report", tmp_path))
     assert (status, out) == (1, "")
-    assert err == f"report.py: error: {tmp_path}: no results; evaluate with --results FILE\n"
+    assert re.fullmatch(rf"report\.py: error: {tmp_path}: .*--results FILE\n", err)
 
 
 def test_the_parser_of_the_report_describes_it():

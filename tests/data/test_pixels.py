@@ -325,7 +325,7 @@ def test_a_run_records_the_decision_and_a_resumed_run_and_evaluations_use_it(tmp
 def test_warns_if_the_alpha_of_most_tiffs_varies(tmp_path, capsys):
     write(tmp_path, *[tiff(ALPHA, photometric="rgb", extrasamples=["unassalpha"])] * 3)
     resolve_pixels(Namespace(in_chans=3), image_folder(str(tmp_path)))
-    assert "fourth sample of 3 of 3 TIFFs varies" in capsys.readouterr().out
+    assert re.search("fourth .*3 of 3 TIFFs", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -334,8 +334,8 @@ def test_warns_if_the_alpha_of_most_tiffs_varies(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (tiff(np.moveaxis(FIVE, 2, 0).astype(U8)), {}, "has 5 bands or pages.*--bands 1 2 3 .*--in_chans 5"),
-        (tiff(FIVE.astype(U8)), {"bands": (6, 1, 2)}, "has 5 bands, not all of --bands 6 1 2"),
+        (tiff(np.moveaxis(FIVE, 2, 0).astype(U8)), {}, "5 bands.*--bands 1 2 3 .*--in_chans 5"),
+        (tiff(FIVE.astype(U8)), {"bands": (6, 1, 2)}, "5 bands.*--bands 6 1 2"),
         (tiff(ALPHA, photometric="rgb", extrasamples=["unassalpha"], extratags=GEO), {}, "has 4 bands.*--alpha drop"),
         (pillow(Image.fromarray(ALPHA), "PNG"), {"in_chans": 4}, "--alpha channel"),
         (npy(np.zeros((9, 9, 3), complex)), {}, "complex128, not numbers"),
@@ -525,6 +525,4 @@ def test_the_message_of_a_run_is_one_line(tmp_path):
         [sys.executable, "main_pretrain.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        f"main_pretrain.py: error: {tmp_path}/0.tif cannot be read: has 5 bands"
-    )
+    assert re.match(rf"main_pretrain\.py: error: {tmp_path}/0\.tif .*5 bands", done.stderr.splitlines()[-1])

@@ -45,10 +45,10 @@ def test_knn_of_a_list_equals_knn_of_a_folder_with_these_images(photos, pretrain
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("ant/0.JPG\nant/99.png", "", r"list.txt has 1 names that the training images lack, such as ant/99\.png"),
-        ("", "", r"list.txt is empty"),
-        ("ant/0.JPG", "--train_fraction 0.5", r"--train_fraction 0\.5 and --train_list exclude"),
-        (None, "", r"list.txt cannot be read: No such file"),
+        ("ant/0.JPG\nant/99.png", "", r"list\.txt .*\b1 names .*ant/99\.png"),
+        ("", "", r"list\.txt .*empty"),
+        ("ant/0.JPG", "--train_fraction 0.5", r"--train_fraction 0\.5 .*--train_list"),
+        (None, "", r"list\.txt .*No such file"),
     ],
 )
 def test_lists_that_do_not_fit_are_refused_by_name(content, flags, message, photos, pretrained, tmp_path):

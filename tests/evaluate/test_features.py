@@ -142,8 +142,8 @@ def test_features_of_grey_images_by_an_untrained_encoder(tmp_path):
     [
         ({"--output": "x.csv"}, r"--output .*x\.csv: .*\.npy or \.safetensors"),
         ({"--pool": "mean", "--maps": None}, "--pool mean .*--maps"),
-        ({"--data_path": "https://example.org/x.tar"}, r"--data_path: https://example\.org/x\.tar is a stream"),
-        ({"--data_path": "nowhere"}, "--data_path: there is no folder nowhere"),
+        ({"--data_path": "https://example.org/x.tar"}, r"--data_path: https://example\.org/x\.tar .*stream"),
+        ({"--data_path": "nowhere"}, "--data_path: .*no folder nowhere"),
     ],
 )
 def test_invalid_flags_are_refused_in_one_line(words, message, photos, pretrained, tmp_path):
@@ -228,10 +228,10 @@ def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_
     for suffix in ("", ".json"):
         shutil.copy(tmp_path / f"x.npy.partial{suffix}", tmp_path / f"z.npy.partial{suffix}")
     extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "x.npy", "--batch_size", 2)
-    assert "continues after 6 of 8 images" in capfd.readouterr().err
+    assert "6 of 8 images" in capfd.readouterr().err
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
     extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "z.npy", "--batch_size", 2, "--pool", "mean")
-    assert "other flags or images" in capfd.readouterr().err
+    assert re.search(r"z\.npy\.partial.* other flags", capfd.readouterr().err)
     assert not np.array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "z.npy"))
 
 
@@ -253,13 +253,13 @@ def test_a_damaged_partial_file_is_named_and_begun_again(name, damage, photos, p
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
     try:
-        with pytest.raises(OSError, match="the same command continues"):
+        with pytest.raises(OSError, match=rf"--output {tmp_path}/x\.npy: .*same command"):
             result("main_features", *words, tmp_path / "x.npy")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     result("main_features", *words, tmp_path / "x.npy")
-    assert re.search(rf"{tmp_path / name} is (damaged|of an earlier version)", capfd.readouterr().err)
+    assert re.search(rf"{tmp_path / name} .*(damaged|earlier version)", capfd.readouterr().err)
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(ending, photos, 
     result("main_features", *words, tmp_path / f"whole{ending}")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))  # of 4,928 bytes
     try:
-        with pytest.raises(OSError, match=rf"^--output {output}: File too large; free disk space"):
+        with pytest.raises(OSError, match=rf"^--output {output}: File too large; .*disk space"):
             result("main_features", *words, output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -298,5 +298,5 @@ def test_a_disk_that_is_too_small_is_refused_after_the_first_batch(photos, pretr
         if fits:
             result("main_features", *words, "--output", tmp_path / f"x{ending}")
         else:
-            with pytest.raises(OSError, match=rf"--output {tmp_path}/x{ending} needs 0 MiB .* are free"):
+            with pytest.raises(OSError, match=rf"--output {tmp_path}/x{ending} .*0 MiB .*free"):
                 result("main_features", *words, "--output", tmp_path / f"x{ending}")

@@ -143,7 +143,7 @@ def test_tells_why_nothing_is_learned(name):
     ("flags", "causes"),
     [
         ("--epochs 20 --blr 0.06 --warmup_epochs 15", []),
-        ("--epochs 4 --blr 30 --warmup_epochs 0", ["lower --blr 30 (peak learning rate 0.938)"]),
+        ("--epochs 4 --blr 30 --warmup_epochs 0", [r"--blr 30 .*0\.938"]),
         ("--epochs 1 --mean 124 116 104 --std 58 57 57", ["--warmup_epochs 40 ", "--mean 124 116 104"]),
         ("--epochs 1 --lowpass centered --lowpass_radius 0.5", ["--warmup_epochs 40 ", "--lowpass_radius 0.5"]),
     ],
@@ -151,9 +151,9 @@ def test_tells_why_nothing_is_learned(name):
 def test_a_run_prints_the_warnings_it_deserves(flags, causes, photos, tmp_path):
     words = ["--input_size", 32, "--data_path", photos, "--batch_size", 8, "--image_every", 0, "--output_dir", tmp_path]
     said = call("main_pretrain", *PRETRAIN, *words, *flags.split())
-    warnings = [line for line in said if line.startswith("warning: ") and "waiting for data" not in line]
+    warnings = [line for line in said if line.startswith("warning: ") and "--num_workers" not in line]
     assert len(warnings) == len(causes), warnings
-    assert all(cause in line for cause, line in zip(causes, warnings, strict=True))
+    assert all(re.search(cause, line) for cause, line in zip(causes, warnings, strict=True))
 
 
 def test_a_resumed_run_does_not_repeat_its_warning(photos, tmp_path, monkeypatch):
@@ -197,8 +197,7 @@ def test_an_example_loss_that_is_not_finite_is_one_warning_and_no_number(photos,
     monkeypatch.setattr("util.evaluate.health.compare_with_constant", lambda *_: (math.nan, 1.0))
     words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--warmup_epochs", 1, "--image_every", 0]
     command = partial(call, "main_pretrain", *words, "--data_path", photos, "--output_dir", tmp_path)
-    assert [line for line in command() if "not finite" in line] == [
-        f"warning: epoch {epoch}: the loss of the example images is not finite" for epoch in range(3)
-    ]
+    found = [line for line in command() if "not finite" in line]
+    assert [line.startswith(f"warning: epoch {epoch}: ") for epoch, line in enumerate(found)] == [True] * 3
     assert [record["example_loss"] for record in records(tmp_path, "example_loss")] == [None] * 3
     command()  # resumes

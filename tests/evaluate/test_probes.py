@@ -115,12 +115,12 @@ def test_inputs_of_the_heads_equal_the_encoder_taken_apart(encoders):
     assert_close(found["ep"], before)
     assert_close(found["mean"], after)
     if encoders is CONVMAE:
-        with pytest.raises(ValueError, match="--pool token: the encoder has no class token"):
+        with pytest.raises(ValueError, match=r"--pool token: .*class token"):
             Probe(encoder, 3, ["token", "ep"], [0.1])
 
 
 def test_queries_that_do_not_divide_the_width_are_refused_in_one_line(pretrained, photos, tmp_path):
-    with pytest.raises(ValueError, match="--ep_queries 7 does not divide the width 48") as caught:
+    with pytest.raises(ValueError, match=r"--ep_queries 7 .*width 48") as caught:
         probe(tmp_path, photos, pretrained / "last.pth", "--pool", "ep", "--ep_queries", 7)
     assert "\n" not in str(caught.value)
 

@@ -163,17 +163,17 @@ def test_the_errors_of_alexnet_are_means_of_the_published_severities():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: corruption_tree(f, "fog", severities=(1, 2, 4, 5)), r"fog lacks severity 3; expected"),
-        (lambda f: [corruption_tree(f / g, "fog") for g in ("a", "b")], r"a/fog and .*b/fog are the same"),
-        (lambda f: class_folders(f / "fog" / "1", {"ant": 1, "dog": 1}, 0), r"fog lacks severity 2 3 4 5"),
+        (lambda f: corruption_tree(f, "fog", severities=(1, 2, 4, 5)), r"fog .*severity 3;"),
+        (lambda f: [corruption_tree(f / g, "fog") for g in ("a", "b")], r"a/fog .*b/fog .*same"),
+        (lambda f: class_folders(f / "fog" / "1", {"ant": 1, "dog": 1}, 0), r"fog .*severity 2 3 4 5"),
         (
             lambda f: [class_folders(f / "fog" / str(s), {"ant": 1, "dog": 1}, 0) for s in range(1, 6)],
-            r"fog/1 has classes that train lacks: \['dog'\]",
+            r"fog/1 .*classes .*\['dog'\]",
         ),
-        (lambda f: class_folders(f, {"ant": 1, "dog": 1}, 0), r"has classes that train lacks: \['dog'\]"),
-        (lambda f: (f / "ant").mkdir(), r"holds no image \("),
-        (lambda f: class_folders(f, {"dog": 1, "eel": 1}, 0), r"there is no folder .*/val; it must hold"),
-        (lambda f: None, r"there is no folder .*/val; it must hold"),
+        (lambda f: class_folders(f, {"ant": 1, "dog": 1}, 0), r"--data_path.*classes .*\['dog'\]"),
+        (lambda f: (f / "ant").mkdir(), r"no image \("),
+        (lambda f: class_folders(f, {"dog": 1, "eel": 1}, 0), r"no folder .*/val;"),
+        (lambda f: None, r"no folder .*/val;"),
     ],
 )
 def test_a_wrong_tree_is_one_line(tuned, tmp_path, make, message):

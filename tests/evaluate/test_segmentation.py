@@ -123,7 +123,7 @@ def test_patch_maps_are_the_outputs_of_the_blocks_before_the_norm():
         outputs = [x[:, 1:].mT.reshape(2, 48, 2, 3) for x in (first, encoder.blocks[1](first))]
         assert_close(patch_maps(encoder, images), outputs[1], rtol=0, atol=0)
         assert_close(patch_maps(encoder, images, [2, 1]), torch.cat(outputs[::-1], 1), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="--layers 3: --checkpoint has 2 blocks"):
+    with pytest.raises(ValueError, match=r"--layers 3: .*2 blocks"):
         patch_maps(encoder, images, [1, 3])
 
 
@@ -310,7 +310,7 @@ def test_a_segmenter_is_an_encoder_for_all_others_and_only_it_can_be_evaluated(
     )
     assert ours == theirs
     for path in (pretrained / "last.pth", "none"):
-        with pytest.raises(ValueError, match=r"no segmentation head; use a segmenter\.pth"):
+        with pytest.raises(ValueError, match=rf"--checkpoint {path} .*segmenter\.pth"):
             segment(tmp_path, masked, "--eval", "--checkpoint", path, *MODEL)
 
 
@@ -376,18 +376,18 @@ def test_two_ranks_equal_one(pretrained, masked, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--layers", 3], "--layers 3: --checkpoint has 2 blocks"),
-        (["--layers", 1, "--finetune"], "--layers: not with --finetune"),
-        (["--method", "knn", "--finetune"], "--method knn: not with --finetune"),
-        (["--blr", 1, 2, "--finetune"], "several --blr: not with --finetune"),
-        (["--crop_pct", 0.5], "--crop_pct 0.5: segmentation uses whole images"),
-        (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more, which --model vit_pico is not"),
+        (["--layers", 3], "--layers 3: .*2 blocks"),
+        (["--layers", 1, "--finetune"], "--layers: .*--finetune"),
+        (["--method", "knn", "--finetune"], "--method knn: .*--finetune"),
+        (["--blr", 1, 2, "--finetune"], "--blr: .*--finetune"),
+        (["--crop_pct", 0.5], "--crop_pct 0.5: .*whole images"),
+        (["--finetune"], "--finetune: .*DPT .*--model vit_pico"),
         (
             ["--finetune", "--model", "vit_tiny", "--input_size", 48, 32],
-            "--input_size 48 32, --patch_size 8: DPT needs sides of a multiple of 32",
+            "--input_size 48 32, --patch_size 8: .*multiple of 32",
         ),
-        (["--model", "convvit_pico", "--layers", 1], "--layers: ConvMAE has one stage"),
-        (["--input_size", 20], "20 x 20 is not a multiple of the patch size 8"),
+        (["--model", "convvit_pico", "--layers", 1], "--layers: ConvMAE"),
+        (["--input_size", 20], "20 x 20 .*patch size 8"),
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(words, line, masked, tmp_path):
@@ -406,7 +406,7 @@ def test_convmae_is_segmented(masked, tmp_path):
 
 def test_without_the_package_finetune_names_it(masked, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
-    with pytest.raises(ValueError, match=r"--finetune needs the package .*: pip install segmentation-models-pytorch"):
+    with pytest.raises(ValueError, match=r"--finetune .*pip install segmentation-models-pytorch"):
         segment(tmp_path, masked, "--checkpoint", "none", *MODEL, "--finetune", *TRAIN)
 
 
@@ -492,5 +492,5 @@ def test_the_picture_shows_the_worst_images_of_val(heads, masked, tmp_path, monk
         score.add(torch.from_numpy(mask), torch.from_numpy(prediction))
         assert f"{score.result(ALONE, classes)['miou']:.1f}" in label
     assert [image.shape[:2] for image in images] == [mask.shape for mask in masks]
-    with pytest.raises(ValueError, match=r"--segment --images .*: name one folder"):
+    with pytest.raises(ValueError, match=r"--segment --images .*one folder"):
         call("visualize", *words[:2], "--segment", "--output", tmp_path / "x.png", "--images", "a", "b")

@@ -1,6 +1,7 @@
 """Pre-training that starts from the weights of a checkpoint (--checkpoint)."""
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -60,8 +61,7 @@ def test_a_run_starts_with_exactly_the_weights_of_the_file_or_of_its_conversion(
         convert(file, file := tmp_path / "converted", target)
     model, said = started(photos, tmp_path, "--checkpoint", file, "--model", "vit_pico", "--amp", "off")
     assert_same(mae_names(model.state_dict()), weights(pretrained)["model"])
-    assert said[0].startswith("from the file: ")
-    assert "100.0%" in said[0]
+    assert re.match(r"from .*file: .*100\.0%", said[0])
 
 
 def test_a_file_without_decoder_starts_with_a_random_one_and_says_so(photos, pretrained, tmp_path):
@@ -152,7 +152,7 @@ def test_a_continued_run_resumes_bit_for_bit_and_checks_its_weights(photos, pret
     config = json.loads((whole / "config.json").read_text())
     assert config["origin"] == weights(whole)["origin"]
     assert len(config["origin"]) == 64
-    with pytest.raises(ValueError, match="started from other weights"):
+    with pytest.raises(ValueError, match=r"broken/last\.pth .*other weights .*--checkpoint .*whole/last\.pth"):
         continued(photos, whole, tmp_path / "broken")
 
 
@@ -172,10 +172,10 @@ def test_a_refused_resume_names_the_command_that_continues_from_its_weights(phot
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--model vit_tiny", "a vit, does not fit --model vit_tiny"),
-        ("--patch_size 4", "--patch_size 4: add --resample_patches"),
-        ("--in_chans 1", "--mean: 0 values given, --in_chans 1 needs 1"),
-        ("--model convvit_tiny", "a vit, does not fit --model convvit_tiny"),
+        ("--model vit_tiny", "vit, .*--model vit_tiny"),
+        ("--patch_size 4", "--patch_size 4: .*--resample_patches"),
+        ("--in_chans 1", "--mean: 0 .*--in_chans 1 .*1"),
+        ("--model convvit_tiny", "vit, .*--model convvit_tiny"),
         ("--decoder_heads 5", r"width 32 .* 5 attention heads"),
     ],
 )
@@ -198,8 +198,8 @@ def of_encoder(name: str) -> bool:
             r"missing: cls_token, pos_embed",
         ),
         (lambda state: {k: v for k, v in state.items() if not of_encoder(k)}, r"missing: cls_token, pos_embed"),
-        (lambda state: {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"none of its 1 keys \(conv1.weight\) is known"),
-        (lambda state: state | {"norm.bias": torch.full((48,), torch.nan)}, r"1 tensors hold nan or inf \(norm.bias\)"),
+        (lambda state: {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"\b1 keys \(conv1\.weight\)"),
+        (lambda state: state | {"norm.bias": torch.full((48,), torch.nan)}, r"\b1 tensors .*nan or inf \(norm\.bias\)"),
     ],
     ids=["a head alone", "a decoder alone", "a ResNet", "a run that diverged"],
 )
@@ -227,7 +227,7 @@ def test_half_precision_and_a_folded_batch_norm_start_with_the_values_of_the_fil
     model, said = started(photos, tmp_path, "--checkpoint", tmp_path / "x.pth", *sizes)
     after = mae_names(model.state_dict())
     assert_same({name: after[name] for name in encoder}, {name: value.float() for name, value in encoder.items()})
-    assert "not used: 2 tensors of the file (head.bias, head.weight)" in said
+    assert any(re.search(r"not used: 2 .*\(head\.bias, head\.weight\)$", line) for line in said)
 
 
 def test_two_ranks_continue_as_one_rank_with_twice_the_batch(photos, pretrained, tmp_path):
@@ -266,7 +266,7 @@ def arguments_of(args: Namespace) -> tuple:
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe", "main_finetune"])
 def test_evaluations_refuse_other_channels_and_name_the_flag_that_adapts_them(main, photos, pretrained):
     flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--in_chans", 1, "--mean", 0, "--std", 1]
-    with pytest.raises(ValueError, match=r"--in_chans 1: .* has 3; leave --in_chans out, or add --init_channels mean"):
+    with pytest.raises(ValueError, match=r"--in_chans 1: .*last\.pth .*3; .*--init_channels mean"):
         call(main, *flags)
 
 

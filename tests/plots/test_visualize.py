@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from argparse import Namespace
 from contextlib import suppress
@@ -25,7 +26,7 @@ BLANK = np.zeros((9, 9, 3), np.uint8)
 def draw(checkpoint, images, output, *words) -> np.ndarray:
     flags = ["--checkpoint", checkpoint, "--images", images, "--output", output, *DEVICE[4:]]
     *notes, line = call("visualize", *flags, *words)
-    assert notes == [] or notes[0].startswith(f"{checkpoint} does not state ")
+    assert notes == [] or re.match(rf"{checkpoint} .*assumed: ", notes[0])
     with Image.open(output) as picture:
         assert line.endswith(f"images, {picture.width} x {picture.height}")
         return np.asarray(picture)
@@ -84,9 +85,9 @@ def test_images_are_chosen_at_even_steps(photos, tmp_path):
 
 def test_refuses_a_reconstruction_without_a_decoder(pretrained, photos, tmp_path):
     torch.save(to_timm(weights(pretrained)["model"]), tmp_path / "timm.pth")
-    with pytest.raises(ValueError, match=r"--checkpoint .*timm\.pth has no decoder"):
+    with pytest.raises(ValueError, match=r"--checkpoint .*timm\.pth .*no decoder"):
         draw(tmp_path / "timm.pth", photos / "val", tmp_path / "x.png")
-    with pytest.raises(ValueError, match="--checkpoint none has no decoder"):
+    with pytest.raises(ValueError, match=r"--checkpoint none .*no decoder"):
         draw("none", photos / "val", tmp_path / "x.png", "--model", "vit_pico")
 
 
@@ -309,10 +310,10 @@ def test_encoders_without_a_class_token_have_components_but_no_attention(photos,
 def test_refuses_two_pictures_at_a_time(pretrained, photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--pca", "--filter")
-    assert "argument --filter: not allowed with argument --pca" in capsys.readouterr().err
+    assert re.search("--filter: .*--pca", capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize("flag", ["", "--spectrum"])
 def test_refuses_an_untrained_model_where_a_decoder_is_needed(flag, photos, tmp_path):
-    with pytest.raises(ValueError, match="--checkpoint none has no decoder"):
+    with pytest.raises(ValueError, match=r"--checkpoint none .*no decoder"):
         draw("none", photos / "val", tmp_path / "x.png", *MODEL, *flag.split())
