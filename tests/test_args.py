@@ -227,7 +227,7 @@ def test_the_recipe_for_own_photographs_trains_on_a_flat_folder(photos, tmp_path
     "words",
     [["--output_dir", ""], ["--output_dir="], ["--data_path", "a", ""], ["--output_dir", "", "--output_dir", "x"]],
 )
-def test_an_unset_variable_is_refused(words, capsys):
+def test_an_empty_flag_value_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         main_pretrain.get_parser().parse_args(words)
     assert re.search(rf"argument {words[0].rstrip('=')}: .*empty", capsys.readouterr().err.splitlines()[-1])
@@ -424,7 +424,7 @@ def run_after(first: str, *words) -> tuple[int | None, str, str]:
 
 
 @pytest.mark.parametrize(("number", "name"), [(1, "stdout"), (2, "stderr")])
-def test_a_closed_output_does_not_end_a_run_and_nothing_else_gets_its_number(number, name, photos, tmp_path):
+def test_a_closed_output_does_not_end_a_run_and_its_file_descriptor_is_not_reused(number, name, photos, tmp_path):
     first = f"os; os.close({number}); sys.{name} = None"
     status, out, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--warmup_epochs", 0)
     assert status == 0, err
@@ -450,7 +450,7 @@ def test_too_few_open_files_are_refused_before_loader_workers_hang(photos, tmp_p
         ),
     ],
 )
-def test_errors_of_a_small_shared_memory_name_it(error, monkeypatch, capsys):
+def test_errors_name_a_small_shared_memory(error, monkeypatch, capsys):
     def fail():
         raise error
 

@@ -74,7 +74,7 @@ def test_evaluations_on_a_pretended_gpu_equal_the_cpu(pretrained, photos, masked
         assert found[0] == found[1], name
 
 
-def test_features_pictures_and_replay_run_on_a_pretended_gpu(cuda, pretrained, photos, masked, tmp_path):
+def test_features_pictures_and_debug_step_run_on_a_pretended_gpu(cuda, pretrained, photos, masked, tmp_path):
     run, images = pretrain(photos, tmp_path / "run", *GPU, "--amp", "fp16"), photos / "val"
     checkpoint = ["--checkpoint", run / "last.pth"]
     for kind in ([], ["--maps"]):
@@ -104,7 +104,9 @@ def test_features_pictures_and_replay_run_on_a_pretended_gpu(cuda, pretrained, p
     assert batch["images"].device.type == "cpu"
 
 
-def test_overflows_of_fp16_are_no_errors_and_are_replayed_with_their_scale(cuda, photos, tmp_path, monkeypatch):
+def test_overflows_of_fp16_are_no_errors_and_debug_step_repeats_them_with_their_loss_scale(
+    cuda, photos, tmp_path, monkeypatch
+):
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**60)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     words = [*PRETRAIN, *GPU, "--amp", "fp16", "--epochs", 2, "--warmup_epochs", 1, "--batch_size", 4]
@@ -156,7 +158,7 @@ def test_no_step_of_finetuning_waits_and_those_of_lars_and_muon_wait_once(cuda, 
         assert found == ({"elif norm.isfinite():": waiting} if waiting else {}), words[0]
 
 
-def test_a_planted_item_is_named_with_its_line(cuda, photos, tmp_path, monkeypatch):
+def test_a_planted_item_call_is_reported_with_its_line(cuda, photos, tmp_path, monkeypatch):
     def loss_fn(normalize):
         def loss(model, batch):
             loss = model(normalize(batch), batch["noise"])[0]

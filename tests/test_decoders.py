@@ -156,7 +156,7 @@ def test_the_next_patches_in_ascending_noise_are_skipped_and_the_last_predicted(
 
 @pytest.mark.parametrize("name", ["vit", "mff", "convvit"])
 @pytest.mark.parametrize("kind", ["self", "cross"])
-def test_the_share_of_all_removed_patches_gives_the_same_bits_as_no_share(name, kind):
+def test_predict_ratio_equal_to_mask_ratio_gives_the_same_bits_as_the_default(name, kind):
     images, noise, found = torch.randn(2, 3, 32, 48), torch.rand(2, 24), []
     for part in (None, 0.75):
         torch.manual_seed(1)
@@ -165,7 +165,7 @@ def test_the_share_of_all_removed_patches_gives_the_same_bits_as_no_share(name, 
     assert_same(*found)
 
 
-def test_the_decoder_of_all_removed_patches_gives_the_bits_of_maes_row_of_all_tokens():
+def test_self_attention_decoder_equals_maes_decoder_bit_for_bit():
     """MAE's decoder spelled out: all tokens of the grid in a row, then the removed ones."""
     model, images, noise = small_model(), torch.randn(2, 3, 32, 48), torch.rand(2, 24)
     _, prediction, mask = model(images, noise)
@@ -177,7 +177,7 @@ def test_the_decoder_of_all_removed_patches_gives_the_bits_of_maes_row_of_all_to
     assert torch.equal(prediction, expected)
 
 
-def test_skipped_patches_are_as_if_attention_ignored_them():
+def test_skipping_patches_equals_masking_them_in_attention():
     """Second computation: the decoder of all tokens, with a mask of its attention that hides the skipped ones."""
     model, images, noise = small_model(predict_ratio=0.25), torch.randn(2, 3, 32, 48), torch.rand(2, 24)
     _, prediction, mask = model(images, noise)
@@ -209,7 +209,7 @@ def change(images: Tensor, patches: Tensor) -> Tensor:
 
 
 @every_decoder
-def test_a_patch_that_is_neither_seen_nor_predicted_changes_neither_loss_nor_gradient(kind):
+def test_a_patch_that_is_neither_visible_nor_predicted_changes_neither_loss_nor_gradient(kind):
     model, images, noise = small_model(kind, predict_ratio=0.25), torch.randn(2, 3, 32, 48), torch.rand(2, 24)
     mask = model(images, noise)[2]
     skipped, predicted = noise.argsort(1)[:, 6:18], mask.predict
@@ -476,7 +476,7 @@ def test_the_whole_image_is_drawn_with_the_settings_of_the_checkpoint(name, trai
             assert min(picture.size) > 100
 
 
-def test_kNN_probe_features_and_fine_tuning_take_several_class_tokens(trained, photos, tmp_path):
+def test_kNN_probe_features_and_fine_tuning_accept_several_class_tokens(trained, photos, tmp_path):
     start = ["--checkpoint", trained("pixio") / "last.pth", *DEVICE]
     pixels = ["--data_path", photos / "val", "--output", tmp_path / "x.npy"]
     assert result("main_features", *start[:2], *pixels, "--device", "cpu", "--num_workers", 0)["shape"] == [9, 48]
@@ -515,7 +515,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(flags, message, photos
     assert "\n" not in str(error.value)
 
 
-def test_images_of_another_size_are_refused_and_learned_positions_resampled_with_a_line(trained, photos, tmp_path):
+def test_images_of_another_size_are_refused_and_learned_positions_resampled_with_a_note(trained, photos, tmp_path):
     model, images, noise = model_of("pixio")
     with pytest.raises(ValueError, match=r"\(48, 32\).*\(32, 48\)"):
         model(images.mT, noise)
@@ -525,7 +525,7 @@ def test_images_of_another_size_are_refused_and_learned_positions_resampled_with
     assert json.loads((tmp_path / "config.json").read_text())["args"]["pos_embed"] == "learned"
 
 
-def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_and_the_run_says_so(trained, photos, tmp_path):
+def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_with_a_note(trained, photos, tmp_path):
     words = [*DEVICE, *SIZES, "--data_path", photos, "--checkpoint"]
     for name, flags, kind in (
         ("self", ["--decoder", "cross", "--fuse_levels"], "self"),
@@ -569,7 +569,7 @@ def test_a_run_that_starts_from_a_checkpoint_has_its_decoder_and_class_tokens(na
         ("pixio", "hf", {}, "3 class tokens .*decoder.*--encoder_only"),
     ],
 )
-def test_formats_without_a_place_are_refused_in_one_line(name, target, options, message, trained, tmp_path):
+def test_formats_that_cannot_hold_the_run_are_refused_in_one_line(name, target, options, message, trained, tmp_path):
     with pytest.raises(ValueError, match=f"--to {target} .*{message}") as error:
         convert(trained(name) / "last.pth", tmp_path / "x", target, **options)
     assert "\n" not in str(error.value)

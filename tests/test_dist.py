@@ -226,7 +226,7 @@ def test_nccl_waits_longer_than_gloo(monkeypatch):
         ),
     ],
 )
-def test_errors_of_other_ranks_and_of_nccl_itself_are_told_apart(error, line, monkeypatch):
+def test_errors_of_other_ranks_and_of_nccl_are_distinguished(error, line, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_PORT", "2901")
     assert re.search(line, explain_error(RuntimeError(error)))

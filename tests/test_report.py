@@ -137,7 +137,7 @@ OTHER_ROW = [
 
 
 @pytest.mark.parametrize(("changes", "rows"), [(x, 1) for x in SAME_ROW] + [(x, 2) for x in OTHER_ROW], ids=str)
-def test_what_of_the_pretraining_makes_another_row(tmp_path, changes, rows):
+def test_pretraining_settings_define_rows(tmp_path, changes, rows):
     found = tabulate(tmp_path, [record(pretrain=x, result={"acc1": 1.0}) for x in ({}, changes)])
     assert len(found["rows"]) == len({*found["rows"]}) == rows
 
@@ -162,14 +162,14 @@ OTHER_COLUMN = [
 @pytest.mark.parametrize(
     ("changes", "columns"), [(x, 1) for x in SAME_COLUMN] + [(x, 2) for x in OTHER_COLUMN], ids=str
 )
-def test_what_of_the_evaluation_makes_another_column(tmp_path, changes, columns):
+def test_evaluation_settings_define_columns(tmp_path, changes, columns):
     both = [record("main_linprobe.py", {}, {"acc1": 1.0}, args) for args in ({}, changes)]
     found = tabulate(tmp_path, both)
     assert len(found["columns"]) == len({*found["columns"]}) == columns
     assert len(found["rows"]) == 1
 
 
-def test_facts_of_a_result_make_columns_and_other_numbers_do_not(tmp_path):
+def test_result_metadata_defines_columns(tmp_path):
     layers = [
         record(pretrain={}, result={"knn_features": x, "acc1": 1.0, "n": 9}) for x in ("before_norm", "after_norm")
     ]
@@ -180,7 +180,7 @@ def test_facts_of_a_result_make_columns_and_other_numbers_do_not(tmp_path):
     assert len(tabulate(tmp_path, [record(pretrain={}, result={"acc1": x}) for x in (1.0, 2.0)])["columns"]) == 1
 
 
-def test_foreign_checkpoints_are_told_apart_by_their_content(tmp_path):
+def test_foreign_checkpoints_are_distinguished_by_their_content(tmp_path):
     both = [record(pretrain={}, result={"acc1": 1.0}, args={"checkpoint": f"{x}/vit.pth"}) for x in "ab"]
     for i, each in enumerate(both):
         each["args"]["origin"] = {"sha256": f"{i}" * 64, "source": "timm", "args": {}}
@@ -213,7 +213,7 @@ def test_a_repeated_measurement_replaces_the_older_one_and_is_not_another_seed(t
     assert tabulate(tmp_path, seeds)["superseded"] == 1
 
 
-def test_damaged_lines_are_counted_and_no_number_is_made_of_them(tmp_path, three_groups):
+def test_damaged_lines_are_counted_and_excluded_from_the_table(tmp_path, three_groups):
     lines = [json.dumps(x) for x in three_groups]
     wrong = [lines[0][:-30], "", "7", "{}", '{"main": 3}', lines[1].replace('"seed"', '"sead"'), "\x00\udcff"]
     file = tmp_path / "results.jsonl"
@@ -247,7 +247,7 @@ def test_foreign_text_cannot_break_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["nothing.jsonl"], ["."]])
-def test_no_results_is_one_line(tmp_path, words, monkeypatch):
+def test_missing_results_give_a_one_line_error(tmp_path, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=r"^\.: .*--results FILE|^nothing\.jsonl: "):
         call("util.report", *words)
@@ -273,7 +273,7 @@ def test_processes_append_to_one_file_at_once(tmp_path):
     assert sorted(line.split()[:2] for line in lines) == sorted([word, str(i)] for word in "ab" for i in range(200))
 
 
-def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
+def test_an_incomplete_line_does_not_damage_the_next_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"cut')
     append_line(path, '{"b": 2}')

@@ -154,7 +154,7 @@ def test_a_killed_study_stops_its_runs_and_continues(study):
     assert [x["starts"] for x in read_lines(study.parent / "records")] == [1, 2]
 
 
-def test_a_failed_step_is_named_and_the_other_runs_go_on(study, capsys):
+def test_a_failed_step_is_named_and_the_other_runs_continue(study, capsys):
     study.write_text(
         study.read_text().replace("flags = .5", "flags = .5\nseeds = 0").replace("first {seed}{flags}", "first broken")
     )
@@ -175,7 +175,7 @@ def test_a_failed_step_is_named_and_the_other_runs_go_on(study, capsys):
         ("[study]", "study", "a study"),
     ],
 )
-def test_a_wrong_study_is_one_line(study, old, new, message):
+def test_an_invalid_study_gives_a_one_line_error(study, old, new, message):
     study.write_text(study.read_text().replace(old, new))
     with pytest.raises(ValueError, match=re.escape(message)):
         run(study)
@@ -191,7 +191,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("more", WRONG, ids=str)
-def test_wrong_flags_are_one_line(study, more):
+def test_invalid_study_flags_give_a_one_line_error(study, more):
     with pytest.raises((SystemExit, ValueError)):
         run(study, *more)
     assert not (study.parent / "tiny").exists()  # nothing ran
@@ -210,7 +210,7 @@ def test_commands_of_studies_parse(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_tables_of_the_results_are_those_of_the_records(path):
+def test_tables_in_the_results_equal_those_of_the_records(path):
     records = ROOT / "docs" / "results" / f"{path.stem}.jsonl"
     marked = (
         (ROOT / "docs" / "results.md").read_text().partition(f"<!-- {path.stem} -->\n")[2].partition("<!-- end -->")[0]

@@ -359,7 +359,7 @@ def test_unwritten_log_lines_are_restored_once_from_the_checkpoint(tmp_path, mon
 
 
 @pytest.mark.parametrize(("name", "silent"), [("_AsyncWriterThread", True), ("Other", False)])
-def test_only_tensorboards_thread_may_meet_a_full_disk_in_silence(name, silent, monkeypatch):
+def test_only_tensorboard_disk_errors_are_suppressed(name, silent, monkeypatch):
     seen = []
     monkeypatch.setattr(threading, "excepthook", partial(report_thread, seen.append))
 
@@ -418,7 +418,7 @@ def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fa
     assert tries[0] <= len(calls) <= tries[0] + 2
 
 
-def test_an_error_of_the_writer_that_nobody_foresaw_ends_the_run(photos, tmp_path, monkeypatch):
+def test_unexpected_writer_error_ends_the_run(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *_: 1 / 0)
     with pytest.raises(OSError, match=r"division by zero; .*same command"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0)
@@ -443,7 +443,7 @@ def test_other_errors_than_a_full_disk_end_the_run(code, photos, tmp_path, monke
     assert read_checkpoint(tmp_path / "last.pth")["progress"]["epoch"] == 3
 
 
-def test_a_log_without_its_checkpoints_is_not_deleted_in_silence(photos, tmp_path):
+def test_a_log_without_its_checkpoints_is_deleted_only_with_overwrite(photos, tmp_path):
     pretrain(photos, tmp_path, *STEPS)
     for path in tmp_path.glob("*.pth"):
         path.unlink()
@@ -468,7 +468,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(photos, tmp_path)
     assert max(record["epoch"] for record in records(tmp_path)) == 2
 
 
-def test_another_number_of_threads_is_named(pretrained, photos, tmp_path):
+def test_warns_if_the_number_of_threads_has_changed(pretrained, photos, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     content = read_checkpoint(tmp_path / "run" / "last.pth") | {"threads": 7}
     del content["format"]
@@ -613,11 +613,11 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
     before = (tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes()
     report = call("debug_step", tmp_path, 12, "--device", "cpu")
     assert report[2].startswith("step 12, batch 1 of 1 on rank 0: 2 images, loss ")
-    replayed = torch.load(tmp_path / "debug-12.pth", weights_only=True)
-    assert replayed["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
+    repeated = torch.load(tmp_path / "debug-12.pth", weights_only=True)
+    assert repeated["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
     assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
     interrupted(monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS))  # 11 steps: one ended an epoch
-    assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
+    assert all(torch.equal(v, repeated["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
     with pytest.raises(ValueError, match=r"STEP 17: .*16 steps"):
         call("debug_step", tmp_path, 17)
     lines = call("debug_step", tmp_path, 3, "--device", "cpu")
@@ -797,8 +797,8 @@ def test_probing_on_two_ranks_resumes_with_the_batch_norm_statistics_of_each_ran
     for status, _, err in ranks(2, "debug_step.py", tmp_path / "uninterrupted", step, "--device", "cpu"):
         assert status == 0, err
     for suffix in ("", "-rank1"):
-        replayed = torch.load(tmp_path / "uninterrupted" / f"debug-{step}{suffix}.pth", weights_only=True)["model"]
-        assert_same(replayed, saved["model"])
+        repeated = torch.load(tmp_path / "uninterrupted" / f"debug-{step}{suffix}.pth", weights_only=True)["model"]
+        assert_same(repeated, saved["model"])
 
 
 def test_error_if_ranks_find_different_checkpoints(photos, tmp_path, monkeypatch):

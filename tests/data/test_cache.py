@@ -240,7 +240,7 @@ def test_a_shard_of_other_images_is_built_again(packed, photos, tmp_path):
     assert files(out)["index.npy"] == files(packed)["index.npy"]
 
 
-def test_workers_end_if_their_build_was_killed_while_they_were_born(monkeypatch):
+def test_workers_exit_if_the_builder_is_killed_while_they_start(monkeypatch):
     """torch would let such a worker wait for ever; `init_worker` is told the process that started it."""
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -386,7 +386,9 @@ def far_index(folder: Path, offset: int = 2**40) -> None:
         (lambda f: manifest(f, shards=[{"bytes": 0, "sha256": "", "name": "/etc/passwd"}]), r"shard-00000\.bin has"),
     ],
 )
-def test_names_the_damage_of_a_cache_and_executes_nothing_in_it(damage, message, packed, tmp_path, monkeypatch):
+def test_errors_name_the_damage_of_a_cache_and_its_content_is_not_executed(
+    damage, message, packed, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(packed, tmp_path / "cache")
     damage(folder)

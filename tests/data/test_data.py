@@ -87,7 +87,7 @@ def test_finds_images_in_a_folder_of_any_structure(files, found, tmp_path):
     assert source.classes == []
 
 
-def test_loops_of_links_end_and_each_folder_is_read_once(tmp_path):
+def test_loops_of_links_are_detected_and_each_folder_is_read_once(tmp_path):
     save(tmp_path, "a/0.png", "b/1.png")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "c").symlink_to(tmp_path / "b")
@@ -419,7 +419,7 @@ def test_eval_transform_equals_torchvision_s_resize_and_centre_crop(side, crop_p
 @pytest.mark.parametrize(
     ("size", "resized"), [((112, 224), (128, 256)), ((224, 448), (224, 448)), ((448, 96), (448, 96))]
 )
-def test_the_longer_side_decides_how_evaluation_crops(size, resized):
+def test_evaluation_crop_depends_on_the_longer_side(size, resized):
     width, height = 2 * resized[1], 2 * resized[0]  # of the aspect ratio of the input: the resize is exact
     image = smooth(np.random.default_rng(0), width, height)
     pipeline = T.Compose([T.Resize(resized, T.InterpolationMode.BICUBIC), T.CenterCrop(size)])

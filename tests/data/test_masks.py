@@ -115,7 +115,7 @@ def damage_file(masks):
     ],
     ids=["class too many", "other size", "colours", "unknown colour", "damaged", "missing mask", "no masks"],
 )
-def test_damaged_masks_are_one_line_that_names_the_file(damage, words, line, masked, tmp_path):
+def test_damaged_masks_give_a_one_line_error_with_the_file_name(damage, words, line, masked, tmp_path):
     shutil.copytree(masked, tmp_path / "in")
     masks = tmp_path / "in" / "val" / "masks"
     for path in (tmp_path / "in").glob("*/masks/*.png") if words else ():

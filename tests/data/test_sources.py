@@ -220,7 +220,7 @@ def test_probe_and_fine_tuning_read_tables(main, photos, pretrained, tmp_path):
 # --------------------------------------------------------------------------------------------------- what is left out
 
 
-def test_rubbish_is_left_out_by_name_and_never_a_class(photos, tmp_path, capsys):
+def test_system_files_are_ignored_and_never_classes(photos, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     for name in ("._0.png", ".DS_Store", "Thumbs.db", "ant/._1.png", "ant/notes.txt", "loose.png"):
         shutil.copy(photos / "train" / "ant" / "1.png", tmp_path / "photos" / "train" / name)
@@ -238,7 +238,7 @@ def test_rubbish_is_left_out_by_name_and_never_a_class(photos, tmp_path, capsys)
     assert sum(line.startswith("left out (") for line in lines) == 11
 
 
-def test_the_line_names_the_sizes_of_a_sample(tmp_path, capsys):
+def test_summary_line_states_the_image_sizes_of_a_sample(tmp_path, capsys):
     for name, size in (("a.png", (30, 20)), ("b.jpg", (7, 9)), ("c.jpg", (40, 40))):
         Image.new("RGB", size).save(tmp_path / name)
     pretrain_source(Namespace(data_path=[str(tmp_path)], stream_samples=None))
@@ -247,7 +247,7 @@ def test_the_line_names_the_sizes_of_a_sample(tmp_path, capsys):
     )
 
 
-def test_a_folder_of_which_most_is_left_out_is_an_error(tmp_path):
+def test_a_folder_with_mostly_ignored_files_is_an_error(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in ("a.jp3", "b.jp3", "x.jp3"):
         (tmp_path / name).touch()
@@ -257,7 +257,7 @@ def test_a_folder_of_which_most_is_left_out_is_an_error(tmp_path):
     assert len(open_sources(str(tmp_path / "list.txt"), Query(), "--data_path")) == 1
 
 
-def test_validation_images_may_lie_elsewhere(photos, tmp_path):
+def test_val_path_sets_another_folder_of_validation_images(photos, tmp_path):
     args = Namespace(val_path=[str(photos / "val")])
     train, val = labelled_sources([str(photos / "train")], args)
     assert (len(train), len(val), val.classes) == (16, 9, train.classes)
@@ -269,7 +269,7 @@ def test_validation_images_may_lie_elsewhere(photos, tmp_path):
         labelled_sources([str(tmp_path / "only")])
 
 
-def test_errors_name_the_flag_that_named_the_images(photos, tmp_path):
+def test_errors_name_the_flag_of_the_images(photos, tmp_path):
     for name in ("train", "val"):
         shutil.copytree(photos / name / "ant", tmp_path / "one" / name / "ant")
     words = [*PRETRAIN, "--data_path", photos, "--output_dir", tmp_path / "run", "--knn_every", 1]
@@ -325,7 +325,7 @@ def test_images_can_be_named_by_a_pattern(photos, tmp_path):
         pretrain_source(Namespace(data_path=[f"{photos}/train/*/1.pngx"], stream_samples=None))
 
 
-def test_a_cache_or_a_stream_is_not_joined(photos, tmp_path):
+def test_a_cache_or_a_stream_cannot_be_joined_with_other_images(photos, tmp_path):
     call("util.cache", "build", "--data_path", photos, "--out", tmp_path / "c", "--input_size", 16, "--workers", 1)
     with pytest.raises(ValueError, match=r"--data_path: .*/c .*cache .*together"):
         pretrain_source(Namespace(data_path=[str(tmp_path / "c"), str(photos)], stream_samples=None))
@@ -390,7 +390,7 @@ def test_missing_files_are_counted_and_named_before_the_first_step(photos, tmp_p
         ("x.parquet", "PAR1", {}, r"--data_path: .*[Pp]arquet"),
     ],
 )
-def test_tables_that_do_not_fit_are_refused(name, content, flags, message, photos, tmp_path):
+def test_invalid_tables_are_refused(name, content, flags, message, photos, tmp_path):
     for image in ("a.png", "b.png"):
         shutil.copy(photos / "train" / "ant" / "1.png", tmp_path / image)
     (tmp_path / name).write_text(content)
@@ -416,7 +416,7 @@ def test_a_parquet_of_paths_and_other_columns(photos, tmp_path):
     assert np.bincount(source.labels).tolist() == [6, 5, 5]
 
 
-def test_a_parquet_says_its_price_and_names_its_rows(photos, tmp_path, capsys):
+def test_parquet_summary_states_row_group_size(photos, tmp_path, capsys):
     path = make_parquet(photos, tmp_path)
     source = open_sources(str(path), Query("val"), "--data_path")
     assert "9 images, " in (line := capsys.readouterr().out)
@@ -484,7 +484,7 @@ def test_a_bad_member_is_named_by_archive_and_member(photos, tmp_path):
         pretrain(tmp_path / "nested", tmp_path / "run")
 
 
-def test_zip_bombs_and_damaged_zips_are_bounded(tmp_path, monkeypatch):
+def test_zip_bombs_are_bounded_and_damaged_zips_refused(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
         archive.writestr("b.png", b"small")

@@ -215,7 +215,7 @@ def test_unreadable_images_have_neither_a_row_nor_a_name(photos, pretrained, tmp
     assert_close(torch.from_numpy(np.load(tmp_path / "x.npy")), torch.from_numpy(whole[kept]), rtol=1e-5, atol=1e-6)
 
 
-def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_starts_again_with_other_flags(
+def test_extraction_continues_after_a_broken_image_is_removed_and_starts_again_with_other_flags(
     photos, pretrained, tmp_path, capfd
 ):
     shutil.copytree(photos / "val", tmp_path / "in")
@@ -247,7 +247,7 @@ def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_
         ("x.npy.partial.json", lambda x: re.sub(rb'"size": \d+', b'"size": -1', x)),
     ],
 )
-def test_a_damaged_partial_file_is_named_and_begun_again(name, damage, photos, pretrained, tmp_path, capfd):
+def test_a_damaged_partial_file_is_named_and_extraction_starts_again(name, damage, photos, pretrained, tmp_path, capfd):
     words = ["--batch_size", 4, *ON_CPU, "--data_path", photos, "--checkpoint", pretrained / "last.pth", "--output"]
     result("main_features", *words, tmp_path / "whole.npy")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -270,7 +270,7 @@ def test_several_ranks_are_refused(photos, pretrained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", [".npy", ".safetensors"])
-def test_a_full_disk_is_one_line_and_the_same_command_continues(ending, photos, pretrained, tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_the_same_command_continues(ending, photos, pretrained, tmp_path):
     output, (_, hard) = tmp_path / f"x{ending}", resource.getrlimit(resource.RLIMIT_FSIZE)
     words = ["--data_path", photos, "--checkpoint", pretrained / "last.pth", "--batch_size", 4, *ON_CPU, "--output"]
     result("main_features", *words, tmp_path / f"whole{ending}")

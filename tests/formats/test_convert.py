@@ -820,7 +820,7 @@ def test_convert_runs_as_a_module_and_as_a_script(module, mae, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_missing_recipe_of_convert_is_one_line():
+def test_a_missing_recipe_of_convert_gives_a_one_line_error():
     result = run("@nowhere.args", "x.pth")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert result.stderr.startswith("convert.py: error: @nowhere.args: recipe ")
@@ -853,7 +853,7 @@ def test_an_invalid_flag_exits_with_2():
 
 
 @pytest.mark.parametrize("spelling", ["in.pth", "./x/../in.pth"])
-def test_in_is_never_overwritten(spelling, mae, tmp_path):
+def test_conversion_never_overwrites_its_input(spelling, mae, tmp_path):
     path = save_content(tmp_path, {"model": mae})
     (tmp_path / "x").mkdir()
     with pytest.raises(ValueError, match=r"in\.pth"):
@@ -882,7 +882,7 @@ def test_a_full_disk_changes_no_file_and_leaves_no_temporary_file(mae, tmp_path,
 
 
 @pytest.mark.parametrize("target", ["timm", "mae", "mmpretrain", "mmseg", "detectron2", "timm --folder", "hf"])
-def test_a_file_too_large_is_one_line_with_its_name(target, mae, tmp_path):
+def test_a_file_above_the_size_limit_gives_a_one_line_error_with_its_name(target, mae, tmp_path):
     path, out = save_content(tmp_path, {"model": mae}), tmp_path / "out"
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\nfrom util.args import run_main; from util.convert import main; run_main(main)"
     status, _, err = ended(spawn("-c", limited, path, out, "--to", *target.split()))

@@ -341,7 +341,7 @@ def onnx_graph(tmp_path_factory) -> tuple[PixMIM, Path]:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_other_libraries_give_our_features_and_reveal_swapped_tensors(library, model, mae, tmp_path, onnx_graph):
+def test_other_libraries_give_equal_features_and_detect_swapped_tensors(library, model, mae, tmp_path, onnx_graph):
     use, options = LIBRARIES[library]
     if library == "onnxruntime":
         model, path = onnx_graph
@@ -374,7 +374,7 @@ def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_gives_our_loss_and_prediction(model, mae, tmp_path):
+def test_transformers_gives_equal_loss_and_prediction(model, mae, tmp_path):
     folder = write_format(mae, tmp_path, "hf", args={"decoder_heads": 2})
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -690,7 +690,7 @@ def test_statistics_in_a_preprocessor_of_openmmlab_are_read_in_pixels_of_0_to_1(
     assert weights.mean == weights.std == pytest.approx([0.2, 0.4, 0.1])
 
 
-def test_a_probe_of_the_mean_is_one_after_conversion(mae, tmp_path):
+def test_a_probe_of_the_mean_pools_the_mean_after_conversion(mae, tmp_path):
     head = {"head.weight": torch.randn(5, 192), "head.bias": torch.randn(5)}
     file = write_format(to_timm(mae) | head, tmp_path, "mmpretrain", args={"pool": "mean", "classes": [*"abcde"]})
     weights = read_weights(file)

@@ -278,7 +278,7 @@ def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("main", ["main_knn", "visualize"])
-def test_settings_that_no_version_writes_are_refused_or_not_needed(main, name, value, pretrained, photos, tmp_path):
+def test_invalid_settings_in_a_checkpoint_are_refused_or_not_needed(main, name, value, pretrained, photos, tmp_path):
     content = read_checkpoint(pretrained / "last.pth")
     args = content["args"] | {name: value}
     write_checkpoint(tmp_path / "x.pth", {"model": content["model"], "args": args, "progress": content["progress"]})
@@ -294,7 +294,7 @@ def test_settings_that_no_version_writes_are_refused_or_not_needed(main, name, v
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_that_would_inflate_is_refused_before_it_is_read(pretrained, tmp_path):
+def test_a_checkpoint_that_is_a_zip_bomb_is_refused_before_it_is_read(pretrained, tmp_path):
     with zipfile.ZipFile(pretrained / "last.pth") as old, zipfile.ZipFile(tmp_path / "x.pth", "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
@@ -309,7 +309,7 @@ def test_a_checkpoint_that_would_inflate_is_refused_before_it_is_read(pretrained
 TITLE = "\x1b]0;owned\x07"  # sets the title of a terminal
 
 
-def test_names_cannot_speak_for_the_program(pretrained, photos, tmp_path):
+def test_control_characters_in_names_are_escaped(pretrained, photos, tmp_path):
     """A tensor and an image whose names hold control characters and a forged last line."""
     forged = f"a{TITLE}\nmain_knn.py: all fine"
     content = read_checkpoint(pretrained / "last.pth")

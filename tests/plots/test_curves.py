@@ -80,7 +80,7 @@ def test_a_full_disk_keeps_the_old_picture_and_names_it(pretrained, tmp_path):
         "[1]\n",
     ],
 )
-def test_damaged_lines_are_left_out(line, tmp_path, drawn):
+def test_damaged_log_lines_are_ignored(line, tmp_path, drawn):
     good = json.dumps({"epoch": 1, "loss": 0.5}) + "\n"
     (tmp_path / "log.jsonl").write_bytes((good + line).encode(errors="surrogateescape"))
     call("util.plots.curves", tmp_path, "--output", tmp_path / "x.png")

@@ -151,7 +151,7 @@ def save_as(kind: str, state: dict, args: dict, out: Path) -> Path:
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw pixels", "normalised"])
 @pytest.mark.parametrize("kind", ["a Namespace", "a dict", "transformers"])
-def test_the_loss_and_the_mask_ratio_of_others_are_those_of_their_files(kind, raw, pretrained, photos, tmp_path):
+def test_loss_and_mask_ratio_are_read_from_files_of_other_projects(kind, raw, pretrained, photos, tmp_path):
     args = {"norm_pix_loss": not raw, "mask_ratio": 0.5}
     file = save_as(kind, weights(pretrained)["model"], args, tmp_path / "theirs")
     loss = "--no-norm_pix_loss" if raw else "--norm_pix_loss"
@@ -161,7 +161,7 @@ def test_the_loss_and_the_mask_ratio_of_others_are_those_of_their_files(kind, ra
     assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png", *heads))
 
 
-def test_a_config_of_transformers_that_omits_its_defaults_is_read_with_them(pretrained, photos, tmp_path):
+def test_a_config_of_transformers_without_its_defaults_is_read_with_them(pretrained, photos, tmp_path):
     file = save_as("transformers", weights(pretrained)["model"], {}, tmp_path / "theirs")
     config = json.loads((file / "config.json").read_text())
     del config["norm_pix_loss"], config["mask_ratio"]  # ViTMAEConfig: False, 0.75
@@ -172,7 +172,7 @@ def test_a_config_of_transformers_that_omits_its_defaults_is_read_with_them(pret
     assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png"))
 
 
-def test_mask_units_of_long_seq_mae_are_those_of_its_file(pretrained, photos, tmp_path):
+def test_mask_units_of_long_seq_mae_are_read_from_its_file(pretrained, photos, tmp_path):
     args = {"norm_pix_loss": True, "mask_ratio": 0.75, "mask_downsampling": 2}
     file = save_as("a Namespace", weights(pretrained)["model"], args, tmp_path / "lsmae.pth")
     ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--masks", "--mask_unit", 2)
@@ -193,9 +193,7 @@ def test_mask_units_of_long_seq_mae_are_those_of_its_file(pretrained, photos, tm
         ("--pca", None),
     ],
 )
-def test_one_line_says_what_is_assumed_of_a_file_that_does_not_state_its_method(
-    flags, assumed, pretrained, photos, tmp_path
-):
+def test_a_note_states_the_assumed_settings_of_a_file_without_them(flags, assumed, pretrained, photos, tmp_path):
     torch.save({"model": weights(pretrained)["model"]}, tmp_path / "mae.pth")
     command = ["--checkpoint", tmp_path / "mae.pth", "--images", photos / "val", "--output", tmp_path / "x.png"]
     notes = [line for line in call("visualize", *command, *DEVICE[4:], *flags.split())[:-1] if line[0] != "{"]
