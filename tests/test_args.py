@@ -67,10 +67,10 @@ def test_error_names_the_missing_recipe(tmp_path):
 def test_error_names_a_recursive_or_unreadable_recipe(tmp_path):
     (tmp_path / "a.args").write_text("@b.args")
     (tmp_path / "b.args").write_text("@a.args")
-    with pytest.raises(ValueError, match=r"a\.args includes itself"):
+    with pytest.raises(ValueError, match=r"a\.args .*itself"):
         parse(f"@{tmp_path}/a.args")
     (tmp_path / "a.args").write_text("--output_dir 'open")
-    with pytest.raises(ValueError, match=r"a\.args .*No closing quotation"):
+    with pytest.raises(ValueError, match=r"a\.args .*closing quotation"):
         parse(f"@{tmp_path}/a.args")
     (tmp_path / "a.args").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a\.args .*decode"):
@@ -122,9 +122,9 @@ def test_mean_and_std_default_to_imagenet_for_three_channels_and_are_required_ot
     assert channel_statistics(3, None, None) == (IMAGENET_MEAN, IMAGENET_STD)
     assert channel_statistics(3, [0, 0, 0], None) == ((0, 0, 0), IMAGENET_STD)
     assert channel_statistics(1, [0.4], [0.3]) == ((0.4,), (0.3,))
-    with pytest.raises(ValueError, match="--mean: 0 values given, --in_chans 5"):
+    with pytest.raises(ValueError, match=r"--mean: 0 .*--in_chans 5"):
         channel_statistics(5, None, None)
-    with pytest.raises(ValueError, match="--std: 3 values given, --in_chans 2"):
+    with pytest.raises(ValueError, match=r"--std: 3 .*--in_chans 2"):
         channel_statistics(2, [0, 0], [1, 1, 1])
 
 
@@ -146,21 +146,21 @@ NUMBERS = [
     for value in ("nan", "inf")
 ]
 INVALID_FLAGS = {
-    "--input_size 30": "input size of 30 x 30 is not a multiple of the patch size 8",
-    "--input_size 8": "mask ratio of 0.75 leaves 0 of 1 patches visible",
-    "--patch_size 5": "16 x 16 is not a multiple of the patch size 5",
+    "--input_size 30": "30 x 30 .*patch size 8",
+    "--input_size 8": "mask ratio .*0.75 .* 0 of 1 patches",
+    "--patch_size 5": "16 x 16 .*patch size 5",
     "--model convvit_tiny --patch_size 6": "--patch_size 6",
-    "--mask_unit 9": "mask units of 9 patches are larger than the grid",
-    "--mask_ratio 0": "leaves 4 of 4 patches visible",
-    "--mask_ratio 1": "leaves 0 of 4 patches visible",
-    "--lowpass_radius 99": "--lowpass_radius 99 keeps every frequency of 16 x 16 px",
-    "--lowpass_radius 0.5": "--lowpass_radius 0.5 keeps no frequency of 16 x 16 px",
+    "--mask_unit 9": "mask units of 9 .*grid",
+    "--mask_ratio 0": "mask ratio .* 4 of 4 patches",
+    "--mask_ratio 1": "mask ratio .* 0 of 4 patches",
+    "--lowpass_radius 99": "--lowpass_radius 99 .*every.* 16 x 16 px",
+    "--lowpass_radius 0.5": "--lowpass_radius 0.5 .*no .*16 x 16 px",
     "--decoder_dim 6": "width 6",
-    "--decoder_heads 3": "width 32 .* 3 attention heads",
+    "--decoder_heads 3": "width 32 .* 3 .*heads",
     "--fuse_layers 1": "--fuse_layers: --model vit_pico",
     "--model mff_vit_tiny --fuse_layers 99": "--fuse_layers 99",
-    "--in_chans 1": "--mean: 0 values given, --in_chans 1",
-    "--mean 0.5": "--mean: 1 values given, --in_chans 3",
+    "--in_chans 1": "--mean: 0 .*--in_chans 1",
+    "--mean 0.5": "--mean: 1 .*--in_chans 3",
     "--in_chans 4 --mean 0 0 0 0 --std 1 1 1 1": "JPG .*--in_chans 4",
     "--batch_size 17": "--batch_size 17 .* 16",
     "--batch_size 4 --accum_iter 5": "--accum_iter 5 .*20",
@@ -227,21 +227,21 @@ def test_the_recipe_for_own_photographs_trains_on_a_flat_folder(photos, tmp_path
     "words",
     [["--output_dir", ""], ["--output_dir="], ["--data_path", "a", ""], ["--output_dir", "", "--output_dir", "x"]],
 )
-def test_an_unset_variable_is_refused(words, capsys):
+def test_an_empty_flag_value_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         main_pretrain.get_parser().parse_args(words)
-    assert f"argument {words[0].rstrip('=')}: its value is empty" in capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"argument {words[0].rstrip('=')}: .*empty", capsys.readouterr().err.splitlines()[-1])
 
 
 INVALID_EVALUATIONS = {
     "main_linprobe --checkpoint none": "--checkpoint none .*--model",
     "main_linprobe --in_chans 1 --mean 0.5 --std 0.5": "--in_chans 1: .*last.pth has 3",
-    "main_linprobe --eval": "--eval: --checkpoint .*last.pth has no classifier",
-    "main_finetune --model vit_base": "--model vit_base: .*of another shape",
+    "main_linprobe --eval": "--eval: --checkpoint .*last.pth .*classifier",
+    "main_finetune --model vit_base": "last.pth.*--model vit_base: .*shape",
     "main_finetune --aa none-such": "--aa none-such",
-    "main_finetune --aa rand-m9-foo": "--aa rand-m9-foo: .*foo has no number",
-    "main_finetune --batch_size 3": "--batch_size 3: mixup and cutmix mix pairs",
-    "main_finetune --effective_batch 5": "--batch_size 1: mixup and cutmix mix pairs",
+    "main_finetune --aa rand-m9-foo": "--aa rand-m9-foo: .*foo .*number",
+    "main_finetune --batch_size 3": "--batch_size 3: .*mixup",
+    "main_finetune --effective_batch 5": "--batch_size 1: .*mixup",
     "main_knn --data_path /nowhere": "/nowhere/train",
     "main_features --output x.txt": "--output x.txt.*.npy or .safetensors",
 }
@@ -304,7 +304,7 @@ def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
         "2",
     ]
     lines = call("main_pretrain", *PRETRAIN, *words)
-    assert any(line.startswith("warning: --warmup_epochs 2 is not below --epochs 1") for line in lines)
+    assert any(re.match("warning: --warmup_epochs 2 .*--epochs 1", line) for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------ help and errors
@@ -328,7 +328,7 @@ def test_help_explains_every_flag_and_prints_its_default(name, capsys):
                 default = parser.get_default(action.dest)
                 explained = default is None and action.help.count("(default: ") == 1
                 assert explained or text.count(f"(default: {default})") >= 1, action.dest
-        assert "@FILE reads flags from a recipe." in text
+        assert re.search("@FILE .*recipe", text)
         assert "(default: None)" not in text
 
 
@@ -383,7 +383,8 @@ def test_pixmim_debug_prints_the_traceback_of_a_main(tmp_path):
     words = ["main_knn.py", "--checkpoint", tmp_path / "x.pth", "--data_path", tmp_path]
     plain, debug = [spawn(*words, PIXMIM_DEBUG=value) for value in ("", "1")]
     status, out, err = ended(plain)
-    assert (status, out, err) == (1, "", f"main_knn.py: error: {tmp_path}/x.pth: no such file\n")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(rf"main_knn\.py: error: {tmp_path}/x\.pth: .*\n", err)
     status, _, err = ended(debug)
     assert status == 1
     assert err.startswith("Traceback")
@@ -402,7 +403,7 @@ def test_a_byte_order_mark_of_a_recipe_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "a.args").write_text("--epochs 3", encoding="utf-8-sig")
     assert expand(["@a.args"]) == ["--epochs", "3"]
     (tmp_path / "b.args").write_text("--epochs 3", encoding="utf-16")
-    with pytest.raises(ValueError, match=r"b\.args is not a valid recipe"):
+    with pytest.raises(ValueError, match=r"b\.args .*recipe"):
         expand(["@b.args"])
 
 
@@ -410,7 +411,7 @@ def test_a_recipe_that_includes_itself_through_another_path_is_rejected(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.args").write_text("@sub/../a.args")
-    with pytest.raises(ValueError, match="includes itself"):
+    with pytest.raises(ValueError, match=r"a\.args .*itself"):
         expand(["@a.args"])
 
 
@@ -423,7 +424,7 @@ def run_after(first: str, *words) -> tuple[int | None, str, str]:
 
 
 @pytest.mark.parametrize(("number", "name"), [(1, "stdout"), (2, "stderr")])
-def test_a_closed_output_does_not_end_a_run_and_nothing_else_gets_its_number(number, name, photos, tmp_path):
+def test_a_closed_output_does_not_end_a_run_and_its_file_descriptor_is_not_reused(number, name, photos, tmp_path):
     first = f"os; os.close({number}); sys.{name} = None"
     status, out, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--warmup_epochs", 0)
     assert status == 0, err
@@ -435,7 +436,7 @@ def test_too_few_open_files_are_refused_before_loader_workers_hang(photos, tmp_p
     first = "resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))"
     status, _, err = run_after(first, "--data_path", photos, "--output_dir", tmp_path, "--num_workers", 2)
     assert status == 1
-    assert "at most 24 open files" in err.splitlines()[-1]
+    assert "24 open files" in err.splitlines()[-1]
     assert len(err.splitlines()) == 1
 
 
@@ -449,7 +450,7 @@ def test_too_few_open_files_are_refused_before_loader_workers_hang(photos, tmp_p
         ),
     ],
 )
-def test_errors_of_a_small_shared_memory_name_it(error, monkeypatch, capsys):
+def test_errors_name_a_small_shared_memory(error, monkeypatch, capsys):
     def fail():
         raise error
 
@@ -461,5 +462,5 @@ def test_errors_of_a_small_shared_memory_name_it(error, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ending:
             run_main(fail)
         message = f"{ending.value.code} {capsys.readouterr().err}"
-        assert ("/dev/shm has 1.0 of 1.0 MiB free" in message) == named
+        assert bool(re.search(r"/dev/shm .*1\.0 .*1\.0 MiB", message)) == named
         assert "Caught" not in message

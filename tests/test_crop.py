@@ -87,7 +87,7 @@ def test_refuses_a_crop_too_small_to_reflect():
 
 
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
-def test_the_probe_crops_by_one_clamped_draw(probe_as, photos, tmp_path):
+def test_probe_crop_is_one_draw_clamped_to_the_image(probe_as, photos, tmp_path):
     words = ["--checkpoint", "none", "--data_path", photos, "--probe_as", probe_as, "--batch_size", 8, *MODEL, *DEVICE]
     args = main_linprobe.get_parser().parse_args([*map(str, words)])
     state, _ = main_linprobe.setup(args, lambda args: one_rank(tmp_path, **vars(args)))

@@ -156,7 +156,7 @@ def test_the_next_patches_in_ascending_noise_are_skipped_and_the_last_predicted(
 
 @pytest.mark.parametrize("name", ["vit", "mff", "convvit"])
 @pytest.mark.parametrize("kind", ["self", "cross"])
-def test_the_share_of_all_removed_patches_gives_the_same_bits_as_no_share(name, kind):
+def test_predict_ratio_equal_to_mask_ratio_gives_the_same_bits_as_the_default(name, kind):
     images, noise, found = torch.randn(2, 3, 32, 48), torch.rand(2, 24), []
     for part in (None, 0.75):
         torch.manual_seed(1)
@@ -165,7 +165,7 @@ def test_the_share_of_all_removed_patches_gives_the_same_bits_as_no_share(name, 
     assert_same(*found)
 
 
-def test_the_decoder_of_all_removed_patches_gives_the_bits_of_maes_row_of_all_tokens():
+def test_self_attention_decoder_equals_maes_decoder_bit_for_bit():
     """MAE's decoder spelled out: all tokens of the grid in a row, then the removed ones."""
     model, images, noise = small_model(), torch.randn(2, 3, 32, 48), torch.rand(2, 24)
     _, prediction, mask = model(images, noise)
@@ -177,7 +177,7 @@ def test_the_decoder_of_all_removed_patches_gives_the_bits_of_maes_row_of_all_to
     assert torch.equal(prediction, expected)
 
 
-def test_skipped_patches_are_as_if_attention_ignored_them():
+def test_skipping_patches_equals_masking_them_in_attention():
     """Second computation: the decoder of all tokens, with a mask of its attention that hides the skipped ones."""
     model, images, noise = small_model(predict_ratio=0.25), torch.randn(2, 3, 32, 48), torch.rand(2, 24)
     _, prediction, mask = model(images, noise)
@@ -209,7 +209,7 @@ def change(images: Tensor, patches: Tensor) -> Tensor:
 
 
 @every_decoder
-def test_a_patch_that_is_neither_seen_nor_predicted_changes_neither_loss_nor_gradient(kind):
+def test_a_patch_that_is_neither_visible_nor_predicted_changes_neither_loss_nor_gradient(kind):
     model, images, noise = small_model(kind, predict_ratio=0.25), torch.randn(2, 3, 32, 48), torch.rand(2, 24)
     mask = model(images, noise)[2]
     skipped, predicted = noise.argsort(1)[:, 6:18], mask.predict
@@ -476,7 +476,7 @@ def test_the_whole_image_is_drawn_with_the_settings_of_the_checkpoint(name, trai
             assert min(picture.size) > 100
 
 
-def test_kNN_probe_features_and_fine_tuning_take_several_class_tokens(trained, photos, tmp_path):
+def test_kNN_probe_features_and_fine_tuning_accept_several_class_tokens(trained, photos, tmp_path):
     start = ["--checkpoint", trained("pixio") / "last.pth", *DEVICE]
     pixels = ["--data_path", photos / "val", "--output", tmp_path / "x.npy"]
     assert result("main_features", *start[:2], *pixels, "--device", "cpu", "--num_workers", 0)["shape"] == [9, 48]
@@ -488,7 +488,7 @@ def test_kNN_probe_features_and_fine_tuning_take_several_class_tokens(trained, p
     tuned = result("main_finetune", *train, "--output_dir", tmp_path / "tuned")
     evaluated[2] = tmp_path / "tuned" / "classifier.pth"
     assert result("main_finetune", *evaluated)["acc1"] == tuned["acc1"]
-    with pytest.raises(ValueError, match=r"a classifier of the mean of 3 class tokens.*--to onnx"):
+    with pytest.raises(ValueError, match=r"--to timm .*3 class tokens.*--to onnx"):
         convert(tmp_path / "probe" / "classifier.pth", tmp_path / "x.pth", "timm")
     convert(tmp_path / "tuned" / "classifier.pth", tmp_path / "x.pth", "timm")
 
@@ -499,14 +499,14 @@ def test_kNN_probe_features_and_fine_tuning_take_several_class_tokens(trained, p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--predict_ratio 0.8", "--predict_ratio 0.8: .* at most --mask_ratio 0.75"),
-        ("--predict_ratio 0", "--predict_ratio 0.0: predict more than 0"),
-        ("--model convvit_pico --class_tokens 2", "--class_tokens 2: --model convvit_pico has no class tokens"),
-        ("--model convvit_pico --class_tokens 1", "--class_tokens 1: --model convvit_pico has no class tokens"),
-        ("--model convvit_pico --decoder cross --fuse_levels", "--fuse_levels needs .*vit_"),
-        ("--model mff_vit_pico --decoder cross --fuse_levels", "--fuse_levels needs .*vit_"),
-        ("--fuse_levels", "--fuse_levels needs --decoder cross"),
-        ("--decoder cross --decoder_heads 5", "width 32 .* 5 attention heads"),
+        ("--predict_ratio 0.8", "--predict_ratio 0.8: .*--mask_ratio 0.75"),
+        ("--predict_ratio 0", "--predict_ratio 0.0: .*more than 0"),
+        ("--model convvit_pico --class_tokens 2", "--class_tokens 2: --model convvit_pico"),
+        ("--model convvit_pico --class_tokens 1", "--class_tokens 1: --model convvit_pico"),
+        ("--model convvit_pico --decoder cross --fuse_levels", "--fuse_levels .*vit_"),
+        ("--model mff_vit_pico --decoder cross --fuse_levels", "--fuse_levels .*vit_"),
+        ("--fuse_levels", "--fuse_levels .*--decoder cross"),
+        ("--decoder cross --decoder_heads 5", "width 32 .* 5 .*heads"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(flags, message, photos, tmp_path):
@@ -515,17 +515,17 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(flags, message, photos
     assert "\n" not in str(error.value)
 
 
-def test_images_of_another_size_are_refused_and_learned_positions_resampled_with_a_line(trained, photos, tmp_path):
+def test_images_of_another_size_are_refused_and_learned_positions_resampled_with_a_note(trained, photos, tmp_path):
     model, images, noise = model_of("pixio")
     with pytest.raises(ValueError, match=r"\(48, 32\).*\(32, 48\)"):
         model(images.mT, noise)
     words = [*DEVICE, *SIZES, "--data_path", photos, "--output_dir", tmp_path, "--checkpoint"]
     said = call("main_pretrain", *words, trained("pixio") / "last.pth", "--input_size", 48, 64)
-    assert any("4 x 6 -> 6 x 8 patches, learned ones resampled" in line for line in said)
+    assert any("4 x 6 -> 6 x 8 " in line and "resampled" in line for line in said)
     assert json.loads((tmp_path / "config.json").read_text())["args"]["pos_embed"] == "learned"
 
 
-def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_and_the_run_says_so(trained, photos, tmp_path):
+def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_with_a_note(trained, photos, tmp_path):
     words = [*DEVICE, *SIZES, "--data_path", photos, "--checkpoint"]
     for name, flags, kind in (
         ("self", ["--decoder", "cross", "--fuse_levels"], "self"),
@@ -533,7 +533,7 @@ def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_and_the_run_says_
         ("lsmae", ["--no-fuse_levels"], "cross --fuse_levels"),
     ):
         said = call("main_pretrain", *words, trained(name) / "last.pth", *flags, "--output_dir", tmp_path / name)
-        assert any(f"of another kind (--decoder {kind})" in line and "random" in line for line in said)
+        assert any(f"(--decoder {kind})" in line and "random" in line for line in said)
     with pytest.raises(ValueError, match="--no-fuse_levels"):
         call(
             "main_pretrain",
@@ -550,7 +550,7 @@ def test_a_decoder_of_another_kind_is_replaced_by_a_random_one_and_the_run_says_
 def test_a_run_that_starts_from_a_checkpoint_has_its_decoder_and_class_tokens(name, trained, photos, tmp_path):
     words = [*DEVICE, *SIZES, "--data_path", photos, "--output_dir", tmp_path, "--log_every", 1]
     said = call("main_pretrain", *words, "--checkpoint", trained(name) / "last.pth")
-    assert any("from the file: " in line and "100.0%" in line for line in said)
+    assert any(re.match(r"from .*file: .*100\.0%", line) for line in said)
     before, now = (json.loads((folder / "config.json").read_text())["args"] for folder in (trained(name), tmp_path))
     for flag in ("decoder", "decoder_depth", "fuse_levels", "pos_embed"):
         assert now[flag] == before[flag]
@@ -560,17 +560,17 @@ def test_a_run_that_starts_from_a_checkpoint_has_its_decoder_and_class_tokens(na
 @pytest.mark.parametrize(
     ("name", "target", "options", "message"),
     [
-        ("crossmae", "mmpretrain", {}, "a cross-attention decoder; use --to timm"),
-        ("crossmae", "hf", {}, "a cross-attention decoder; add --encoder_only"),
-        ("mff", "mmpretrain", {}, "2 class tokens; use --to timm"),
-        ("convvit", "mae", {}, "a cross-attention decoder without --fuse_levels"),
-        ("pixio", "mae", {}, "3 class tokens; use --to timm"),
-        ("pixio", "detectron2", {}, "3 class tokens; use --to timm"),
-        ("pixio", "hf", {}, "3 class tokens with a decoder.*--encoder_only"),
+        ("crossmae", "mmpretrain", {}, "cross-attention decoder; .*--to timm"),
+        ("crossmae", "hf", {}, "cross-attention decoder; .*--encoder_only"),
+        ("mff", "mmpretrain", {}, "2 class tokens; .*--to timm"),
+        ("convvit", "mae", {}, "cross-attention decoder .*--fuse_levels"),
+        ("pixio", "mae", {}, "3 class tokens; .*--to timm"),
+        ("pixio", "detectron2", {}, "3 class tokens; .*--to timm"),
+        ("pixio", "hf", {}, "3 class tokens .*decoder.*--encoder_only"),
     ],
 )
-def test_formats_without_a_place_are_refused_in_one_line(name, target, options, message, trained, tmp_path):
-    with pytest.raises(ValueError, match=f"--to {target} cannot hold {message}") as error:
+def test_formats_that_cannot_hold_the_run_are_refused_in_one_line(name, target, options, message, trained, tmp_path):
+    with pytest.raises(ValueError, match=f"--to {target} .*{message}") as error:
         convert(trained(name) / "last.pth", tmp_path / "x", target, **options)
     assert "\n" not in str(error.value)
 
@@ -591,7 +591,7 @@ def test_crossmaes_files_are_read_and_written_with_its_names(tmp_path, capsys):
     theirs = torch.load(SHARED / "crossmae_kept25.pt", weights_only=True)["checkpoint"]
     torch.save(theirs | {"args": {"kept_mask_ratio": 0.25, "mask_ratio": 0.75}}, tmp_path / "theirs.pth")
     report = convert(tmp_path / "theirs.pth", tmp_path / "ours.pth", "mae")
-    assert "has no final norm: read as weight 1, bias 0" in capsys.readouterr().out
+    assert re.search(r"theirs\.pth: .*final norm.* weight 1, bias 0", capsys.readouterr().out)
     assert "models_cross.MaskedAutoencoderViT(" in report
     assert_same(torch.load(tmp_path / "ours.pth", weights_only=True)["model"], theirs["model"])
     assert read_weights(tmp_path / "ours.pth").predict_ratio == 0.25
@@ -641,7 +641,7 @@ def test_conversion_to_every_format_that_holds_a_run_keeps_its_tensors(name, tra
         try:
             convert(trained(name) / "last.pth", tmp_path / target, target)
         except ValueError as error:
-            assert "cannot hold" in str(error)  # noqa: PT017 - see the table in docs/checkpoints.md
+            assert f"--to {target} " in str(error)  # noqa: PT017 - see the table in docs/checkpoints.md
             continue
         again = read_weights(tmp_path / target).state
         assert_same(again, {key: state[key] for key in again})

@@ -38,7 +38,7 @@ def test_the_demo_exits_with_the_status_of_a_failed_command():
     assert stop.value.code == 2
 
 
-def test_untrained_and_pretrained_features_see_the_same_normalised_digits():
+def test_untrained_and_pretrained_encoders_get_the_same_normalised_digits():
     flags = [command.split() for command in demo.COMMANDS.values() if "none" in command.split()]
     pretrain = shlex.split(demo.COMMANDS["pretrain"])
     trained = import_module("main_pretrain").get_parser().parse_args(pretrain[1:])

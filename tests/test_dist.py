@@ -119,7 +119,7 @@ def test_each_local_rank_has_its_own_gpu(gpus, local_rank, torchrun, index, cuda
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     if index is None:
-        with pytest.raises(ValueError, match=f"local rank {local_rank} has no GPU, {gpus} visible"):
+        with pytest.raises(ValueError, match=rf"local rank {local_rank} .*{gpus} visible"):
             dist.choose_device("cuda", 8, local_rank)
     else:
         assert dist.choose_device("cuda", 8, local_rank) == torch.device("cuda", index)
@@ -151,7 +151,7 @@ def test_workers_of_a_rank_of_srun_are_its_share_of_the_cores_of_the_job(cores, 
 def test_rank_without_local_rank_is_refused_on_gpus(cuda, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ValueError, match="LOCAL_RANK, the rank within the node, is not"):
+    with pytest.raises(ValueError, match=r"LOCAL_RANK\b"):
         dist.choose_device("cuda", 2, 0)
 
 
@@ -167,7 +167,7 @@ torch_dist.all_gather_object = lambda values, value, group=None: real(values, va
 run.init_world = lambda *args: init_world(*args)._replace(control=torch_dist.new_group(backend="gloo"))
 main_pretrain.train_one_epoch = lambda *args: time.sleep(600)
 def fail(*_):
-    raise OSError("config.json cannot be written")
+    raise OSError("config.json: planted")
 if sys.argv[1] == "fail":
     saver.write_config = fail
 sys.argv = ["main_pretrain.py", *sys.argv[2:]]
@@ -175,7 +175,7 @@ run_main(main_pretrain.main)
 """
 
 
-@pytest.mark.parametrize(("cause", "line"), [("folder", "--resume none: "), ("fail", "config.json cannot be written")])
+@pytest.mark.parametrize(("cause", "line"), [("folder", "--resume none: "), ("fail", "config.json")])
 def test_an_error_of_rank_0_alone_ends_all_ranks_where_the_default_group_would_wait(cause, line, photos, tmp_path):
     folder = tmp_path / "run"
     if cause == "folder":
@@ -184,7 +184,7 @@ def test_an_error_of_rank_0_alone_ends_all_ranks_where_the_default_group_would_w
     (zero, _, error), (one, _, other) = ranks(2, "-c", NCCL, cause, *words, "--resume", "none")
     assert (zero, one) == (1, 1), (error, other)
     assert line in error
-    assert "another rank died" in other
+    assert re.search("another rank .*--timeout_minutes", other)
 
 
 def test_nccl_waits_longer_than_gloo(monkeypatch):
@@ -205,14 +205,20 @@ def test_nccl_waits_longer_than_gloo(monkeypatch):
     [
         (
             "[1] NCCL error: remote process exited or there was a network error\nLast error:\nx",
-            "another rank died .*network",
+            "another rank .*--timeout_minutes.*network",
         ),
-        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", "another rank died .*timeout"),
-        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer", "another rank died .*closed by peer"),
+        (
+            "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
+            "another rank .*--timeout_minutes.*operation timeout",
+        ),
+        (
+            "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer",
+            "another rank .*--timeout_minutes.*closed by peer",
+        ),
         (
             "NCCL error in: ProcessGroupNCCL.cpp:94, invalid usage, NCCL version 2.27\nncclInvalidUsage: wrong.\n"
             "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000",
-            "^NCCL failed: Duplicate GPU detected : rank 1 and rank 0",
+            "^NCCL .*Duplicate GPU .*rank 1 and rank 0",
         ),
         (
             "The server socket has failed to listen; port: 2901, EADDRINUSE, address already in use",
@@ -220,7 +226,7 @@ def test_nccl_waits_longer_than_gloo(monkeypatch):
         ),
     ],
 )
-def test_errors_of_other_ranks_and_of_nccl_itself_are_told_apart(error, line, monkeypatch):
+def test_errors_of_other_ranks_and_of_nccl_are_distinguished(error, line, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_PORT", "2901")
     assert re.search(line, explain_error(RuntimeError(error)))

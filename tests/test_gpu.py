@@ -1,6 +1,7 @@
 """What a GPU computes, by `make gpu`; the same tests run on the CPU, where they check themselves."""
 
 import json
+import re
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -95,7 +96,7 @@ def test_losses_and_accuracies_are_those_of_the_cpu(device, photos, pretrained, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", *CARD])
-def test_two_ranks_share_a_card_by_gloo(device, photos, tmp_path):
+def test_two_ranks_share_a_gpu_with_gloo(device, photos, tmp_path):
     words = [*PRETRAIN, "--device", device, "--image_every", 0, "--data_path", photos, "--epochs", 1]
     words += ["--warmup_epochs", 0, "--effective_batch", 4]
     for status, _, error in ranks(2, "-c", ONE_CARD, device, *words, "--output_dir", tmp_path / "two"):
@@ -108,13 +109,11 @@ def test_two_ranks_share_a_card_by_gloo(device, photos, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def test_without_a_gpu_the_report_is_one_line_and_status_1(capsys, monkeypatch):
+def test_without_a_gpu_the_report_exits_with_one_line_and_status_1(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with patch.object(sys, "argv", ["gpu.py"]), pytest.raises(SystemExit) as ending:
         gpu.run_main(gpu.main)
-    assert ending.value.code == (
-        "gpu.py: error: torch finds no GPU: nothing was measured; see docs/gpu.md for what is tested without one"
-    )
+    assert re.fullmatch(r"gpu\.py: error: .*no GPU.*docs/gpu\.md.*", ending.value.code)
 
 
 def test_a_row_has_the_steps_of_a_recipe_and_its_memory(device, tmp_path, monkeypatch):

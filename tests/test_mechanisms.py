@@ -33,7 +33,7 @@ def distance() -> np.ndarray:
     return np.hypot(k[:, None], k)
 
 
-def test_the_control_is_the_image(perturbed):
+def test_control_equals_the_unchanged_image(perturbed):
     assert np.array_equal(perturbed["none"], perturbed["original"])
 
 
@@ -76,7 +76,7 @@ def write_mask(folder: Path, mask: np.ndarray) -> None:
         Image.fromarray(pixels).save(path)
 
 
-def test_kept_shares_are_those_of_the_windows(tmp_path):
+def test_kept_shares_equal_those_of_all_windows(tmp_path):
     mask = np.zeros((64, 128), np.uint8)
     mask[:, :64] = 1  # the left half
     write_mask(tmp_path, mask)

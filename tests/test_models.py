@@ -147,7 +147,7 @@ OPTIONS = {  # every parameter of timm's VisionTransformer -> values that are no
 }  # fmt: skip
 
 
-def test_the_options_tested_below_are_all_of_timm():
+def test_the_tested_options_are_all_options_of_timm():
     assert OPTIONS.keys() == signature(VisionTransformer).parameters.keys()
 
 
@@ -288,7 +288,7 @@ def test_low_pass_works_on_pixels_and_returns_normalised_values(kind):
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("reference", 5024), ("centered", 5025)])
-def test_bins_kept_at_224_px_and_radius_40(kind, kept):
+def test_number_of_bins_kept_at_224_px_and_radius_40(kind, kept):
     assert low_pass_disc((224, 224), 40, kind).sum() == kept
 
 

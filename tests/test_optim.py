@@ -44,7 +44,7 @@ class SlowLARS:
 @pytest.mark.parametrize("decay", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("probe_as", ["mae", "mmselfsup"])
 @pytest.mark.parametrize("pools", [["token"], ["ep"]])
-def test_lars_matches_its_origin_at_every_step_for_every_head(pools, probe_as, decay, tmp_path):
+def test_lars_matches_the_reference_at_every_step_for_every_head(pools, probe_as, decay, tmp_path):
     rates = [0.1, 0.025]
     run = one_rank(tmp_path, batch_size=512, blr=rates, probe_as=probe_as, weight_decay=decay)
     run = run._replace(lr=max(rates) * 512 / 256)
@@ -152,7 +152,7 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
         ("--model convvit_pico", "encoder.patch_embed2.proj.weight", 1),  # (24, 16, 2, 2): 24 x 64
     ],
 )
-def test_muon_updates_each_matrix_as_a_newton_schulz_iteration_written_out(flags, name, matrices):
+def test_muon_updates_equal_those_of_an_explicit_newton_schulz_iteration(flags, name, matrices):
     model, optimizer = muon_of(flags)
     weight = dict(model.named_parameters())[name]
     expected, momentum = weight.detach().double(), torch.zeros_like(weight, dtype=torch.float64)

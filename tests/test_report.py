@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from copy import deepcopy
 from multiprocessing import get_context
@@ -106,7 +107,7 @@ def test_the_difference_of_two_rows_is_over_the_seeds_that_both_have(tmp_path, t
     (difference,) = found["differences"]
     assert (difference["difference"], difference["n"]) == (4, 2)
     assert difference["standard_error"] == pytest.approx(stdev([3, 5]) / 2**0.5)
-    with pytest.raises(ValueError, match=r"--difference \[1, 4\]: the table has the rows 1 to 3"):
+    with pytest.raises(ValueError, match=r"--difference \[1, 4\]: .*rows 1 to 3"):
         tabulate(tmp_path, three_groups, "--difference", 1, 4)
 
 
@@ -136,7 +137,7 @@ OTHER_ROW = [
 
 
 @pytest.mark.parametrize(("changes", "rows"), [(x, 1) for x in SAME_ROW] + [(x, 2) for x in OTHER_ROW], ids=str)
-def test_what_of_the_pretraining_makes_another_row(tmp_path, changes, rows):
+def test_pretraining_settings_define_rows(tmp_path, changes, rows):
     found = tabulate(tmp_path, [record(pretrain=x, result={"acc1": 1.0}) for x in ({}, changes)])
     assert len(found["rows"]) == len({*found["rows"]}) == rows
 
@@ -161,14 +162,14 @@ OTHER_COLUMN = [
 @pytest.mark.parametrize(
     ("changes", "columns"), [(x, 1) for x in SAME_COLUMN] + [(x, 2) for x in OTHER_COLUMN], ids=str
 )
-def test_what_of_the_evaluation_makes_another_column(tmp_path, changes, columns):
+def test_evaluation_settings_define_columns(tmp_path, changes, columns):
     both = [record("main_linprobe.py", {}, {"acc1": 1.0}, args) for args in ({}, changes)]
     found = tabulate(tmp_path, both)
     assert len(found["columns"]) == len({*found["columns"]}) == columns
     assert len(found["rows"]) == 1
 
 
-def test_facts_of_a_result_make_columns_and_other_numbers_do_not(tmp_path):
+def test_result_metadata_defines_columns(tmp_path):
     layers = [
         record(pretrain={}, result={"knn_features": x, "acc1": 1.0, "n": 9}) for x in ("before_norm", "after_norm")
     ]
@@ -179,7 +180,7 @@ def test_facts_of_a_result_make_columns_and_other_numbers_do_not(tmp_path):
     assert len(tabulate(tmp_path, [record(pretrain={}, result={"acc1": x}) for x in (1.0, 2.0)])["columns"]) == 1
 
 
-def test_foreign_checkpoints_are_told_apart_by_their_content(tmp_path):
+def test_foreign_checkpoints_are_distinguished_by_their_content(tmp_path):
     both = [record(pretrain={}, result={"acc1": 1.0}, args={"checkpoint": f"{x}/vit.pth"}) for x in "ab"]
     for i, each in enumerate(both):
         each["args"]["origin"] = {"sha256": f"{i}" * 64, "source": "timm", "args": {}}
@@ -212,7 +213,7 @@ def test_a_repeated_measurement_replaces_the_older_one_and_is_not_another_seed(t
     assert tabulate(tmp_path, seeds)["superseded"] == 1
 
 
-def test_damaged_lines_are_counted_and_no_number_is_made_of_them(tmp_path, three_groups):
+def test_damaged_lines_are_counted_and_excluded_from_the_table(tmp_path, three_groups):
     lines = [json.dumps(x) for x in three_groups]
     wrong = [lines[0][:-30], "", "7", "{}", '{"main": 3}', lines[1].replace('"seed"', '"sead"'), "\x00\udcff"]
     file = tmp_path / "results.jsonl"
@@ -220,7 +221,7 @@ def test_damaged_lines_are_counted_and_no_number_is_made_of_them(tmp_path, three
     found = json.loads("\n".join(call("util.report", tmp_path, "--json")))
     assert found["damaged"] == {str(file): len(wrong)}
     assert cells(found) == cells(tabulate(tmp_path, three_groups))
-    assert f"{file}: {len(wrong)} damaged lines are left out" in call("util.report", tmp_path)
+    assert any(line.startswith(f"{file}: {len(wrong)} damaged lines") for line in call("util.report", tmp_path))
 
 
 def test_numbers_that_are_not_finite_are_missing(tmp_path):
@@ -246,9 +247,9 @@ def test_foreign_text_cannot_break_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["nothing.jsonl"], ["."]])
-def test_no_results_is_one_line(tmp_path, words, monkeypatch):
+def test_missing_results_give_a_one_line_error(tmp_path, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, OSError), match=r"no results; evaluate with --results|there is no such file"):
+    with pytest.raises((ValueError, OSError), match=r"^\.: .*--results FILE|^nothing\.jsonl: "):
         call("util.report", *words)
 
 
@@ -272,7 +273,7 @@ def test_processes_append_to_one_file_at_once(tmp_path):
     assert sorted(line.split()[:2] for line in lines) == sorted([word, str(i)] for word in "ab" for i in range(200))
 
 
-def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
+def test_an_incomplete_line_does_not_damage_the_next_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"cut')
     append_line(path, '{"b": 2}')
@@ -287,7 +288,7 @@ def test_a_file_that_cannot_be_written_is_named_after_the_result_is_printed(phot
     assert status == 1
     assert "acc1" in json.loads(out.splitlines()[-1])
     assert err.count("\n") == 1
-    assert "x.jsonl cannot be written" in err
+    assert re.search(r"--results .*x\.jsonl ", err)
 
 
 def test_mains_record_what_they_measured_of_which_checkpoint(photos, pretrained, tmp_path):
@@ -315,7 +316,7 @@ def test_mains_record_what_they_measured_of_which_checkpoint(photos, pretrained,
 def test_the_report_is_a_command_with_one_line_errors(tmp_path):
     status, out, err = ended(spawn("-m", "util.report", tmp_path))
     assert (status, out) == (1, "")
-    assert err == f"report.py: error: {tmp_path}: no results; evaluate with --results FILE\n"
+    assert re.fullmatch(rf"report\.py: error: {tmp_path}: .*--results FILE\n", err)
 
 
 def test_the_parser_of_the_report_describes_it():

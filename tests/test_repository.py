@@ -312,7 +312,7 @@ def test_a_wrong_command_in_running_text_is_found(command):
     assert wrong_scripts_in(f"Call `{command}` once.") == [command]
 
 
-def test_right_commands_of_every_kind_pass(monkeypatch):
+def test_valid_commands_of_every_kind_pass(monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in (
         "python -m util.convert a b --to hf",
@@ -359,7 +359,7 @@ def test_right_commands_of_every_kind_pass(monkeypatch):
         "pythn main_knn.py",
     ],
 )
-def test_a_planted_wrong_command_fails(command, monkeypatch):
+def test_a_planted_invalid_command_fails(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, SystemExit, ValueError)) as refusal:
         check_command(command)
@@ -459,7 +459,7 @@ def test_util_itself_has_at_most_13_files():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_pages_have_no_gaps_and_no_dead_links(page):
+def test_pages_have_no_placeholders_and_no_dead_links(page):
     text = page.read_text()
     assert re.findall(r"\b(?:TODO|TBD|[A-Z]+_(?:[UMP]|TABLE|VERSIONS|MINUTES|RESULT))\b", text) == []
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)

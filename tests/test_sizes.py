@@ -109,7 +109,7 @@ def test_a_step_at_a_smaller_size_is_that_of_a_model_of_this_size_with_the_sampl
 
 @pytest.mark.parametrize("side", [40, 20, 64])
 def test_images_that_are_larger_or_no_multiple_of_the_patch_are_refused(side):
-    with pytest.raises(ValueError, match=rf"\({side}, {side}\) px do not fit a model for \(32, 32\) px"):
+    with pytest.raises(ValueError, match=rf"\({side}, {side}\) px .*\(32, 32\) px"):
         build_model(parse())(torch.zeros(1, 3, side, side))
 
 
@@ -131,19 +131,19 @@ def test_parts_end_at_the_sum_of_their_shares_rounded_to_the_nearest_epoch(sizes
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--sizes 16:0.5 32:0.4", r"--sizes 16:0.5 32:0.4: the shares of the epochs sum to 0.9, not to 1"),
-        ("--sizes 32:0.5 16:0.5", r"the last size must be --input_size 32 32"),
-        ("--sizes 16:0.5 32:0.5 --input_size 32 48", r"the last size must be --input_size 32 48"),
-        ("--sizes 20:0.5 32:0.5", r"--sizes 20: use multiples of 8 px \(--patch_size x --mask_unit\)"),
-        ("--sizes 24:0.5 32:0.5 --mask_unit 2", r"--sizes 24: use multiples of 16 px"),
-        ("--sizes 64:0.5 32:0.5", r"--sizes 64: use multiples of 8 px .* up to --input_size"),
-        ("--sizes 8:0.5 32:0.5 --lowpass_radius 0", r"leaves 0 of 1 patches visible"),
+        ("--sizes 16:0.5 32:0.4", r"--sizes 16:0\.5 32:0\.4: .*0\.9\b"),
+        ("--sizes 32:0.5 16:0.5", r"last size .*--input_size 32 32"),
+        ("--sizes 16:0.5 32:0.5 --input_size 32 48", r"last size .*--input_size 32 48"),
+        ("--sizes 20:0.5 32:0.5", r"--sizes 20: .*multiples of 8 px \(--patch_size x --mask_unit\)"),
+        ("--sizes 24:0.5 32:0.5 --mask_unit 2", r"--sizes 24: .*multiples of 16 px"),
+        ("--sizes 64:0.5 32:0.5", r"--sizes 64: .*up to --input_size"),
+        ("--sizes 8:0.5 32:0.5 --lowpass_radius 0", r"mask ratio .* 0 of 1 patches"),
         (
             "--sizes 16:0.5 32:0.5 --lowpass_radius 9",
-            r"--sizes 16: has only \d+ of the target's 256 frequencies; .*--lowpass_radius 9",
+            r"--sizes 16: .* 256 frequencies; .*--lowpass_radius 9\b",
         ),
-        ("--sizes 16:0.5 32:0.5 --model convvit_pico", r"--sizes: --model convvit_pico has one input size; use vit_\*"),
-        ("--sizes 16:0.5 32:0.5 --epochs 1", r"a size has less than one of --epochs 1"),
+        ("--sizes 16:0.5 32:0.5 --model convvit_pico", r"--sizes: --model convvit_pico .*vit_\*"),
+        ("--sizes 16:0.5 32:0.5 --epochs 1", r"size .*less .*--epochs 1"),
     ],
 )
 def test_errors_name_sizes_that_do_not_fit(flags, message, photos, tmp_path):
@@ -154,7 +154,7 @@ def test_errors_name_sizes_that_do_not_fit(flags, message, photos, tmp_path):
 
 def test_a_cache_refuses_sizes(photos, tmp_path):
     call("util.cache", "build", "--data_path", photos, "--out", tmp_path / "cache", "--input_size", 32, "--workers", 1)
-    with pytest.raises(ValueError, match=r"--sizes: the cache .* holds one size; use --data_path with the images"):
+    with pytest.raises(ValueError, match=r"--sizes: .*/cache .*one size; .*--data_path"):
         call("main_pretrain", *PRETRAIN, *SIZES, "--data_path", tmp_path / "cache", "--output_dir", tmp_path / "run")
 
 
@@ -227,7 +227,7 @@ def test_two_ranks_equal_one_and_one_size_equals_no_sizes(photos, tmp_path):
     pretrain(photos, tmp_path / "same", "--input_size", 32, "--sizes", "32:1")
     pretrain(photos, tmp_path / "plain", "--input_size", 32)
     assert_same(weights(tmp_path / "same")["model"], weights(tmp_path / "plain")["model"])
-    with pytest.raises(ValueError, match=r"trained with --sizes \[\[16, 0.5\], \[32, 0.5\]\], not None"):
+    with pytest.raises(ValueError, match=r"--sizes \[\[16, 0\.5\], \[32, 0\.5\]\], \w+ None"):
         pretrain(photos, tmp_path / "one", "--input_size", 32)
     assert not torch.equal(*(weights(tmp_path / name)["model"]["cls_token"] for name in ("one", "plain")))
     assert weights(tmp_path / "one")["model"].keys() == weights(tmp_path / "plain")["model"].keys()

@@ -8,7 +8,7 @@ from tests.soak_files import outcome, soak
 
 
 @pytest.mark.slow
-def test_damaged_files_and_full_disks_give_one_line_or_the_right_result(photos, tmp_path):
+def test_damaged_files_and_full_disks_give_a_one_line_error_or_the_correct_result(photos, tmp_path):
     counts = sum(soak(photos, 10, 3, tmp_path).values(), Counter())
     assert counts["right"] + counts["line"] == counts.total() == 10
 
@@ -25,5 +25,5 @@ def test_damaged_files_and_full_disks_give_one_line_or_the_right_result(photos, 
         (1, "x: error: a.npy\nx: error: a.npy", "line without the file"),
     ],
 )
-def test_what_happened_is_told_apart(status, text, found):
+def test_command_outcomes_are_classified(status, text, found):
     assert outcome(status, text, "a.npy") == found

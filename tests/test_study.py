@@ -127,7 +127,7 @@ def test_a_chart_has_the_values_of_each_measured_arm_and_seed(study):
     assert panels(*found, ["nested"]) == {"nested": {"the | other": [3.0, 3.0]}}
     run(study, "--table", "--chart", study.parent / "chart.png", "--columns", "first", "nested")
     assert (study.parent / "chart.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="--columns second: the table has first; nested"):
+    with pytest.raises(ValueError, match=r"--columns second: .*first; nested"):
         panels(*found, ["second"])
 
 
@@ -154,13 +154,13 @@ def test_a_killed_study_stops_its_runs_and_continues(study):
     assert [x["starts"] for x in read_lines(study.parent / "records")] == [1, 2]
 
 
-def test_a_failed_step_is_named_and_the_other_runs_go_on(study, capsys):
+def test_a_failed_step_is_named_and_the_other_runs_continue(study, capsys):
     study.write_text(
         study.read_text().replace("flags = .5", "flags = .5\nseeds = 0").replace("first {seed}{flags}", "first broken")
     )
-    with pytest.raises(ValueError, match=re.escape("3 of 3 runs are not complete")):
+    with pytest.raises(ValueError, match="3 of 3 runs"):
         run(study)
-    assert "tiny b seed 2 first: failed: no such thing" in capsys.readouterr().err
+    assert re.search("tiny b seed 2 first: .*no such thing", capsys.readouterr().err)
     assert [calls(study, *x) for x in (("a", 0), ("b", 1), ("b", 2))] == [["first"]] * 3
 
 
@@ -169,13 +169,13 @@ def test_a_failed_step_is_named_and_the_other_runs_go_on(study, capsys):
     [
         ("{script} first", "{photos} first", "give --data photos=PATH"),
         ("[a]\nflags", "[a]\nflag", "[a] has flag"),
-        ("first = first acc1", "first = third acc1", "no step third"),
+        ("first = first acc1", "first = third acc1", "step third"),
         ("seeds = 0 1 2", "seeds = 0 one", "invalid literal"),
         ("[columns]", "[column]", "'columns'"),
-        ("[study]", "study", "tiny.ini is not a study"),
+        ("[study]", "study", "a study"),
     ],
 )
-def test_a_wrong_study_is_one_line(study, old, new, message):
+def test_an_invalid_study_gives_a_one_line_error(study, old, new, message):
     study.write_text(study.read_text().replace(old, new))
     with pytest.raises(ValueError, match=re.escape(message)):
         run(study)
@@ -191,7 +191,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("more", WRONG, ids=str)
-def test_wrong_flags_are_one_line(study, more):
+def test_invalid_study_flags_give_a_one_line_error(study, more):
     with pytest.raises((SystemExit, ValueError)):
         run(study, *more)
     assert not (study.parent / "tiny").exists()  # nothing ran
@@ -210,7 +210,7 @@ def test_commands_of_studies_parse(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_tables_of_the_results_are_those_of_the_records(path):
+def test_tables_in_the_results_equal_those_of_the_records(path):
     records = ROOT / "docs" / "results" / f"{path.stem}.jsonl"
     marked = (
         (ROOT / "docs" / "results.md").read_text().partition(f"<!-- {path.stem} -->\n")[2].partition("<!-- end -->")[0]

@@ -80,7 +80,7 @@ def test_full_disk_keeps_the_old_file_and_raises_an_error(run):
     before, limits = read_checkpoint(run / "last.pth"), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"last\.pth cannot be written"):
+        with pytest.raises(OSError, match=r"last\.pth .*written"):
             write_checkpoint(run / "last.pth", {"model": torch.ones(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -96,7 +96,7 @@ def test_numpys_error_of_a_full_disk_is_explained(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OSError, match=r"x\.npy cannot be written \(.*: the disk may be full\)") as caught:
+        with pytest.raises(OSError, match=r"x\.npy .*written.*disk") as caught:
             write_atomic(tmp_path / "x.npy", fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -155,12 +155,12 @@ def test_epoch_checkpoints_are_written_every_save_every_epochs_and_at_the_end(pr
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--mask_ratio", 0.5, "was trained with --mask_ratio 0.75, not 0.5"),
-        ("--seed", 1, "was trained with --seed 0, not 1"),
-        ("--epochs", 3, "was trained with --epochs 2, not 3"),
-        ("--crop", "rrc", "was trained with --crop src, not rrc"),
-        ("--input_size", 24, r"was trained with --input_size \[16, 16\], not \[24, 24\]"),
-        ("--batch_size", 4, r"effective batch of 8, not 4 .*--effective_batch 8"),
+        ("--mask_ratio", 0.5, r"--mask_ratio 0\.75, \w+ 0\.5\b"),
+        ("--seed", 1, r"--seed 0, \w+ 1\b"),
+        ("--epochs", 3, r"--epochs 2, \w+ 3\b"),
+        ("--crop", "rrc", r"--crop src, \w+ rrc\b"),
+        ("--input_size", 24, r"--input_size \[16, 16\], \w+ \[24, 24\]"),
+        ("--batch_size", 4, r" 8, \w+ 4 .*--effective_batch 8"),
     ],
 )
 def test_resume_with_other_flags_is_rejected_and_names_the_flag(flag, value, message, run, photos):
@@ -168,15 +168,13 @@ def test_resume_with_other_flags_is_rejected_and_names_the_flag(flag, value, mes
         pretrain(photos, run, flag, value)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [("more", "16 images, --data_path .* has 17 now"), ("other", "other names")]
-)
+@pytest.mark.parametrize(("change", "message"), [("more", "16 .*--data_path .* 17 "), ("other", "names .*--data_path")])
 def test_resume_with_other_images_is_rejected(change, message, run, photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "data")
     pretrain(data, run)  # the folder may be moved
     image = data / "train" / "ant" / "1.png"
     (shutil.copy if change == "more" else shutil.move)(image, image.with_name("7.png"))
-    with pytest.raises(ValueError, match=f"last.pth was trained on .*{message}"):
+    with pytest.raises(ValueError, match=f"last.pth .*{message}"):
         pretrain(data, run)
 
 
@@ -218,7 +216,7 @@ def test_resume_of_foreign_weights_names_checkpoint_and_no_unsafe_switch(run, ph
     torch.save({"model": {}, "hub": Path("x")}, tmp_path / "objects.pth")
     (tmp_path / "file.safetensors").write_bytes(b"x" * 64)
     for name in ("tensors.pth", "objects.pth", "file.safetensors"):
-        with pytest.raises(ValueError, match=rf"--resume .*{name} holds weights, not a run; .*--checkpoint") as error:
+        with pytest.raises(ValueError, match=rf"--resume .*{name} .*weights.*--checkpoint") as error:
             pretrain(photos, run, "--resume", tmp_path / name)
         for word in ("weights_only", "\x1b", "\n", "damaged"):
             assert word not in str(error.value)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -84,10 +85,10 @@ def test_unreadable_images_stop_the_run_or_are_replaced(kind, images, tmp_path):
         "a pipe": ["--timeout_minutes", 0.005],
         "a line": ["--input_size", 64, "--patch_size", 16],  # resizing it would give 800 megapixels
     }.get(kind, [])
-    with pytest.raises(ValueError, match=r"x\.jpg cannot be read: .+--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"x\.jpg .+--on_bad_image skip"):
         pretrain(images, tmp_path / "run", *words)
     if kind == "a pipe":  # like a disk that does not answer: other images could not be read either
-        with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer"):
+        with pytest.raises(ValueError, match=r"x\.jpg .*--timeout_minutes"):
             pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
         return
     pretrain(images, tmp_path / "run", *words, "--on_bad_image", "skip")
@@ -136,7 +137,7 @@ def test_validation_and_eval_leave_out_unreadable_images(name, with_junk, pretra
     assert (last["n"], last["unreadable"], record["val_n"], record["val_unreadable"]) == (9, 3, 9, 3)
     assert "val/cat/zz.JPG\t" in (tmp_path / "bad_images.txt").read_text()
     flags = ["--eval", "--checkpoint", tmp_path / "classifier.pth", *DEVICE]
-    with pytest.raises(ValueError, match=r"val/\w+/\w+\.\w+ cannot be read: .*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"val/\w+/\w+\.\w+ .*--on_bad_image skip"):
         result(name, *flags, "--data_path", with_junk[0])
     good = result(name, *flags, "--data_path", with_junk[1])
     assert result(name, *flags, *SKIP, "--data_path", with_junk[0]) == good | {"unreadable": 3}
@@ -144,7 +145,7 @@ def test_validation_and_eval_leave_out_unreadable_images(name, with_junk, pretra
 
 def test_knn_stops_at_an_unreadable_image_or_leaves_it_out_and_prints_it(with_junk, pretrained, capfd):
     flags = ["--checkpoint", pretrained / "last.pth", *DEVICE]
-    with pytest.raises(ValueError, match=r"cannot be read: .*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=r"ant/00\.png .*--on_bad_image skip"):
         result("main_knn", *flags, "--data_path", with_junk[0])
     found = result("main_knn", *flags, "--data_path", with_junk[0], *SKIP)
     assert found == result("main_knn", *flags, "--data_path", with_junk[1]) | {"unreadable": 4}
@@ -176,14 +177,14 @@ def test_an_evaluation_without_a_readable_image_is_refused(name, photos, pretrai
         path.write_bytes(b"no image")
     training = ["--epochs", 1, "--batch_size", 4, "--warmup_epochs", 0, "--output_dir", tmp_path / "probe"]
     flags = ["--checkpoint", pretrained / "last.pth", "--data_path", tmp_path / "in", *DEVICE, *SKIP]
-    with pytest.raises(ValueError, match=f"--data_path {tmp_path}/in: no image can be read"):
+    with pytest.raises(ValueError, match=f"--data_path {tmp_path}/in: no image"):
         result(name, *flags, *(training if name == "main_linprobe" else []))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_loader_worker_reports_a_disk_that_does_not_answer(images, tmp_path):
     os.mkfifo(images / "x.jpg")
-    with pytest.raises(ValueError, match=r"x\.jpg cannot be read: the disk does not answer \(--timeout_minutes\)"):
+    with pytest.raises(ValueError, match=r"x\.jpg .*--timeout_minutes"):
         pretrain(images, tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
 
 
@@ -206,7 +207,7 @@ def test_cache_read_timeout_ends_the_run(images, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError) as error:
             pretrain(tmp_path / "c", tmp_path / "run", *ONE_EPOCH, "--timeout_minutes", 0.01, "--num_workers", 1)
         assert not waited  # the reader is still busy
-        assert "DataLoader timed out after 1 s" in explain_error(error.value)
+        assert re.search("timed out .*1 s .*--timeout_minutes", explain_error(error.value))
     finally:
         released.set()
 
@@ -219,7 +220,7 @@ def test_large_images_are_read_without_a_warning(tmp_path):
 
 def test_extreme_aspect_ratios_are_rejected_before_resizing():
     assert resize_to_cover(Image.new("L", (30_000, 3)), (8, 8)).size == (80_000, 8)
-    with pytest.raises(ValueError, match=r"is 100000 x 1 and would be 22400000 x 224 to cover \(224, 224\): too long"):
+    with pytest.raises(ValueError, match=r"100000 x 1 .*22400000 x 224 .*\(224, 224\)"):
         resize_to_cover(Image.new("L", (100_000, 1)), (224, 224))
 
 

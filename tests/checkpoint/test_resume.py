@@ -76,7 +76,7 @@ def test_signal_finishes_the_step_saves_and_exits_with_75_or_130(
     step, number, status, uninterrupted, photos, tmp_path, monkeypatch, capfd
 ):
     assert interrupted(monkeypatch, step, lambda: pretrain(photos, tmp_path, *EVAL), number) == status
-    assert f"{number.name}: finishing the step, then saving; a second signal ends at once" in capfd.readouterr().err
+    assert re.search(rf"{number.name}: .*second signal", capfd.readouterr().err)
     progress = weights(tmp_path)["progress"]
     assert progress["epoch"] * 7 + progress["step"] == step  # seven steps of an epoch check for a stop request
     assert len(progress["losses"]) == progress["step"] % 3
@@ -333,8 +333,8 @@ def test_full_disk_warns_and_training_continues_until_space_is_free(
     )
     warnings = [line for line in lines if "No space left" in line]
     assert len(warnings) == 3
-    assert warnings[0].startswith(f"warning: {tmp_path}/.new.pth cannot be written (No space left on device)")
-    assert any(line.endswith("last.pth is written again") for line in lines)
+    assert warnings[0].startswith(f"warning: {tmp_path}/.new.pth ")
+    assert any(re.search(r"last\.pth .*again$", line) for line in lines)
     assert len(calls) >= 5  # one save, three failures, a retry that succeeds
     assert_same_run(uninterrupted, tmp_path)
 
@@ -359,7 +359,7 @@ def test_unwritten_log_lines_are_restored_once_from_the_checkpoint(tmp_path, mon
 
 
 @pytest.mark.parametrize(("name", "silent"), [("_AsyncWriterThread", True), ("Other", False)])
-def test_only_tensorboards_thread_may_meet_a_full_disk_in_silence(name, silent, monkeypatch):
+def test_only_tensorboard_disk_errors_are_suppressed(name, silent, monkeypatch):
     seen = []
     monkeypatch.setattr(threading, "excepthook", partial(report_thread, seen.append))
 
@@ -389,7 +389,7 @@ def test_tensorboard_shows_a_repeated_evaluation_once(tmp_path):
 
 def test_full_disk_ends_the_run_with_on_full_disk_stop(photos, tmp_path, fail_writes):
     fail_writes(first=2, failures=1000)
-    message = r"new\.pth cannot be written \(No space left on device\).*\(--on_full_disk\)"
+    message = r"new\.pth .*No space .*\(--on_full_disk\)"
     with pytest.raises(OSError, match=message):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0, "--on_full_disk", "stop")
     assert read_checkpoint(tmp_path / "last.pth")["progress"]["step"] == 1
@@ -413,14 +413,14 @@ def test_the_last_save_retries_on_a_full_disk_until_sigterm(photos, tmp_path, fa
         close(self)
 
     monkeypatch.setattr(Saver, "close", record)
-    with pytest.raises(OSError, match=r"No space left on device.*--on_full_disk"):
+    with pytest.raises(OSError, match=r"No space .*--on_full_disk"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 1)
     assert tries[0] <= len(calls) <= tries[0] + 2
 
 
-def test_an_error_of_the_writer_that_nobody_foresaw_ends_the_run(photos, tmp_path, monkeypatch):
+def test_unexpected_writer_error_ends_the_run(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("util.checkpoint.writer.store_checkpoint", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match="division by zero; fix that and run the same command"):
+    with pytest.raises(OSError, match=r"division by zero; .*same command"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 50, "--save_minutes", 0)
 
 
@@ -436,21 +436,19 @@ def test_other_errors_than_a_full_disk_end_the_run(code, photos, tmp_path, monke
         return real(source, target)
 
     monkeypatch.setattr("util.checkpoint.state.os.replace", replace)
-    with pytest.raises(
-        OSError, match=rf"{os.strerror(code)}: .*last\.pth.*; fix that and run the same command to resume"
-    ):
+    with pytest.raises(OSError, match=rf"{os.strerror(code)}: .*last\.pth.*; .*same command"):
         pretrain(photos, tmp_path, *STEPS, "--epochs", 4, "--save_minutes", 0)
     monkeypatch.undo()
     pretrain(photos, tmp_path, *STEPS, "--epochs", 4)  # resumes what was saved before
     assert read_checkpoint(tmp_path / "last.pth")["progress"]["epoch"] == 3
 
 
-def test_a_log_without_its_checkpoints_is_not_deleted_in_silence(photos, tmp_path):
+def test_a_log_without_its_checkpoints_is_deleted_only_with_overwrite(photos, tmp_path):
     pretrain(photos, tmp_path, *STEPS)
     for path in tmp_path.glob("*.pth"):
         path.unlink()
     before = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=rf"--output_dir {tmp_path} has the log of a run.*--resume none --overwrite"):
+    with pytest.raises(ValueError, match=rf"--output_dir {tmp_path} .*log.*--resume none --overwrite"):
         pretrain(photos, tmp_path, *STEPS)
     assert (tmp_path / "log.jsonl").read_bytes() == before
     assert any((tmp_path / "tensorboard").iterdir())
@@ -470,7 +468,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(photos, tmp_path)
     assert max(record["epoch"] for record in records(tmp_path)) == 2
 
 
-def test_another_number_of_threads_is_named(pretrained, photos, tmp_path):
+def test_warns_if_the_number_of_threads_has_changed(pretrained, photos, tmp_path):
     shutil.copytree(pretrained, tmp_path / "run")
     content = read_checkpoint(tmp_path / "run" / "last.pth") | {"threads": 7}
     del content["format"]
@@ -489,9 +487,9 @@ def test_another_number_of_threads_is_named(pretrained, photos, tmp_path):
         1,
     ]
     words = [*PRETRAIN, *sizes, "--data_path", photos, "--output_dir", tmp_path / "run"]
-    assert not any("saved with" in line for line in call("main_pretrain", *words))
+    assert not any("OMP_NUM_THREADS" in line for line in call("main_pretrain", *words))
     write_checkpoint(tmp_path / "run" / "last.pth", content)
-    assert any("saved with 7 threads" in line and "OMP_NUM_THREADS=7" in line for line in call("main_pretrain", *words))
+    assert any("7 threads" in line and "OMP_NUM_THREADS=7" in line for line in call("main_pretrain", *words))
 
 
 def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(uninterrupted, photos, tmp_path):
@@ -508,10 +506,10 @@ def test_run_on_a_full_tmpfs_equals_an_uninterrupted_run(uninterrupted, photos, 
         lines = []
         for text in process.stdout:
             lines.append(text)
-            if "No space left on device" in text or "cannot be written" in text:
+            if text.startswith(f"warning: {disk}/run/"):
                 (disk / "big").unlink(missing_ok=True)
         assert process.wait(120) == 0
-        assert any("cannot be written" in text for text in lines)
+        assert not (disk / "big").exists()  # a warning named the file that did not fit
         assert_same_run(uninterrupted, disk / "run")
     finally:
         process.kill()
@@ -581,10 +579,7 @@ def build_sampler(photos, folder, count: int):
 
 def test_too_many_consecutive_nonfinite_steps_end_the_run_and_keep_the_last_good_state(photos, tmp_path, monkeypatch):
     make_losses_nonfinite(monkeypatch, {2, 4, 5, 6, 7})
-    message = (
-        rf"step 6, more than --max_skipped 2 .*{tmp_path}/last\.pth holds the last good state; "
-        rf".*debug_step\.py {tmp_path} 4"
-    )
+    message = rf"step 6, .*--max_skipped 2 .*{tmp_path}/last\.pth .*debug_step\.py {tmp_path} 4"
     with pytest.raises(FloatingPointError, match=message):
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 2, "--save_minutes", 0)
     assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / "last.pth")["model"].values())
@@ -597,7 +592,7 @@ def test_skipped_steps_are_counted_across_log_lines_epochs_and_restarts(photos, 
     progress = weights(tmp_path)["progress"]
     assert (progress["epoch"], progress["step"], progress["skipped"]) == (1, 1, 2)
     make_losses_nonfinite(monkeypatch, {1, 2})
-    with pytest.raises(FloatingPointError, match=r"step 11, more than --max_skipped 4 "):
+    with pytest.raises(FloatingPointError, match=r"step 11, .*--max_skipped 4 "):
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 4)
 
 
@@ -609,7 +604,7 @@ def test_step_with_a_finite_loss_and_nonfinite_gradient_is_skipped(photos, tmp_p
         return lambda model, batch: loss(model, batch) + (0 * model.decoder.mask_token.sum()).sqrt()  # d sqrt(0) = inf
 
     monkeypatch.setattr(main_pretrain, "pretrain_loss", steep)
-    with pytest.raises(FloatingPointError, match=r"step 2, more than --max_skipped 1 .*no checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"step 2, .*--max_skipped 1 .*no checkpoint"):
         pretrain(photos, tmp_path, *STEPS, "--max_skipped", 1)
 
 
@@ -618,15 +613,15 @@ def test_debug_step_repeats_a_step_with_its_weights_and_images(photos, tmp_path,
     before = (tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes()
     report = call("debug_step", tmp_path, 12, "--device", "cpu")
     assert report[2].startswith("step 12, batch 1 of 1 on rank 0: 2 images, loss ")
-    replayed = torch.load(tmp_path / "debug-12.pth", weights_only=True)
-    assert replayed["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
+    repeated = torch.load(tmp_path / "debug-12.pth", weights_only=True)
+    assert repeated["batches"][0]["index"].tolist() == build_sampler(photos, tmp_path, 16).samples(1, 3).tolist()
     assert before == ((tmp_path / "log.jsonl").read_bytes(), (tmp_path / "last.pth").read_bytes())
     interrupted(monkeypatch, 10, lambda: pretrain(photos, tmp_path / "until", *STEPS))  # 11 steps: one ended an epoch
-    assert all(torch.equal(v, replayed["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
+    assert all(torch.equal(v, repeated["model"][k]) for k, v in weights(tmp_path / "until")["model"].items())
     with pytest.raises(ValueError, match=r"STEP 17: .*16 steps"):
         call("debug_step", tmp_path, 17)
     lines = call("debug_step", tmp_path, 3, "--device", "cpu")
-    assert lines[1].startswith("trained from the initial weights to step 3")
+    assert re.search(r"initial weights .*step 3\b", lines[1])
     early = torch.load(tmp_path / "debug-3.pth", weights_only=True)["model"]
     interrupted(monkeypatch, 2, lambda: pretrain(photos, tmp_path / "two", *STEPS))
     assert all(torch.equal(v, early[k]) for k, v in weights(tmp_path / "two")["model"].items())
@@ -639,7 +634,7 @@ def test_a_run_resumes_with_a_damaged_config_file(content, photos, pretrained, t
     run = shutil.copytree(pretrained, tmp_path / "run")
     whole, content = json.loads((run / "config.json").read_text()), content.replace(b"{", b'{"sha256": "0", ')
     (run / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run/config.json is missing or damaged"):
+    with pytest.raises(ValueError, match=r"run/config\.json .*damaged"):
         call("debug_step", run, 3)
     pretrain(photos, run, "--save_every", 1, "--image_every", 1)
     assert json.loads((run / "config.json").read_text())["args"] == whole["args"] | {"output_dir": str(run)}
@@ -712,7 +707,7 @@ def test_killed_rank_ends_the_other_with_one_line_and_the_run_resumes(photos, tm
     (zero, _, err), (one, _, _) = ranks(2, "-c", SIGNAL_RANK_1.format("SIGKILL"), *flags, tmp_path / "interrupted")
     assert (zero, one) == (1, -9), err
     assert "Traceback" not in err
-    assert "another rank died" in err
+    assert re.search("another rank .*--timeout_minutes", err)
     for status, _, err in ranks(2, "main_pretrain.py", *flags, tmp_path / "interrupted"):
         assert status == 0, err
     assert_same_run(tmp_path / "uninterrupted", tmp_path / "interrupted")
@@ -732,7 +727,7 @@ def test_hanging_rank_ends_the_other_within_the_timeout(photos, tmp_path):
     ended(one)
     assert status == 1
     assert "Traceback" not in err
-    assert "another rank died or did not answer within --timeout_minutes" in err
+    assert re.search("another rank .*--timeout_minutes", err)
 
 
 @pytest.mark.slow  # three interpreters
@@ -745,8 +740,7 @@ def test_ranks_save_and_end_if_their_torchrun_is_killed(photos, tmp_path):
     torchrun.kill()
     status, out, err = ended(torchrun)  # the ranks hold its pipes until they end
     assert status == -9
-    assert "SIGTERM: stopped at step" in out, err
-    assert "saved; run the same command" in out
+    assert re.search(r"SIGTERM: .*step \d+ .*saved; .*same command", out), err
 
 
 @pytest.mark.slow  # five interpreters
@@ -775,7 +769,7 @@ def test_signal_to_one_rank_stops_both_at_the_same_step(photos, tmp_path):
     assert [status for status, _, _ in ends] == [75, 75], ends
     progress = weights(tmp_path)["progress"]
     assert (progress["epoch"], progress["step"]) in {(1, 4), (1, 5)}  # call 10, 7 per epoch, agreed a step later
-    assert f"stopped at step {progress['step']} of 8 of epoch 2, saved; " in ends[0][1]
+    assert re.search(rf"step {progress['step']} of 8 .*epoch 2, saved", ends[0][1])
     (zero, out, err), (one, _, _) = ranks(2, "debug_step.py", tmp_path, 14, "--device", "cpu")
     assert (zero, one) == (0, 0), err
     for rank, name in enumerate(("debug-14.pth", "debug-14-rank1.pth")):
@@ -803,14 +797,14 @@ def test_probing_on_two_ranks_resumes_with_the_batch_norm_statistics_of_each_ran
     for status, _, err in ranks(2, "debug_step.py", tmp_path / "uninterrupted", step, "--device", "cpu"):
         assert status == 0, err
     for suffix in ("", "-rank1"):
-        replayed = torch.load(tmp_path / "uninterrupted" / f"debug-{step}{suffix}.pth", weights_only=True)["model"]
-        assert_same(replayed, saved["model"])
+        repeated = torch.load(tmp_path / "uninterrupted" / f"debug-{step}{suffix}.pth", weights_only=True)["model"]
+        assert_same(repeated, saved["model"])
 
 
 def test_error_if_ranks_find_different_checkpoints(photos, tmp_path, monkeypatch):
     pretrain(photos, tmp_path, *STEPS)
     monkeypatch.setattr(World, "gather", lambda self, value: [value, Progress(0, 3)])
-    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: the ranks find different checkpoints"):
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: .*ranks .*different"):
         pretrain(photos, tmp_path, *STEPS)
 
 
@@ -871,7 +865,7 @@ def test_second_run_in_the_same_output_folder_is_rejected(photos, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", lock_script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"{tmp_path}: process {process.pid} on .* is writing there"):
+        with pytest.raises(ValueError, match=f"{tmp_path}: process {process.pid} .*writing"):
             pretrain(photos, tmp_path, *STEPS)
     finally:
         process.kill()

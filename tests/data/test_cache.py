@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -212,7 +213,7 @@ def test_a_damaged_index_of_a_shard_is_named_and_its_shard_built_again(damage, p
 def test_a_damaged_plan_is_named(content, packed, photos, tmp_path):
     out = shutil.copytree(packed, tmp_path / "cache")
     (out / "plan.json").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{out}/plan\.json is damaged .*build again"):
+    with pytest.raises(ValueError, match=rf"{out}/plan\.json .*damaged"):
         build(photos, out)
 
 
@@ -224,10 +225,10 @@ def change_value(path: Path, name: str, value: object) -> None:
 def test_a_changed_value_in_a_plan_or_manifest_is_named(packed, photos, tmp_path):
     out = shutil.copytree(packed, tmp_path / "cache")
     change_value(out / "manifest.json", "crop_interpolation", "bicubic")
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(its checksum is wrong"):
+    with pytest.raises(ValueError, match=r"manifest\.json .*checksum"):
         Cache(out)
     change_value(out / "plan.json", "images_per_shard", 3)
-    with pytest.raises(ValueError, match=r"plan\.json is damaged \(its checksum is wrong"):
+    with pytest.raises(ValueError, match=r"plan\.json .*checksum"):
         build(photos, out)
 
 
@@ -235,11 +236,11 @@ def test_a_shard_of_other_images_is_built_again(packed, photos, tmp_path):
     out = shutil.copytree(packed, tmp_path / "cache")
     shutil.copy(out / "shard-00002.npz", out / "shard-00001.npz")
     shutil.copy(out / "shard-00002.bin", out / "shard-00001.bin")
-    assert any("shard-00001.npz is damaged (it holds other images)" in line for line in build(photos, out))
+    assert any(re.search(r"shard-00001\.npz .*other images", line) for line in build(photos, out))
     assert files(out)["index.npy"] == files(packed)["index.npy"]
 
 
-def test_workers_end_if_their_build_was_killed_while_they_were_born(monkeypatch):
+def test_workers_exit_if_the_builder_is_killed_while_they_start(monkeypatch):
     """torch would let such a worker wait for ever; `init_worker` is told the process that started it."""
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -267,7 +268,7 @@ def test_refuses_to_build_over_other_images_or_other_files(packed, tmp_path):
         build(tmp_path / "images", packed)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"--out .*/taken is not empty"):
+    with pytest.raises(ValueError, match=r"--out .*/taken .*empty"):
         build(tmp_path / "images", tmp_path / "taken")
 
 
@@ -331,7 +332,7 @@ def test_refuses_a_folder_of_bad_images(tmp_path):
         (["--input_size", "32"], r"--input_size \[32, 32\]: .* \[16, 24\]"),
         (["--crop_interpolation", "bicubic"], "--crop_interpolation bicubic: .* bilinear"),
         (["--in_chans", "1", "--mean", "0", "--std", "1"], "--in_chans 1: .* 3;"),
-        (["--knn_every", "1"], "--data_path: .* is a cache; .*--knn_path"),
+        (["--knn_every", "1"], "--data_path: .* cache; .*--knn_path"),
     ],
 )
 def test_refuses_flags_that_need_other_pixels(flags, message, packed, tmp_path):
@@ -341,7 +342,7 @@ def test_refuses_flags_that_need_other_pixels(flags, message, packed, tmp_path):
 
 
 def test_refuses_kNN_on_a_cache(packed, pretrained):
-    with pytest.raises(ValueError, match=rf"--data_path: {packed} is a cache"):
+    with pytest.raises(ValueError, match=rf"--data_path: {packed} .*cache"):
         call("main_knn", "--checkpoint", pretrained / "last.pth", "--data_path", packed, "--device", "cpu")
 
 
@@ -368,24 +369,26 @@ def far_index(folder: Path, offset: int = 2**40) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: spoil(f, "shard-00001.bin", b"x"), r"shard-00001\.bin has 1 bytes of \d+"),
-        (lambda f: (f / "shard-00004.bin").unlink(), r"shard-00004\.bin has no bytes of"),
+        (lambda f: spoil(f, "shard-00001.bin", b"x"), r"shard-00001\.bin .*\b1 bytes"),
+        (lambda f: (f / "shard-00004.bin").unlink(), r"shard-00004\.bin .*no bytes"),
         (lambda f: spoil(f, "index.npy", b""), "damaged cache"),
         (lambda f: spoil(f, "index.npy", (f / "index.npy").read_bytes().replace(b"  ", b" (", 1)), "damaged cache"),
         (lambda f: spoil(f, "index.npy", (f / "index.npy").read_bytes()[:-30]), "damaged cache"),
         (lambda f: np.save(f / "index.npy", np.array([Bomb()], object)), "damaged cache: .*Python objects"),
         (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[:5]), "has .5,. entries"),
-        (far_index, r"index\.npy points beyond the shards"),
-        (lambda f: far_index(f, 0), r"checksum of index\.npy is wrong"),
+        (far_index, r"index\.npy .*beyond"),
+        (lambda f: far_index(f, 0), r"checksum .*index\.npy"),
         (lambda f: spoil(f, "manifest.json", b"{"), "damaged cache"),
         (lambda f: spoil(f, "manifest.json", b"[" * 10**5), "damaged cache"),
         (lambda f: manifest(f, payload="webp"), "'pixmim-cache-1' with 'webp'"),
-        (lambda f: far_index(f, 2**64 - 8), r"index\.npy points beyond the shards"),
+        (lambda f: far_index(f, 2**64 - 8), r"index\.npy .*beyond"),
         (lambda f: manifest(f, format="pixmim-cache-9"), "'pixmim-cache-9' .* not 'pixmim-cache-1'"),
         (lambda f: manifest(f, shards=[{"bytes": 0, "sha256": "", "name": "/etc/passwd"}]), r"shard-00000\.bin has"),
     ],
 )
-def test_names_the_damage_of_a_cache_and_executes_nothing_in_it(damage, message, packed, tmp_path, monkeypatch):
+def test_errors_name_the_damage_of_a_cache_and_its_content_is_not_executed(
+    damage, message, packed, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(packed, tmp_path / "cache")
     damage(folder)
@@ -409,7 +412,7 @@ def test_verify_names_an_index_with_a_changed_offset(packed, tmp_path):
     index = np.load(folder / "index.npy")
     index["offset"][1] -= 1
     np.save(folder / "index.npy", index)
-    with pytest.raises(ValueError, match=r"the checksum of index\.npy is wrong"):
+    with pytest.raises(ValueError, match=r"checksum .*index\.npy"):
         call("util.cache", "verify", folder)
 
 

@@ -1,6 +1,7 @@
 """Folders, decoding, order of the samples, loaders, unreadable images and transforms."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -86,7 +87,7 @@ def test_finds_images_in_a_folder_of_any_structure(files, found, tmp_path):
     assert source.classes == []
 
 
-def test_loops_of_links_end_and_each_folder_is_read_once(tmp_path):
+def test_loops_of_links_are_detected_and_each_folder_is_read_once(tmp_path):
     save(tmp_path, "a/0.png", "b/1.png")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "c").symlink_to(tmp_path / "b")
@@ -103,10 +104,10 @@ def test_any_file_name_is_read(tmp_path):
 
 
 def test_errors_name_a_missing_folder_and_one_without_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder /.*/nowhere;"):
+    with pytest.raises(FileNotFoundError, match=r"no folder /.*/nowhere;"):
         image_folder(str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds no image .*\.jpg"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*no image .*\.jpg"):
         image_folder(str(tmp_path))
 
 
@@ -313,7 +314,7 @@ def test_trains_on_a_small_dev_shm(photos, tmp_path):
     if "ermission denied" in found.stderr or "not permitted" in found.stderr:
         pytest.skip("mounting is not allowed here")
     assert found.returncode == 0, found.stderr
-    assert "/dev/shm has 1 MiB free, too little" in found.stderr
+    assert re.search(r"/dev/shm .*\b1 MiB", found.stderr)
     assert "1 epochs finished" in found.stdout
 
 
@@ -418,7 +419,7 @@ def test_eval_transform_equals_torchvision_s_resize_and_centre_crop(side, crop_p
 @pytest.mark.parametrize(
     ("size", "resized"), [((112, 224), (128, 256)), ((224, 448), (224, 448)), ((448, 96), (448, 96))]
 )
-def test_the_longer_side_decides_how_evaluation_crops(size, resized):
+def test_evaluation_crop_depends_on_the_longer_side(size, resized):
     width, height = 2 * resized[1], 2 * resized[0]  # of the aspect ratio of the input: the resize is exact
     image = smooth(np.random.default_rng(0), width, height)
     pipeline = T.Compose([T.Resize(resized, T.InterpolationMode.BICUBIC), T.CenterCrop(size)])
@@ -432,7 +433,7 @@ def test_shards_with_one_class_number_are_one_class(tmp_path):
         (tmp_path / "x.cls").write_text("1")  # class 0 has no image
         for name in ("x.png", "x.cls"):
             tar.add(tmp_path / name, name)
-    with pytest.raises(ValueError, match=f"--data_path: {tmp_path}/train/0.tar has one class"):
+    with pytest.raises(ValueError, match=f"--data_path: {tmp_path}/train/0.tar .*one class"):
         labelled_source(str(tmp_path), "train")
 
 

@@ -105,17 +105,17 @@ def damage_file(masks):
 @pytest.mark.parametrize(
     ("damage", "words", "line"),
     [
-        (damage_class, [], r"2\.png has class 7, but there are 2 classes \(--classes; --ignore_index 255"),
-        (damage_size, [], r"2\.png has 5 x 4 pixels, not 28 x 26"),
-        (damage_colour, [], r"2\.png holds colours \(RGB\), not class numbers; .*--palette"),
-        (damage_colour, ["--palette", "000000", "00ff00"], r"2\.png has the colour ff0000, which --palette lacks"),
+        (damage_class, [], r"2\.png .*class 7.* 2 .*--classes; --ignore_index 255"),
+        (damage_size, [], r"2\.png .*5 x 4 .*28 x 26"),
+        (damage_colour, [], r"2\.png .*RGB.*--palette"),
+        (damage_colour, ["--palette", "000000", "00ff00"], r"2\.png .*ff0000.*--palette"),
         (damage_file, [], r"2\.png"),
-        (lambda masks: (masks / "2.png").unlink(), [], r"1 of 3 images of .* have no mask, such as .*2\.png"),
-        (shutil.rmtree, [], r"there is no folder .*masks"),
+        (lambda masks: (masks / "2.png").unlink(), [], r"1 of 3 .*no mask.*2\.png"),
+        (shutil.rmtree, [], r"no folder .*masks"),
     ],
     ids=["class too many", "other size", "colours", "unknown colour", "damaged", "missing mask", "no masks"],
 )
-def test_damaged_masks_are_one_line_that_names_the_file(damage, words, line, masked, tmp_path):
+def test_damaged_masks_give_a_one_line_error_with_the_file_name(damage, words, line, masked, tmp_path):
     shutil.copytree(masked, tmp_path / "in")
     masks = tmp_path / "in" / "val" / "masks"
     for path in (tmp_path / "in").glob("*/masks/*.png") if words else ():
@@ -131,7 +131,7 @@ def test_damaged_masks_are_one_line_that_names_the_file(damage, words, line, mas
 
 def test_one_class_and_too_many_classes_are_refused(tmp_path):
     write_pair(tmp_path, np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8))
-    with pytest.raises(ValueError, match=r"has 1 classes; expected 2 to 255 \(--classes\)"):
+    with pytest.raises(ValueError, match=r"\b1 classes.*2 to 255 .*--classes"):
         mask_folder(flags(tmp_path), "train")
     write_pair(tmp_path, np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 900, np.uint16))
     with pytest.raises(ValueError, match=r"has 901 classes"):
@@ -157,7 +157,7 @@ def test_a_very_long_image_is_refused_by_name_before_it_is_enlarged(tmp_path):
     args = flags(tmp_path, input_size=(512, 512), classes=["a", "b"])
     samples = Samples(mask_folder(args, "train"), partial(whole_image, args=args), flags(tmp_path, in_chans=3))
     reason = samples.__getitems__([(0, 0)])["stop"]
-    assert re.search(r"a\.png cannot be read: is 20000 x 2 .*5120000 x 512", reason)
+    assert re.search(r"a\.png .*20000 x 2 .*5120000 x 512", reason)
     args.short_side, args.input_size = 0, (2, 2)
     assert fit_size(5000, 5000, args) == (5000, 5000)  # as the image is: not enlarged
 
@@ -221,8 +221,8 @@ def test_a_table_names_images_masks_and_splits(tmp_path):
     assert [source.name(i)[-5:] for i in range(len(source))] == ["b.png", "a.png"]  # the order of the table
     assert band_of(source).tolist() == [[1, 2, 3], [3, 0, 1]]
     assert len(mask_folder(flags(tmp_path / "x.csv"), "val", source.classes)) == 1
-    with pytest.raises(ValueError, match=r"x\.csv has no column maske; it has path split mask"):
+    with pytest.raises(ValueError, match=r"x\.csv .*column maske; .*path split mask"):
         mask_folder(flags(tmp_path / "x.csv", mask_column="maske"), "train")
     (tmp_path / "x.csv").write_text("path,mask\n" + "in/train/images/a.png,in/train/masks/a.png")
-    with pytest.raises(ValueError, match=r"x\.csv has no rows of the split train \(--split_column\)"):
+    with pytest.raises(ValueError, match=r"x\.csv .*train \(--split_column\)"):
         mask_folder(flags(tmp_path / "x.csv"), "train")

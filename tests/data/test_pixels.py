@@ -184,7 +184,7 @@ def expected(row: Row, in_chans: int = 3) -> np.ndarray:
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 and in_chans == 3 else pixels
 
 
-def parsed(row: Row, folder: Path) -> Namespace:
+def parse_row(row: Row, folder: Path) -> Namespace:
     """Arguments of main_pretrain for this row, its file in the folder."""
     import main_pretrain
     from util.args import resolve_defaults
@@ -198,9 +198,9 @@ def parsed(row: Row, folder: Path) -> Namespace:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_read_equals_array_arithmetic(kind, tmp_path):
+def test_decoded_pixels_equal_array_arithmetic(kind, tmp_path):
     row = KINDS[kind]
-    args = parsed(row, tmp_path)
+    args = parse_row(row, tmp_path)
     source = image_folder(str(tmp_path))
     bands = source.read(0, PixelOptions.from_args(args))
     found = np.dstack([np.asarray(band) for band in bands])
@@ -211,7 +211,7 @@ def test_what_is_read_equals_array_arithmetic(kind, tmp_path):
 def test_a_cache_equals_reading_online(kind, tmp_path):
     row = KINDS[kind]
     (tmp_path / "images").mkdir()
-    args = parsed(row, tmp_path / "images")
+    args = parse_row(row, tmp_path / "images")
     words = ["--data_path", tmp_path / "images", "--out", tmp_path / "cache", "--input_size", 16, "--workers", 0]
     call("util.cache", "build", *words, *row[2].split())
     packed = Cache(tmp_path / "cache")
@@ -259,7 +259,7 @@ def write(folder: Path, *contents: bytes, name: str = "{}.tif") -> Path:
     return folder
 
 
-def test_auto_is_one_decision_for_the_data_set_and_not_per_image(tmp_path):
+def test_value_range_auto_is_chosen_per_data_set_and_not_per_image(tmp_path):
     dark, bright = (tiff(values[..., 0].astype(U16)) for values in (TWELVE // 8, TWELVE))
     args = Namespace(in_chans=1)
     both = resolve_pixels(args, image_folder(str(write(tmp_path / "a", dark, bright))))
@@ -289,7 +289,7 @@ def test_8_bit_images_are_not_sampled_and_keep_their_values(tmp_path, monkeypatc
     assert np.array_equal(image, np.asarray(Image.open(tmp_path / "0.jpg")))
 
 
-def test_reads_at_most_256_files_for_the_decision(tmp_path, monkeypatch):
+def test_value_range_auto_reads_at_most_256_files(tmp_path, monkeypatch):
     write(tmp_path, *[pillow(Image.new("L", (2, 2)), "PNG")] * 300, name="{}.png")
     seen = []
     monkeypatch.setattr("util.data.folders.read_image", lambda path, options: seen.append(path) or [])
@@ -297,14 +297,14 @@ def test_reads_at_most_256_files_for_the_decision(tmp_path, monkeypatch):
     assert len(seen) == 256
 
 
-def test_values_that_the_decision_did_not_see_are_an_error_that_names_the_flag(tmp_path):
+def test_value_types_that_value_range_auto_did_not_sample_give_an_error_with_the_flag(tmp_path):
     write(tmp_path, tiff(UNIT[..., 0].astype(np.float32)))
     for value_range in (("auto",), ("auto", "int", 0, 4095)):
         with pytest.raises(ValueError, match=r"float32.*--value_range auto .*LOW HIGH"):
             read_image(os.fsencode(tmp_path / "0.tif"), PixelOptions(1, value_range=value_range))
 
 
-def test_a_run_records_the_decision_and_a_resumed_run_and_evaluations_use_it(tmp_path):
+def test_a_run_records_its_value_range_and_resumed_runs_and_evaluations_use_it(tmp_path):
     folder = tmp_path / "images" / "train"
     for label in range(2):
         write(folder / str(label), *[tiff(TWELVE[..., 0].astype(U16))] * 8)
@@ -325,7 +325,7 @@ def test_a_run_records_the_decision_and_a_resumed_run_and_evaluations_use_it(tmp
 def test_warns_if_the_alpha_of_most_tiffs_varies(tmp_path, capsys):
     write(tmp_path, *[tiff(ALPHA, photometric="rgb", extrasamples=["unassalpha"])] * 3)
     resolve_pixels(Namespace(in_chans=3), image_folder(str(tmp_path)))
-    assert "fourth sample of 3 of 3 TIFFs varies" in capsys.readouterr().out
+    assert re.search("fourth .*3 of 3 TIFFs", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -334,8 +334,8 @@ def test_warns_if_the_alpha_of_most_tiffs_varies(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (tiff(np.moveaxis(FIVE, 2, 0).astype(U8)), {}, "has 5 bands or pages.*--bands 1 2 3 .*--in_chans 5"),
-        (tiff(FIVE.astype(U8)), {"bands": (6, 1, 2)}, "has 5 bands, not all of --bands 6 1 2"),
+        (tiff(np.moveaxis(FIVE, 2, 0).astype(U8)), {}, "5 bands.*--bands 1 2 3 .*--in_chans 5"),
+        (tiff(FIVE.astype(U8)), {"bands": (6, 1, 2)}, "5 bands.*--bands 6 1 2"),
         (tiff(ALPHA, photometric="rgb", extrasamples=["unassalpha"], extratags=GEO), {}, "has 4 bands.*--alpha drop"),
         (pillow(Image.fromarray(ALPHA), "PNG"), {"in_chans": 4}, "--alpha channel"),
         (npy(np.zeros((9, 9, 3), complex)), {}, "complex128, not numbers"),
@@ -343,7 +343,7 @@ def test_warns_if_the_alpha_of_most_tiffs_varies(tmp_path, capsys):
         (npy(np.zeros((100, 120, 200), U8)), {"bands": (1, 2, 3)}, r"axes \(100, 120, 200\)"),
     ],
 )  # fmt: skip
-def test_errors_name_what_the_file_has_and_the_remedy(content, options, message, tmp_path):
+def test_errors_name_the_bands_of_the_file_and_the_remedy(content, options, message, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_image(os.fsencode(tmp_path / "x"), PixelOptions(**{"in_chans": 3, "value_range": ("full",)} | options))
@@ -357,7 +357,7 @@ def test_images_of_two_sizes_in_a_tiff_are_an_error(tmp_path):
         read_image(os.fsencode(tmp_path / "x.tif"), PixelOptions(3))
 
 
-def test_overviews_of_gdal_are_no_further_images(tmp_path):
+def test_overviews_of_gdal_are_ignored(tmp_path):
     with tifffile.TiffWriter(tmp_path / "x.tif") as file:
         file.write(BYTES[..., 0].astype(U8))
         file.write(BYTES[::2, ::2, 0].astype(U8), subfiletype=1)
@@ -423,7 +423,7 @@ def test_orientations_of_16_bit_and_planar_files_are_applied(orientation, tmp_pa
     assert np.array_equal(eight, pages[0])
 
 
-def test_large_claims_are_refused_before_allocation(tmp_path):
+def test_files_that_declare_huge_arrays_are_refused_before_allocation(tmp_path):
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)})
     file = bytearray(tiff(np.zeros((8, 8), np.float16)))
@@ -479,7 +479,7 @@ def test_tiles_of_a_cache_are_the_parts_of_the_image(tmp_path):
         call("util.cache", "build", *words[:-1], 16, "--out", tmp_path / "cache")
 
 
-def test_the_error_of_an_image_too_large_names_the_tiles(tmp_path):
+def test_error_of_a_too_large_image_names_the_tile_flag(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"20000 x 20000.*--tile"):
         read_image(os.fsencode(tmp_path / "x.png"), PixelOptions(1))
@@ -489,7 +489,7 @@ def test_the_error_of_an_image_too_large_names_the_tiles(tmp_path):
 
 
 @pytest.mark.slow
-def test_nuclei_in_other_files_have_the_features_of_the_png(tmp_path):
+def test_nuclei_in_other_file_formats_have_the_features_of_the_png(tmp_path):
     folder = ROOT.parent / "shared" / "data" / "nuclei" / "val" / "images"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data/nuclei")
@@ -518,13 +518,11 @@ def test_nuclei_in_other_files_have_the_features_of_the_png(tmp_path):
         assert np.allclose(found, rows["png"], atol=0.02 * np.abs(rows["png"]).max()), name  # one grey level
 
 
-def test_the_message_of_a_run_is_one_line(tmp_path):
+def test_a_run_ends_with_a_one_line_error(tmp_path):
     write(tmp_path, tiff(np.moveaxis(FIVE, 2, 0).astype(U8)))
     words = [*PRETRAIN, "--data_path", tmp_path, "--output_dir", tmp_path / "out", "--batch_size", 1]
     done = subprocess.run(
         [sys.executable, "main_pretrain.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        f"main_pretrain.py: error: {tmp_path}/0.tif cannot be read: has 5 bands"
-    )
+    assert re.match(rf"main_pretrain\.py: error: {tmp_path}/0\.tif .*5 bands", done.stderr.splitlines()[-1])

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -219,7 +220,7 @@ def test_probe_and_fine_tuning_read_tables(main, photos, pretrained, tmp_path):
 # --------------------------------------------------------------------------------------------------- what is left out
 
 
-def test_rubbish_is_left_out_by_name_and_never_a_class(photos, tmp_path, capsys):
+def test_system_files_are_ignored_and_never_classes(photos, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "photos")
     for name in ("._0.png", ".DS_Store", "Thumbs.db", "ant/._1.png", "ant/notes.txt", "loose.png"):
         shutil.copy(photos / "train" / "ant" / "1.png", tmp_path / "photos" / "train" / name)
@@ -231,15 +232,13 @@ def test_rubbish_is_left_out_by_name_and_never_a_class(photos, tmp_path, capsys)
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith(f"--data_path {tmp_path}/photos/train: ")]
     assert "16 images, 3 classes, .png 10 .jpg 6, " in line
-    assert line.endswith(
-        "left out: 10 hidden or system (.DS_Store), 1 .txt (notes.txt), 1 beside the class folders (loose.png)"
-    )
-    assert f"left out (hidden or system): {tmp_path}/photos/train/ant/.hidden" in lines
+    assert re.search(r"left out: 10 .*\(\.DS_Store\), 1 \.txt \(notes\.txt\), 1 .*\(loose\.png\)$", line)
+    assert any(re.match(rf"left out \(.*\): {tmp_path}/photos/train/ant/\.hidden$", line) for line in lines)
     assert "class ant: 6 images" in lines
     assert sum(line.startswith("left out (") for line in lines) == 11
 
 
-def test_the_line_names_the_sizes_of_a_sample(tmp_path, capsys):
+def test_summary_line_states_the_image_sizes_of_a_sample(tmp_path, capsys):
     for name, size in (("a.png", (30, 20)), ("b.jpg", (7, 9)), ("c.jpg", (40, 40))):
         Image.new("RGB", size).save(tmp_path / name)
     pretrain_source(Namespace(data_path=[str(tmp_path)], stream_samples=None))
@@ -248,37 +247,35 @@ def test_the_line_names_the_sizes_of_a_sample(tmp_path, capsys):
     )
 
 
-def test_a_folder_of_which_most_is_left_out_is_an_error(tmp_path):
+def test_a_folder_with_mostly_ignored_files_is_an_error(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in ("a.jp3", "b.jp3", "x.jp3"):
         (tmp_path / name).touch()
-    with pytest.raises(
-        ValueError, match=r"--data_path: .* has 1 images \(\.jpg .*most .* left out: 3 \.jp3 \(a\.jp3\); list"
-    ):
+    with pytest.raises(ValueError, match=r"--data_path: .* 1 images \(\.jpg .*left out: 3 \.jp3 \(a\.jp3\)"):
         open_sources(str(tmp_path), Query(), "--data_path")
     (tmp_path / "list.txt").write_text("a.png\n")
     assert len(open_sources(str(tmp_path / "list.txt"), Query(), "--data_path")) == 1
 
 
-def test_validation_images_may_lie_elsewhere(photos, tmp_path):
+def test_val_path_sets_another_folder_of_validation_images(photos, tmp_path):
     args = Namespace(val_path=[str(photos / "val")])
     train, val = labelled_sources([str(photos / "train")], args)
     assert (len(train), len(val), val.classes) == (16, 9, train.classes)
-    with pytest.raises(FileNotFoundError, match=f"--val_path: there is no folder {tmp_path}/none"):
+    with pytest.raises(FileNotFoundError, match=f"--val_path: .*no folder {tmp_path}/none"):
         labelled_sources([str(photos / "train")], Namespace(val_path=[str(tmp_path / "none")]))
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train").symlink_to(photos / "train")
-    with pytest.raises(FileNotFoundError, match=f"--data_path: there is no folder {tmp_path}/only/val; .*--val_path"):
+    with pytest.raises(FileNotFoundError, match=f"--data_path: .*no folder {tmp_path}/only/val; .*--val_path"):
         labelled_sources([str(tmp_path / "only")])
 
 
-def test_errors_name_the_flag_that_named_the_images(photos, tmp_path):
+def test_errors_name_the_flag_of_the_images(photos, tmp_path):
     for name in ("train", "val"):
         shutil.copytree(photos / name / "ant", tmp_path / "one" / name / "ant")
     words = [*PRETRAIN, "--data_path", photos, "--output_dir", tmp_path / "run", "--knn_every", 1]
-    with pytest.raises(ValueError, match=r"\(--knn_path: .*/one/train has one class"):
+    with pytest.raises(ValueError, match=r"\(--knn_path: .*/one/train .*one class"):
         call("main_pretrain", *words, "--knn_path", tmp_path / "one")
-    with pytest.raises(ValueError, match=r"\(--val_path: .*/one/val/ant has no class folders"):
+    with pytest.raises(ValueError, match=r"\(--val_path: .*/one/val/ant .*class folders"):
         call("main_pretrain", *words, "--val_path", tmp_path / "one" / "val" / "ant")
 
 
@@ -293,7 +290,7 @@ def test_several_paths_are_joined_and_their_shares_printed(photos, tmp_path, cap
         pixels(image_folder(str(photos)), 0).shape,
     ]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.rpartition("; ")[2] for line in lines] == ["36.0% of all images", "64.0% of all images"]
+    assert [re.search(r"; (\S+%)", line)[1] for line in lines] == ["36.0%", "64.0%"]
     assert source.name(9) == f"{tmp_path}/photos/train/ant/0.JPG"
     train, _ = labelled_sources([str(photos), str(table)])
     assert np.array_equal(train.labels, np.tile(image_labels := train.labels[:16], 2))
@@ -324,13 +321,13 @@ def test_patterns_are_expanded_with_and_without_quotes(words, photos, tmp_path, 
 def test_images_can_be_named_by_a_pattern(photos, tmp_path):
     source = pretrain_source(Namespace(data_path=[f"{photos}/train/*/1.png"], stream_samples=None))
     assert [Path(source.name(i)).parent.name for i in range(len(source))] == ["ant", "bee", "cat"]
-    with pytest.raises(FileNotFoundError, match=r"--data_path: no file matches .*x"):
+    with pytest.raises(FileNotFoundError, match=r"--data_path: no file .*/1\.pngx"):
         pretrain_source(Namespace(data_path=[f"{photos}/train/*/1.pngx"], stream_samples=None))
 
 
-def test_a_cache_or_a_stream_is_not_joined(photos, tmp_path):
+def test_a_cache_or_a_stream_cannot_be_joined_with_other_images(photos, tmp_path):
     call("util.cache", "build", "--data_path", photos, "--out", tmp_path / "c", "--input_size", 16, "--workers", 1)
-    with pytest.raises(ValueError, match=r"--data_path: .*cache or a stream cannot be read together"):
+    with pytest.raises(ValueError, match=r"--data_path: .*/c .*cache .*together"):
         pretrain_source(Namespace(data_path=[str(tmp_path / "c"), str(photos)], stream_samples=None))
 
 
@@ -361,41 +358,39 @@ def test_missing_files_are_counted_and_named_before_the_first_step(photos, tmp_p
         f"gone/0.png\n{photos}/val/ant/1.png\ngone.png\n" + f"{photos}/val/bee/0.JPG\n" * 6
     )
     words = ["--data_path", tmp_path / "list.txt", "--output_dir", tmp_path / "run"]
-    with pytest.raises(
-        ValueError, match=rf"list\.txt: 2 of 9 files do not exist, such as {tmp_path}/gone/0\.png; .*--verbose"
-    ):
+    with pytest.raises(ValueError, match=rf"list\.txt: 2 of 9 .*{tmp_path}/gone/0\.png; .*--verbose"):
         call("main_pretrain", *PRETRAIN, *words)
     lines = call(
         "main_pretrain", *PRETRAIN, *words, "--on_bad_image", "skip", "--batch_size", 9, "--epochs", 1, "--verbose_data"
     )
     assert lines[:2] == [f"missing: {tmp_path}/gone/0.png", f"missing: {tmp_path}/gone.png"]
-    assert "left out: 2 missing, replaced by other images (0.png)" in lines[2]
+    assert re.search(r"left out: 2 missing.*\(0\.png\)", lines[2])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "flags", "message"),
     [
-        ("x.csv", "id,picture\n1,a.png\n", {}, r"x\.csv has no column .*--image_column; it has id picture"),
-        ("x.csv", "id,picture\n1,a.png\n", {"image_column": "pic"}, r"no column pic; it has id picture"),
-        ("x.csv", "image,kind\na.png,z\n", {"labelled": True}, r"no column .*--label_column; it has image kind"),
-        ("x.csv", "image,label\na.png,\n", {"labelled": True}, r"a\.png has no label"),
-        ("x.csv", "image,label\na.png\nb.png,1\n", {"labelled": True}, r"x\.csv: line 2 has too few columns"),
-        ("x.csv", f"image,{'x' * 200_000}\na.png,1\n", {}, r"x\.csv: line 1 has too few columns or wrong quotes"),
-        ("x.csv", "image,label\na.png,3\nb.png,3\n", {"labelled": True}, r"x\.csv has one class"),
+        ("x.csv", "id,picture\n1,a.png\n", {}, r"x\.csv .*--image_column; .*id picture"),
+        ("x.csv", "id,picture\n1,a.png\n", {"image_column": "pic"}, r"column pic; .*id picture"),
+        ("x.csv", "image,kind\na.png,z\n", {"labelled": True}, r"x\.csv .*--label_column; .*image kind"),
+        ("x.csv", "image,label\na.png,\n", {"labelled": True}, r"a\.png .*no label"),
+        ("x.csv", "image,label\na.png\nb.png,1\n", {"labelled": True}, r"x\.csv: line 2 .*few columns"),
+        ("x.csv", f"image,{'x' * 200_000}\na.png,1\n", {}, r"x\.csv: line 1 .*quotes"),
+        ("x.csv", "image,label\na.png,3\nb.png,3\n", {"labelled": True}, r"x\.csv .*one class"),
         (
             "x.csv",
             "image,split\na.png,dev\n",
             {"whole": False},
-            r"x\.csv has no split train \(--split_column\); --val_path",
+            r"x\.csv .*train \(--split_column\); --val_path",
         ),
-        ("x.csv", "image,split\na.png,val\n", {"split_column": "part"}, "no column part; it has image split"),
-        ("x.csv", "image\n", {}, r"x\.csv lists no image"),
-        ("x.txt", "\n\n", {}, r"x\.txt lists no image"),
-        ("x.txt", "a.png\n", {"labelled": True}, r"a\.png has no label"),
+        ("x.csv", "image,split\na.png,val\n", {"split_column": "part"}, "column part; .*image split"),
+        ("x.csv", "image\n", {}, r"x\.csv .*no image"),
+        ("x.txt", "\n\n", {}, r"x\.txt .*no image"),
+        ("x.txt", "a.png\n", {"labelled": True}, r"a\.png .*no label"),
         ("x.parquet", "PAR1", {}, r"--data_path: .*[Pp]arquet"),
     ],
 )
-def test_tables_that_do_not_fit_are_refused(name, content, flags, message, photos, tmp_path):
+def test_invalid_tables_are_refused(name, content, flags, message, photos, tmp_path):
     for image in ("a.png", "b.png"):
         shutil.copy(photos / "train" / "ant" / "1.png", tmp_path / image)
     (tmp_path / name).write_text(content)
@@ -407,7 +402,7 @@ def test_tables_that_do_not_fit_are_refused(name, content, flags, message, photo
 def test_one_image_has_no_classes(photos):
     image = photos / "val" / "ant" / "1.png"
     for paths in ([image], [photos / "train"]):
-        with pytest.raises(ValueError, match=r"^--(data|val)_path: .* has no class folders$"):
+        with pytest.raises(ValueError, match=r"^--(data|val)_path: .*class folders$"):
             labelled_sources([str(path) for path in paths], Namespace(val_path=[str(image)]))
 
 
@@ -421,17 +416,17 @@ def test_a_parquet_of_paths_and_other_columns(photos, tmp_path):
     assert np.bincount(source.labels).tolist() == [6, 5, 5]
 
 
-def test_a_parquet_says_its_price_and_names_its_rows(photos, tmp_path, capsys):
+def test_parquet_summary_states_row_group_size(photos, tmp_path, capsys):
     path = make_parquet(photos, tmp_path)
     source = open_sources(str(path), Query("val"), "--data_path")
     assert "9 images, " in (line := capsys.readouterr().out)
-    assert "reading an image reads its row group, up to 4 images" in line
+    assert re.search("row group, .*4 images", line)
     assert source.name(1) == f"{path}: row 17"
     table = parquet.read_table(path)
     broken = table.slice(0, 2).to_pylist()
     broken[1]["image"] = {"bytes": None, "path": None}
     parquet.write_table(pyarrow.Table.from_pylist(broken, table.schema), path)
-    with pytest.raises(ValueError, match="column image is empty"):
+    with pytest.raises(ValueError, match=r"column image .*empty"):
         open_sources(str(path), Query(), "--data_path").read(1, PixelOptions(3))
 
 
@@ -449,16 +444,12 @@ def test_one_image_of_each_sample_is_chosen_by_its_key(photos, tmp_path):
         for sample, name in (("1", "ant/1.png"), ("2", "bee/1.png")):
             add(tar, f"v1.0/{sample}.input.PNG", (photos / "train" / name).read_bytes())
             add(tar, f"v1.0/{sample}.seg.png", (photos / "train" / "cat" / "1.png").read_bytes())
-    with pytest.raises(
-        ValueError, match=r"x\.tar: a sample has several images: input\.png seg\.png; .*--tar_key input\.png"
-    ):
+    with pytest.raises(ValueError, match=r"x\.tar: .*input\.png seg\.png; .*--tar_key input\.png"):
         open_sources(str(tmp_path / "x.tar"), Query(), "--data_path")
     source = open_sources(str(tmp_path / "x.tar"), Query(tar_key="input.png"), "--data_path")
     assert [source.name(i).rpartition("/")[2] for i in range(len(source))] == ["1.input.PNG", "2.input.PNG"]
     assert len(open_sources(str(tmp_path / "x.tar"), Query(tar_key="*"), "--data_path")) == 4
-    with pytest.raises(
-        ValueError, match=r"holds only images without --tar_key image\.png, such as v1\.0/1\.input\.PNG"
-    ):
+    with pytest.raises(ValueError, match=r"--tar_key image\.png.*v1\.0/1\.input\.PNG"):
         open_sources(str(tmp_path / "x.tar"), Query(tar_key="image.png"), "--data_path")
 
 
@@ -476,11 +467,11 @@ def test_compressed_tars_are_streamed_for_pretraining_only(photos, tmp_path, cap
     source.prefetch(range(16))
     shapes = sorted(pixels(source, i).shape for i in range(16))
     assert shapes == sorted(pixels(image_folder(str(photos)), i).shape for i in range(16))
-    assert "16 images, read from start to end in every epoch" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--data_path: .*0\.tar\.gz is a compressed tar; .*gunzip"):
+    assert re.search("16 images, .*every epoch", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=r"--data_path: .*0\.tar\.gz .*gunzip"):
         labelled_sources([str(tmp_path)])
     (tmp_path / "0.tar.gz").write_bytes((tmp_path / "0.tar.gz").read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"--data_path: .*0\.tar\.gz is not a complete tar: "):
+    with pytest.raises(ValueError, match=r"--data_path: .*0\.tar\.gz .*complete"):
         pretrain_source(Namespace(data_path=[str(tmp_path)], stream_samples=None))
 
 
@@ -489,11 +480,11 @@ def test_a_bad_member_is_named_by_archive_and_member(photos, tmp_path):
     content = path.read_bytes()
     image = (photos / "train" / "bee" / "1.png").read_bytes()
     path.write_bytes(content.replace(image, bytes(len(image))))
-    with pytest.raises(ValueError, match=rf"^{path}: bee/1\.png cannot be read: "):
+    with pytest.raises(ValueError, match=rf"^{path}: bee/1\.png .*read"):
         pretrain(tmp_path / "nested", tmp_path / "run")
 
 
-def test_zip_bombs_and_damaged_zips_are_bounded(tmp_path, monkeypatch):
+def test_zip_bombs_are_bounded_and_damaged_zips_refused(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
         archive.writestr("b.png", b"small")
@@ -509,7 +500,7 @@ def test_zip_bombs_and_damaged_zips_are_bounded(tmp_path, monkeypatch):
     os.utime(tmp_path / "x.zip", ns=(0, 0))
     assert len(open_sources(str(tmp_path / "x.zip"), Query(), "--data_path")) == 1
     (tmp_path / "z.zip").write_bytes(content[:400])
-    with pytest.raises(ValueError, match=r"--data_path: .*z\.zip is not a complete tar or zip"):
+    with pytest.raises(ValueError, match=r"--data_path: .*z\.zip .*complete"):
         open_sources(str(tmp_path / "z.zip"), Query(), "--data_path")
 
 

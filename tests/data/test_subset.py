@@ -18,7 +18,7 @@ def test_a_fraction_is_stratified_seeded_and_contains_smaller_fractions():
 
 
 @pytest.mark.parametrize("main", ["main_linprobe", "main_finetune"])
-def test_the_list_beside_the_results_repeats_them(main, photos, pretrained, tmp_path):
+def test_the_saved_train_list_reproduces_the_results(main, photos, pretrained, tmp_path):
     flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--epochs", 1, "--warmup_epochs", 0]
     flags += ["--batch_size", 2, *DEVICE]
     one = result(main, *flags, "--train_fraction", 0.5, "--output_dir", tmp_path / "one")
@@ -45,13 +45,13 @@ def test_knn_of_a_list_equals_knn_of_a_folder_with_these_images(photos, pretrain
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("ant/0.JPG\nant/99.png", "", r"list.txt has 1 names that the training images lack, such as ant/99\.png"),
-        ("", "", r"list.txt is empty"),
-        ("ant/0.JPG", "--train_fraction 0.5", r"--train_fraction 0\.5 and --train_list exclude"),
-        (None, "", r"list.txt cannot be read: No such file"),
+        ("ant/0.JPG\nant/99.png", "", r"list\.txt .*\b1 names .*ant/99\.png"),
+        ("", "", r"list\.txt .*empty"),
+        ("ant/0.JPG", "--train_fraction 0.5", r"--train_fraction 0\.5 .*--train_list"),
+        (None, "", r"list\.txt .*No such file"),
     ],
 )
-def test_lists_that_do_not_fit_are_refused_by_name(content, flags, message, photos, pretrained, tmp_path):
+def test_invalid_lists_are_refused_by_name(content, flags, message, photos, pretrained, tmp_path):
     if content is not None:
         (tmp_path / "list.txt").write_text(content)
     words = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--train_list", tmp_path / "list.txt"]

@@ -142,8 +142,8 @@ def test_features_of_grey_images_by_an_untrained_encoder(tmp_path):
     [
         ({"--output": "x.csv"}, r"--output .*x\.csv: .*\.npy or \.safetensors"),
         ({"--pool": "mean", "--maps": None}, "--pool mean .*--maps"),
-        ({"--data_path": "https://example.org/x.tar"}, r"--data_path: https://example\.org/x\.tar is a stream"),
-        ({"--data_path": "nowhere"}, "--data_path: there is no folder nowhere"),
+        ({"--data_path": "https://example.org/x.tar"}, r"--data_path: https://example\.org/x\.tar .*stream"),
+        ({"--data_path": "nowhere"}, "--data_path: .*no folder nowhere"),
     ],
 )
 def test_invalid_flags_are_refused_in_one_line(words, message, photos, pretrained, tmp_path):
@@ -215,7 +215,7 @@ def test_unreadable_images_have_neither_a_row_nor_a_name(photos, pretrained, tmp
     assert_close(torch.from_numpy(np.load(tmp_path / "x.npy")), torch.from_numpy(whole[kept]), rtol=1e-5, atol=1e-6)
 
 
-def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_starts_again_with_other_flags(
+def test_extraction_continues_after_a_broken_image_is_removed_and_starts_again_with_other_flags(
     photos, pretrained, tmp_path, capfd
 ):
     shutil.copytree(photos / "val", tmp_path / "in")
@@ -228,10 +228,10 @@ def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_
     for suffix in ("", ".json"):
         shutil.copy(tmp_path / f"x.npy.partial{suffix}", tmp_path / f"z.npy.partial{suffix}")
     extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "x.npy", "--batch_size", 2)
-    assert "continues after 6 of 8 images" in capfd.readouterr().err
+    assert "6 of 8 images" in capfd.readouterr().err
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
     extract(tmp_path / "in", pretrained / "last.pth", tmp_path / "z.npy", "--batch_size", 2, "--pool", "mean")
-    assert "other flags or images" in capfd.readouterr().err
+    assert re.search(r"z\.npy\.partial.* other flags", capfd.readouterr().err)
     assert not np.array_equal(np.load(tmp_path / "y.npy"), np.load(tmp_path / "z.npy"))
 
 
@@ -247,19 +247,19 @@ def test_extraction_stops_at_a_broken_image_and_continues_when_it_is_removed_or_
         ("x.npy.partial.json", lambda x: re.sub(rb'"size": \d+', b'"size": -1', x)),
     ],
 )
-def test_a_damaged_partial_file_is_named_and_begun_again(name, damage, photos, pretrained, tmp_path, capfd):
+def test_a_damaged_partial_file_is_named_and_extraction_starts_again(name, damage, photos, pretrained, tmp_path, capfd):
     words = ["--batch_size", 4, *ON_CPU, "--data_path", photos, "--checkpoint", pretrained / "last.pth", "--output"]
     result("main_features", *words, tmp_path / "whole.npy")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
     try:
-        with pytest.raises(OSError, match="the same command continues"):
+        with pytest.raises(OSError, match=rf"--output {tmp_path}/x\.npy: .*same command"):
             result("main_features", *words, tmp_path / "x.npy")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     result("main_features", *words, tmp_path / "x.npy")
-    assert re.search(rf"{tmp_path / name} is (damaged|of an earlier version)", capfd.readouterr().err)
+    assert re.search(rf"{tmp_path / name} .*(damaged|earlier version)", capfd.readouterr().err)
     assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
@@ -270,13 +270,13 @@ def test_several_ranks_are_refused(photos, pretrained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", [".npy", ".safetensors"])
-def test_a_full_disk_is_one_line_and_the_same_command_continues(ending, photos, pretrained, tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_the_same_command_continues(ending, photos, pretrained, tmp_path):
     output, (_, hard) = tmp_path / f"x{ending}", resource.getrlimit(resource.RLIMIT_FSIZE)
     words = ["--data_path", photos, "--checkpoint", pretrained / "last.pth", "--batch_size", 4, *ON_CPU, "--output"]
     result("main_features", *words, tmp_path / f"whole{ending}")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2500, hard))  # of 4,928 bytes
     try:
-        with pytest.raises(OSError, match=rf"^--output {output}: File too large; free disk space"):
+        with pytest.raises(OSError, match=rf"^--output {output}: File too large; .*disk space"):
             result("main_features", *words, output)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -298,5 +298,5 @@ def test_a_disk_that_is_too_small_is_refused_after_the_first_batch(photos, pretr
         if fits:
             result("main_features", *words, "--output", tmp_path / f"x{ending}")
         else:
-            with pytest.raises(OSError, match=rf"--output {tmp_path}/x{ending} needs 0 MiB .* are free"):
+            with pytest.raises(OSError, match=rf"--output {tmp_path}/x{ending} .*0 MiB .*free"):
                 result("main_features", *words, "--output", tmp_path / f"x{ending}")

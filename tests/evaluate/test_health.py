@@ -59,7 +59,7 @@ def test_warns_of_statistics_for_pixels_up_to_255_and_names_the_right_ones(prepa
     assert (images.std((0, 2, 3)) - 1).abs().max() < 0.02  # three digits
 
 
-def test_warns_of_images_of_one_colour_instead(prepared, tmp_path):
+def test_warns_of_images_of_one_colour_but_not_of_their_statistics(prepared, tmp_path):
     from PIL import Image
 
     for i in range(4):
@@ -90,7 +90,7 @@ class Constant(nn.Module):
         return self.prediction
 
 
-def test_the_constant_of_the_comparison_is_the_best_one(prepared):
+def test_constant_prediction_for_comparison_has_the_lowest_loss(prepared):
     for flags in ("", "--no-norm_pix_loss"):
         model, images, noise, _ = prepared(flags)
         _, constant = compare_with_constant(model, images, noise)
@@ -128,7 +128,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_tells_why_nothing_is_learned(name):
+def test_cause_of_a_bad_loss_curve_is_identified(name):
     lr, steps, warmup, known = (MEASURED | INVENTED)[name]
     epochs = max(known)
     shares = np.interp(range(epochs + 1), list(known), list(known.values())).tolist()
@@ -143,17 +143,17 @@ def test_tells_why_nothing_is_learned(name):
     ("flags", "causes"),
     [
         ("--epochs 20 --blr 0.06 --warmup_epochs 15", []),
-        ("--epochs 4 --blr 30 --warmup_epochs 0", ["lower --blr 30 (peak learning rate 0.938)"]),
+        ("--epochs 4 --blr 30 --warmup_epochs 0", [r"--blr 30 .*0\.938"]),
         ("--epochs 1 --mean 124 116 104 --std 58 57 57", ["--warmup_epochs 40 ", "--mean 124 116 104"]),
         ("--epochs 1 --lowpass centered --lowpass_radius 0.5", ["--warmup_epochs 40 ", "--lowpass_radius 0.5"]),
     ],
 )
-def test_a_run_prints_the_warnings_it_deserves(flags, causes, photos, tmp_path):
+def test_run_prints_the_expected_warnings(flags, causes, photos, tmp_path):
     words = ["--input_size", 32, "--data_path", photos, "--batch_size", 8, "--image_every", 0, "--output_dir", tmp_path]
     said = call("main_pretrain", *PRETRAIN, *words, *flags.split())
-    warnings = [line for line in said if line.startswith("warning: ") and "waiting for data" not in line]
+    warnings = [line for line in said if line.startswith("warning: ") and "--num_workers" not in line]
     assert len(warnings) == len(causes), warnings
-    assert all(cause in line for cause, line in zip(causes, warnings, strict=True))
+    assert all(re.search(cause, line) for cause, line in zip(causes, warnings, strict=True))
 
 
 def test_a_resumed_run_does_not_repeat_its_warning(photos, tmp_path, monkeypatch):
@@ -193,12 +193,11 @@ def test_a_run_of_an_earlier_version_resumes_without_the_early_losses(photos, tm
     assert [record["epoch"] for record in records(tmp_path, "share_of_constant")] == [2, 3]
 
 
-def test_an_example_loss_that_is_not_finite_is_one_warning_and_no_number(photos, tmp_path, monkeypatch):
+def test_nonfinite_example_loss_gives_one_warning_and_is_logged_as_null(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("util.evaluate.health.compare_with_constant", lambda *_: (math.nan, 1.0))
     words = [*PRETRAIN, "--epochs", 2, "--batch_size", 8, "--warmup_epochs", 1, "--image_every", 0]
     command = partial(call, "main_pretrain", *words, "--data_path", photos, "--output_dir", tmp_path)
-    assert [line for line in command() if "not finite" in line] == [
-        f"warning: epoch {epoch}: the loss of the example images is not finite" for epoch in range(3)
-    ]
+    found = [line for line in command() if "not finite" in line]
+    assert [line.startswith(f"warning: epoch {epoch}: ") for epoch, line in enumerate(found)] == [True] * 3
     assert [record["example_loss"] for record in records(tmp_path, "example_loss")] == [None] * 3
     command()  # resumes

@@ -52,7 +52,7 @@ def probed(pretrained, photos, tmp_path_factory):
     return folder, probe(folder, photos, pretrained / "last.pth", *ALL)
 
 
-def evaluated(folder, photos, *words) -> dict:
+def evaluate_head(folder, photos, *words) -> dict:
     flags = ["--checkpoint", folder / "classifier.pth", "--data_path", photos, *DEVICE]
     return result("main_linprobe", "--eval", *flags, *words)
 
@@ -102,7 +102,7 @@ def test_initial_values_are_those_of_the_published_module():
 
 
 @pytest.mark.parametrize("encoders", [ENCODERS, CONVMAE, MFF], ids=["vit", "convmae", "mff"])
-def test_inputs_of_the_heads_equal_the_encoder_taken_apart(encoders):
+def test_inputs_of_the_heads_equal_the_outputs_of_the_encoder_layers(encoders):
     name = next(name for name in encoders if name.endswith("pico"))
     encoder, images = encoders[name](img_size=(16, 24), patch_size=8).eval(), torch.randn(2, 3, 16, 24)
     found = Probe(encoder, 3, ["mean", "ep"], [0.1], 4).pool_features(images)
@@ -115,12 +115,12 @@ def test_inputs_of_the_heads_equal_the_encoder_taken_apart(encoders):
     assert_close(found["ep"], before)
     assert_close(found["mean"], after)
     if encoders is CONVMAE:
-        with pytest.raises(ValueError, match="--pool token: the encoder has no class token"):
+        with pytest.raises(ValueError, match=r"--pool token: .*class token"):
             Probe(encoder, 3, ["token", "ep"], [0.1])
 
 
 def test_queries_that_do_not_divide_the_width_are_refused_in_one_line(pretrained, photos, tmp_path):
-    with pytest.raises(ValueError, match="--ep_queries 7 does not divide the width 48") as caught:
+    with pytest.raises(ValueError, match=r"--ep_queries 7 .*width 48") as caught:
         probe(tmp_path, photos, pretrained / "last.pth", "--pool", "ep", "--ep_queries", 7)
     assert "\n" not in str(caught.value)
 
@@ -128,7 +128,7 @@ def test_queries_that_do_not_divide_the_width_are_refused_in_one_line(pretrained
 # -------------------------------------------------------------------------------------------------- several heads at once
 
 
-def test_the_training_of_the_encoder_chooses_the_reported_pooling():
+def test_reported_pooling_depends_on_the_training_of_the_encoder():
     pools, state = (
         ["mean", "token", "ep"],
         MaskedViT(img_size=16, patch_size=8, embed_dim=48, depth=1, num_heads=3).state_dict(),
@@ -156,11 +156,11 @@ def test_the_row_of_the_protocol_is_marked_saved_and_printed(probed, photos):
     assert {pool: x["acc1"] for pool, x in best["pools"].items()} == {
         pool: max(x["acc1"] for x in rows if x["pool"] == pool) for pool in ("ep", "token", "mean")
     }
-    again = evaluated(folder, photos)
+    again = evaluate_head(folder, photos)
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
 
 
-def test_the_table_marks_one_row():
+def test_the_table_marks_the_reported_row():
     row = {"acc1": 50.0, "acc5": 100.0, "mean_class_acc": 9.5, "loss": 1.25}
     rows = [row | {"pool": pool, "blr": 0.1, "acc1": acc1} for pool, acc1 in (("ep", 50.0), ("token", 60.0))]
     head, first, second, rule = main_linprobe.format_table(rows, rows[0])
@@ -171,7 +171,7 @@ def test_the_table_marks_one_row():
 
 
 @pytest.mark.parametrize("pool", ["token", "mean", "ep"])
-def test_a_head_learns_the_same_bits_beside_others_as_alone(pool, probed, pretrained, photos, tmp_path):
+def test_a_head_trained_with_others_equals_a_head_trained_alone_bit_for_bit(pool, probed, pretrained, photos, tmp_path):
     probe(tmp_path, photos, pretrained / "last.pth", "--pool", pool, "--ep_queries", 4, "--blr", 3)
     alone = {k: x for k, x in weights(tmp_path)["model"].items() if k.startswith("heads.0.")}
     number = 2 * ["ep", "token", "mean"].index(pool) + 1
@@ -190,7 +190,7 @@ def test_several_heads_resume_within_an_epoch_bit_for_bit(pretrained, photos, tm
     assert_same(*files)
 
 
-def test_two_ranks_train_the_heads_of_one(pretrained, photos, tmp_path):
+def test_two_ranks_train_the_same_heads_as_one_rank(pretrained, photos, tmp_path):
     flags = [*DEVICE, *FLAGS, *ALL, "--checkpoint", pretrained / "last.pth", "--data_path", photos]
     outcomes = ranks(2, "main_linprobe.py", *flags, "--batch_size", 4, "--output_dir", tmp_path / "two")
     assert [status for status, _, _ in outcomes] == [0, 0], outcomes
@@ -223,7 +223,7 @@ def test_other_mains_read_the_encoder_of_an_attentive_classifier(probed, pretrai
     assert knn[0] == knn[1]
     flags = ["--checkpoint", probed[0] / "classifier.pth", *words, "--epochs", 1, "--batch_size", 8]
     assert result("main_finetune", *flags, "--output_dir", tmp_path)["n"] == 9
-    assert evaluated(probed[0], photos)["loss"] == result("main_finetune", "--eval", *flags)["loss"]
+    assert evaluate_head(probed[0], photos)["loss"] == result("main_finetune", "--eval", *flags)["loss"]
 
 
 def test_absent_classes_are_masked_in_an_attentive_classifier(probed, photos, tmp_path):
@@ -238,7 +238,7 @@ def test_absent_classes_are_masked_in_an_attentive_classifier(probed, photos, tm
 def test_an_attentive_classifier_of_convmae_repeats_its_scores(photos, tmp_path):
     model = [*MODEL, "--model", "convvit_pico"]
     best = probe(tmp_path, photos, "none", *model, "--pool", "mean", "ep", "--ep_queries", 4)
-    again = evaluated(tmp_path, photos)
+    again = evaluate_head(tmp_path, photos)
     assert best["pool"] == "ep"
     assert again == pytest.approx({k: best[k] for k in again}, abs=1e-4)
     with pytest.raises(ValueError, match=r"--pool token: .*--pool mean"):
@@ -270,7 +270,7 @@ def test_attention_maps_are_the_softmax_of_queries_and_patch_tokens(probed):
 # ---------------------------------------------------------------------------------------------------------------- kNN
 
 
-def test_keys_order_cosines_and_prefer_the_lower_index_of_equal_ones():
+def test_sort_keys_order_by_cosine_and_then_by_lower_index():
     cosines = torch.tensor([[0.5, -0.25, 0.5, -0.0, 0.0, -1.0, 1.0, -0.75]])
     index = torch.tensor([7, 1, 3, 9, 2, 0, 2**31, 5])
     found, numbers = from_keys(to_keys(cosines, index).sort(descending=True).values)
@@ -346,7 +346,7 @@ def test_wrong_layers_are_refused_in_one_line(words, message, photos):
         knn_rows("--checkpoint", "none", *MODEL, "--data_path", photos, *words.split())
 
 
-def test_two_ranks_find_the_neighbours_of_one_even_with_ties(pretrained, photos, tmp_path):
+def test_two_ranks_find_the_same_neighbours_as_one_rank_even_with_ties(pretrained, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "in")
     for name, source in (("ant", "bee"), ("bee", "cat"), ("cat", "ant")):  # the same images with other labels
         for file in (photos / "train" / source).iterdir():

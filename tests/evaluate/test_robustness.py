@@ -51,7 +51,7 @@ def evaluate(tuned, folder, *words) -> dict:
     return result("main_finetune", "--eval", "--checkpoint", tuned, "--data_path", folder, *DEVICE, *words)
 
 
-def test_classes_without_a_folder_do_not_compete(tuned, tmp_path):
+def test_classes_without_a_folder_are_never_predicted(tuned, tmp_path):
     class_folders(tmp_path, {"bee": 7, "cat": 6}, seed=3)
     rows = slow_logits(tuned, tmp_path)
     among = [max((1, 2), key=row.__getitem__) == label for row, label in rows]
@@ -62,7 +62,7 @@ def test_classes_without_a_folder_do_not_compete(tuned, tmp_path):
     assert (found["classes"], found["n"]) == (2, 13)
 
 
-def test_a_masked_class_that_would_win_loses():
+def test_a_masked_class_with_the_highest_logit_is_not_predicted():
     logits = torch.tensor([[5.0, 1.0, 2.0], [5.0, 3.0, 2.0]])
     masked, all_classes = mask_classes(logits, [0]).unbind(1)
     assert masked.argmax(1).tolist() == [2, 1]
@@ -70,12 +70,12 @@ def test_a_masked_class_that_would_win_loses():
     assert masked.softmax(1)[:, 1:].sum(1).tolist() == pytest.approx([1, 1])
 
 
-def test_with_all_classes_nothing_is_masked(tuned, photos, tmp_path):
+def test_no_class_is_masked_if_all_have_a_folder(tuned, photos, tmp_path):
     shutil.copytree(photos / "val", tmp_path, dirs_exist_ok=True)
     assert evaluate(tuned, tmp_path) == evaluate(tuned, photos)
 
 
-def test_in_val_all_classes_compete_as_in_training(tuned, tmp_path):
+def test_no_class_is_masked_in_a_val_folder(tuned, tmp_path):
     class_folders(tmp_path / "val", {"bee": 7, "cat": 6}, seed=3)
     rows = slow_logits(tuned, tmp_path / "val")
     hits = [max((0, 1, 2), key=row.__getitem__) == label for row, label in rows]
@@ -91,7 +91,7 @@ def corruption_tree(folder, *corruptions, severities=range(1, 6)) -> None:
 
 
 @pytest.mark.parametrize("group", ["", "noise"])
-def test_imagenet_c_is_one_table_of_errors(tuned, tmp_path, group):
+def test_imagenet_c_gives_one_table_of_errors(tuned, tmp_path, group):
     corruption_tree(tmp_path / group, "gaussian_noise", "fog")
     lines = call("main_finetune", "--eval", "--checkpoint", tuned, "--data_path", tmp_path, *DEVICE)
     expected = {}
@@ -134,7 +134,7 @@ def test_the_table_has_the_mce_for_imagenets_classes_and_all_corruptions():
     assert "mce" not in evaluate_corruptions(tree, lambda right: 100 * right, False, lines.append)
 
 
-def test_the_classes_of_a_foreign_imagenet_classifier_are_known(tmp_path):
+def test_classes_of_a_foreign_imagenet_classifier_are_those_of_imagenet(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8)
     nn.init.normal_(model.head.weight)
     torch.save(model.state_dict(), tmp_path / "timm.pth")
@@ -163,20 +163,20 @@ def test_the_errors_of_alexnet_are_means_of_the_published_severities():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: corruption_tree(f, "fog", severities=(1, 2, 4, 5)), r"fog lacks severity 3; expected"),
-        (lambda f: [corruption_tree(f / g, "fog") for g in ("a", "b")], r"a/fog and .*b/fog are the same"),
-        (lambda f: class_folders(f / "fog" / "1", {"ant": 1, "dog": 1}, 0), r"fog lacks severity 2 3 4 5"),
+        (lambda f: corruption_tree(f, "fog", severities=(1, 2, 4, 5)), r"fog .*severity 3;"),
+        (lambda f: [corruption_tree(f / g, "fog") for g in ("a", "b")], r"a/fog .*b/fog .*same"),
+        (lambda f: class_folders(f / "fog" / "1", {"ant": 1, "dog": 1}, 0), r"fog .*severity 2 3 4 5"),
         (
             lambda f: [class_folders(f / "fog" / str(s), {"ant": 1, "dog": 1}, 0) for s in range(1, 6)],
-            r"fog/1 has classes that train lacks: \['dog'\]",
+            r"fog/1 .*classes .*\['dog'\]",
         ),
-        (lambda f: class_folders(f, {"ant": 1, "dog": 1}, 0), r"has classes that train lacks: \['dog'\]"),
-        (lambda f: (f / "ant").mkdir(), r"holds no image \("),
-        (lambda f: class_folders(f, {"dog": 1, "eel": 1}, 0), r"there is no folder .*/val; it must hold"),
-        (lambda f: None, r"there is no folder .*/val; it must hold"),
+        (lambda f: class_folders(f, {"ant": 1, "dog": 1}, 0), r"--data_path.*classes .*\['dog'\]"),
+        (lambda f: (f / "ant").mkdir(), r"no image \("),
+        (lambda f: class_folders(f, {"dog": 1, "eel": 1}, 0), r"no folder .*/val;"),
+        (lambda f: None, r"no folder .*/val;"),
     ],
 )
-def test_a_wrong_tree_is_one_line(tuned, tmp_path, make, message):
+def test_an_invalid_folder_structure_gives_a_one_line_error(tuned, tmp_path, make, message):
     make(tmp_path)
     with pytest.raises((ValueError, OSError), match=message) as error:
         evaluate(tuned, tmp_path)

@@ -54,7 +54,7 @@ def pico(size=(16, 16)) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------- scores
 
 
-def test_scores_equal_a_confusion_matrix_written_out():
+def test_scores_equal_those_of_an_explicit_confusion_matrix():
     rng = np.random.default_rng(0)
     # classes 3 and 4 have no true pixel, 4 none
     truth, guess = rng.integers(-1, 3, (2, 7, 9)), rng.integers(0, 4, (2, 7, 9))
@@ -123,7 +123,7 @@ def test_patch_maps_are_the_outputs_of_the_blocks_before_the_norm():
         outputs = [x[:, 1:].mT.reshape(2, 48, 2, 3) for x in (first, encoder.blocks[1](first))]
         assert_close(patch_maps(encoder, images), outputs[1], rtol=0, atol=0)
         assert_close(patch_maps(encoder, images, [2, 1]), torch.cat(outputs[::-1], 1), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="--layers 3: --checkpoint has 2 blocks"):
+    with pytest.raises(ValueError, match=r"--layers 3: .*2 blocks"):
         patch_maps(encoder, images, [1, 3])
 
 
@@ -180,7 +180,7 @@ def test_loss_and_gradients_equal_a_slower_computation():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24)], ids=["one window", "overlapping windows"])
-def test_neighbours_of_the_training_image_itself_are_perfect(size):
+def test_knn_segmentation_of_the_training_image_itself_is_perfect(size):
     encoder, images, truth = pico(), torch.randn(1, 3, *size), torch.randint(0, 3, size)
     args = Namespace(input_size=(16, 16), layers=None, temperature=0.07, batch_size=1, amp="off")
     features, labels = [], []
@@ -215,7 +215,7 @@ def test_votes_equal_a_loop_over_all_patches_and_pixels():
                 assert_close(found[q, n, :, pixel], slow, rtol=1e-4, atol=1e-6)
 
 
-def test_the_bank_is_bounded_and_the_same_on_one_rank_and_two(masked):
+def test_patch_bank_has_at_most_bank_patches_with_their_labels(masked):
     args = Namespace(
         data_path=[str(masked)], classes=None, palette=None, ignore_index=255, short_side=0, input_size=(16, 16), seed=0,
         in_chans=3, timeout_minutes=1, num_workers=0, layers=None, amp="off", mean=[0.5] * 3, std=[0.5] * 3, bank_patches=20, batch_size=4,
@@ -238,14 +238,14 @@ def segment(folder, masked, *words) -> dict:
     return result("main_segment", *flags, *words)
 
 
-def test_neighbours_find_the_square_and_choose_k_on_train(masked, tmp_path):
+def test_knn_segments_the_square_and_selects_k_on_train(masked, tmp_path):
     found = segment(tmp_path, masked, "--checkpoint", "none", *MODEL, "--method", "knn", "--k", 1, 3, "--short_side", 0)
     assert (found["n"], found["selected_on"], {*found["miou_of_k"]}) == (3, "train", {"1", "3"})
     assert found["miou_of_k"][str(found["k"])] == max(found["miou_of_k"].values())
     assert found["iou"]["1"] > 30  # a bright square is found without training
 
 
-def test_neighbours_vote_in_float32_with_a_bf16_encoder(masked, tmp_path):
+def test_knn_votes_are_float32_with_a_bf16_encoder(masked, tmp_path):
     words = ["--checkpoint", "none", *MODEL, "--method", "knn", "--k", 3, "--short_side", 0]
     whole, half = (segment(tmp_path, masked, *words, "--amp", amp) for amp in ("off", "bf16"))
     assert half["miou"] == pytest.approx(whole["miou"], abs=3)
@@ -301,7 +301,7 @@ def test_a_segmenter_is_evaluated_on_the_columns_that_it_was_trained_on(masked, 
     assert again == {name: trained[name] for name in again}
 
 
-def test_a_segmenter_is_an_encoder_for_all_others_and_only_it_can_be_evaluated(
+def test_other_mains_read_the_encoder_of_a_segmenter_and_eval_requires_a_segmenter(
     heads, pretrained, photos, masked, tmp_path
 ):
     ours, theirs = (
@@ -310,7 +310,7 @@ def test_a_segmenter_is_an_encoder_for_all_others_and_only_it_can_be_evaluated(
     )
     assert ours == theirs
     for path in (pretrained / "last.pth", "none"):
-        with pytest.raises(ValueError, match=r"no segmentation head; use a segmenter\.pth"):
+        with pytest.raises(ValueError, match=rf"--checkpoint {path} .*segmenter\.pth"):
             segment(tmp_path, masked, "--eval", "--checkpoint", path, *MODEL)
 
 
@@ -322,7 +322,7 @@ def test_only_heads_and_statistics_are_trained(heads, pretrained):
     assert not torch.equal(after["heads.0.weight"], after["heads.1.weight"])
 
 
-def test_heads_side_by_side_equal_heads_alone(heads, pretrained, masked, tmp_path):
+def test_heads_trained_together_equal_heads_trained_separately(heads, pretrained, masked, tmp_path):
     together = weights(heads[0])["model"]
     for i, blr in enumerate((0.1, 2)):
         words = ["--checkpoint", pretrained / "last.pth", *TRAIN, "--layers", 1, 2, "--blr", blr]
@@ -376,21 +376,21 @@ def test_two_ranks_equal_one(pretrained, masked, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--layers", 3], "--layers 3: --checkpoint has 2 blocks"),
-        (["--layers", 1, "--finetune"], "--layers: not with --finetune"),
-        (["--method", "knn", "--finetune"], "--method knn: not with --finetune"),
-        (["--blr", 1, 2, "--finetune"], "several --blr: not with --finetune"),
-        (["--crop_pct", 0.5], "--crop_pct 0.5: segmentation uses whole images"),
-        (["--finetune"], "--finetune: DPT needs a ViT of four blocks or more, which --model vit_pico is not"),
+        (["--layers", 3], "--layers 3: .*2 blocks"),
+        (["--layers", 1, "--finetune"], "--layers: .*--finetune"),
+        (["--method", "knn", "--finetune"], "--method knn: .*--finetune"),
+        (["--blr", 1, 2, "--finetune"], "--blr: .*--finetune"),
+        (["--crop_pct", 0.5], "--crop_pct 0.5: .*whole images"),
+        (["--finetune"], "--finetune: .*DPT .*--model vit_pico"),
         (
             ["--finetune", "--model", "vit_tiny", "--input_size", 48, 32],
-            "--input_size 48 32, --patch_size 8: DPT needs sides of a multiple of 32",
+            "--input_size 48 32, --patch_size 8: .*multiple of 32",
         ),
-        (["--model", "convvit_pico", "--layers", 1], "--layers: ConvMAE has one stage"),
-        (["--input_size", 20], "20 x 20 is not a multiple of the patch size 8"),
+        (["--model", "convvit_pico", "--layers", 1], "--layers: ConvMAE"),
+        (["--input_size", 20], "20 x 20 .*patch size 8"),
     ],
 )
-def test_flags_that_do_not_fit_are_one_line(words, line, masked, tmp_path):
+def test_invalid_flags_give_a_one_line_error(words, line, masked, tmp_path):
     with pytest.raises(ValueError, match=line) as caught:
         segment(tmp_path, masked, "--checkpoint", "none", *MODEL, *TRAIN, *words)
     assert "\n" not in str(caught.value)
@@ -404,9 +404,9 @@ def test_convmae_is_segmented(masked, tmp_path):
 # -------------------------------------------------------------------------------------------------------------------- DPT
 
 
-def test_without_the_package_finetune_names_it(masked, tmp_path, monkeypatch):
+def test_finetune_names_its_missing_package(masked, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
-    with pytest.raises(ValueError, match=r"--finetune needs the package .*: pip install segmentation-models-pytorch"):
+    with pytest.raises(ValueError, match=r"--finetune .*pip install segmentation-models-pytorch"):
         segment(tmp_path, masked, "--checkpoint", "none", *MODEL, "--finetune", *TRAIN)
 
 
@@ -442,7 +442,7 @@ def test_a_dpt_has_every_tensor_of_the_encoder_and_layer_decay():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_finetune_trains_the_untrained_encoder_beside_it_and_resumes(masked, tmp_path, monkeypatch):
+def test_finetune_also_trains_an_untrained_encoder_and_resumes(masked, tmp_path, monkeypatch):
     smp = pytest.importorskip("segmentation_models_pytorch")
     small = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 8}
     monkeypatch.setattr(smp, "DPT", partial(smp.DPT, **small))
@@ -492,5 +492,5 @@ def test_the_picture_shows_the_worst_images_of_val(heads, masked, tmp_path, monk
         score.add(torch.from_numpy(mask), torch.from_numpy(prediction))
         assert f"{score.result(ALONE, classes)['miou']:.1f}" in label
     assert [image.shape[:2] for image in images] == [mask.shape for mask in masks]
-    with pytest.raises(ValueError, match=r"--segment --images .*: name one folder"):
+    with pytest.raises(ValueError, match=r"--segment --images .*one folder"):
         call("visualize", *words[:2], "--segment", "--output", tmp_path / "x.png", "--images", "a", "b")

@@ -332,9 +332,8 @@ def test_load_command_of_convmae_has_the_sizes_of_all_stages(size, args, given):
 def test_a_rectangular_convmae_has_a_load_command_for_its_encoder_only():
     encoder = ConvViT((32, 64), 16, embed_dim=(8, 16, 64), depth=(1, 1, 1), num_heads=1)
     state, args = mae_names(build_pixmim(encoder).state_dict()), {"input_size": [32, 64]}
-    assert "models_convvit loads the encoder" in load_command(
-        Weights.from_state(state, args, "mae", []), "mae", "x.pth"
-    )
+    line = load_command(Weights.from_state(state, args, "mae", []), "mae", "x.pth")
+    assert re.search("models_convvit .*encoder", line)
     line = load_command(Weights.from_state(to_timm(state), args, "mae", []), "mae", "x.pth")
     assert "models_convvit.ConvViT(img_size=[(32, 64), (8, 16), (4, 8)], patch_size=[4, 2, 2]" in line
 
@@ -541,7 +540,7 @@ def test_missing_fusion_layers_are_named(host, part, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [({"conv1.weight": torch.ones(1)}, "none of its 1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
+    [({"conv1.weight": torch.ones(1)}, "1 keys (conv1.weight"), ([1, 2], "a list"), ({}, "a dict"),
      ({"epoch": 3, "loss": 0.1}, "a dict of epoch, loss"), (torch.ones(3), "a Tensor"), ({"model": {}}, "a dict of model")],
     ids=["foreign tensors", "list", "empty dict", "dict without weights", "tensor", "empty model"],
 )  # fmt: skip
@@ -647,17 +646,17 @@ def test_prefixes_of_training_frameworks_are_removed_and_printed(prefix, host, t
     named = {prefix + key: value for key, value in state.items()}
     path = save_content(tmp_path, {"state_dict": named, "pytorch-lightning_version": "2.5"})
     assert are_equal(read_weights(path).state, state)
-    assert capsys.readouterr().out == f"{path}: reads the keys below {prefix}\n"
+    assert re.fullmatch(rf"{path}: .* {re.escape(prefix)}\n", capsys.readouterr().out)
     heads = {"projector.weight": torch.ones(2), "momentum_backbone.patch_embed.proj.weight": torch.ones(2)}
     weights = read_weights(save_content(tmp_path, {"state_dict": named | heads}))
-    assert "ignores 2 keys outside" in capsys.readouterr().out
+    assert "ignores 2 keys" in capsys.readouterr().out
     assert "projector.weight" in weights.dropped[0]
 
 
 def test_errors_of_other_families_are_short(mae, tmp_path):
     swin = {f"layers.{i}.blocks.{j}.attn.table": torch.ones(1) for i in range(4) for j in range(18)}
     swin |= {"patch_embed.proj.weight": torch.ones(96, 3, 4, 4), "norm.weight": torch.ones(768)}
-    with pytest.raises(ValueError, match=r"unknown: layers\.0.* and 68 more; missing: .* more") as error:
+    with pytest.raises(ValueError, match=r"unknown: layers\.0.* 68 more; missing: .* more") as error:
         read_weights(save_content(tmp_path, swin))
     assert len(str(error.value)) < 600
 
@@ -674,9 +673,9 @@ def test_a_patch_size_or_channels_that_the_file_lacks_are_refused_with_its_own(f
 BROKEN = {
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
     "web page": (b"\n<!DOCTYPE html><html></html>", "web page"),
-    "text": (b"hello there, this is no checkpoint at all", "not a readable checkpoint"),
-    "empty": (b"", "not a readable checkpoint"),
-    "bytes": (bytes(range(256)) * 8, "not a readable checkpoint"),
+    "text": (b"hello there, this is no checkpoint at all", "in.pth .*readable"),
+    "empty": (b"", "in.pth .*readable"),
+    "bytes": (bytes(range(256)) * 8, "in.pth .*readable"),
 }
 
 
@@ -696,7 +695,7 @@ def test_errors_of_broken_files_are_one_line(kind, tmp_path):
 def test_truncated_files_are_named(share, mae, tmp_path):
     path = save_content(tmp_path, {"model": mae})
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"in\.pth is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"in\.pth .*readable"):
         read_weights(path)
 
 
@@ -708,7 +707,7 @@ def test_old_files_with_an_inserted_byte_are_refused(tmp_path):
     for place in (len(content), len(content) - 10):  # after the 20 bytes of the tensor, and in them
         path.write_bytes(content[:place] + b"x" + content[place:])
         assert torch.load(path, weights_only=True)["norm.weight"].shape == (5,)  # torch itself does not notice
-        with pytest.raises(ValueError, match=r"in\.pth .*after the last tensor"):
+        with pytest.raises(ValueError, match=r"in\.pth .*last tensor"):
             load_content(path)
 
 
@@ -821,7 +820,7 @@ def test_convert_runs_as_a_module_and_as_a_script(module, mae, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_missing_recipe_of_convert_is_one_line():
+def test_a_missing_recipe_of_convert_gives_a_one_line_error():
     result = run("@nowhere.args", "x.pth")
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert result.stderr.startswith("convert.py: error: @nowhere.args: recipe ")
@@ -854,7 +853,7 @@ def test_an_invalid_flag_exits_with_2():
 
 
 @pytest.mark.parametrize("spelling", ["in.pth", "./x/../in.pth"])
-def test_in_is_never_overwritten(spelling, mae, tmp_path):
+def test_conversion_never_overwrites_its_input(spelling, mae, tmp_path):
     path = save_content(tmp_path, {"model": mae})
     (tmp_path / "x").mkdir()
     with pytest.raises(ValueError, match=r"in\.pth"):
@@ -883,12 +882,12 @@ def test_a_full_disk_changes_no_file_and_leaves_no_temporary_file(mae, tmp_path,
 
 
 @pytest.mark.parametrize("target", ["timm", "mae", "mmpretrain", "mmseg", "detectron2", "timm --folder", "hf"])
-def test_a_file_too_large_is_one_line_with_its_name(target, mae, tmp_path):
+def test_a_file_above_the_size_limit_gives_a_one_line_error_with_its_name(target, mae, tmp_path):
     path, out = save_content(tmp_path, {"model": mae}), tmp_path / "out"
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\nfrom util.args import run_main; from util.convert import main; run_main(main)"
     status, _, err = ended(spawn("-c", limited, path, out, "--to", *target.split()))
     assert status == 1
-    assert re.fullmatch(rf"-c: error: {out} cannot be written \(.*\); the previous file is unchanged\n", err)
+    assert re.fullmatch(rf"-c: error: {out} .*written.*unchanged\n", err)
     assert [x.name for x in tmp_path.iterdir()] == ["in.pth"]
 
 

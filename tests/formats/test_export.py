@@ -341,7 +341,7 @@ def onnx_graph(tmp_path_factory) -> tuple[PixMIM, Path]:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @torch.no_grad()
-def test_other_libraries_give_our_features_and_reveal_swapped_tensors(library, model, mae, tmp_path, onnx_graph):
+def test_other_libraries_give_equal_features_and_detect_swapped_tensors(library, model, mae, tmp_path, onnx_graph):
     use, options = LIBRARIES[library]
     if library == "onnxruntime":
         model, path = onnx_graph
@@ -374,7 +374,7 @@ def test_layer_norm_eps_is_1e_6_in_every_library(mae, tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_gives_our_loss_and_prediction(model, mae, tmp_path):
+def test_transformers_gives_equal_loss_and_prediction(model, mae, tmp_path):
     folder = write_format(mae, tmp_path, "hf", args={"decoder_heads": 2})
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -617,7 +617,7 @@ def test_resizing_to_the_same_input_size_changes_nothing(mae, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"target": "timm", "input_size": (30, 32)}, "--input_size 30 32 is not a multiple of the patch size 8"),
+        ({"target": "timm", "input_size": (30, 32)}, "--input_size 30 32 .*patch size 8"),
         (
             {"target": "hf", "input_size": (32, 64)},
             "--input_size 32 .* ViTMAE .* 32 x 64",
@@ -690,7 +690,7 @@ def test_statistics_in_a_preprocessor_of_openmmlab_are_read_in_pixels_of_0_to_1(
     assert weights.mean == weights.std == pytest.approx([0.2, 0.4, 0.1])
 
 
-def test_a_probe_of_the_mean_is_one_after_conversion(mae, tmp_path):
+def test_a_probe_of_the_mean_pools_the_mean_after_conversion(mae, tmp_path):
     head = {"head.weight": torch.randn(5, 192), "head.bias": torch.randn(5)}
     file = write_format(to_timm(mae) | head, tmp_path, "mmpretrain", args={"pool": "mean", "classes": [*"abcde"]})
     weights = read_weights(file)
@@ -713,7 +713,7 @@ def convert_to(path: Path, target: str, **options) -> Path:
 
 def test_folders_of_other_channels_require_mean_and_std(tmp_path):
     state = MaskedViT(**SIZES, in_chans=5).state_dict()
-    with pytest.raises(ValueError, match=r"mean and std .*5 channels"):
+    with pytest.raises(ValueError, match=r"mean .*std .*5 channels"):
         write_format(state, tmp_path, "timm", folder=True)
     five_channels = {"mean": [0.5] * 5, "std": [0.2] * 5}
     folder = write_format(state, tmp_path, "timm", folder=True, args=five_channels)
@@ -772,11 +772,11 @@ def test_invalid_mean_and_std_in_a_config_are_refused(key, value, mae, tmp_path)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{not json", "is not JSON"),
-        (b"\xff\xfe\x00", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"[1, 2]", "no config.json that describes the model"),
-        (None, "no config.json that describes the model"),
+        (b"{not json", "config.json .*JSON"),
+        (b"\xff\xfe\x00", "config.json .*JSON"),
+        (b"[" * 100_000, "config.json .*JSON"),
+        (b"[1, 2]", "no config.json"),
+        (None, "no config.json"),
     ],
     ids=["broken", "binary", "nested too deeply", "list", "missing"],
 )
@@ -806,7 +806,7 @@ def test_truncated_safetensors_files_are_named(share, folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     for given in (folder, path):
-        with pytest.raises(ValueError, match=r"model\.safetensors is not a readable checkpoint") as error:
+        with pytest.raises(ValueError, match=r"model\.safetensors .*readable") as error:
             read_weights(given)
         assert "\n" not in str(error.value)
 
@@ -816,13 +816,13 @@ def test_safetensors_with_wrong_offsets_are_refused(folder):
         {"vit.embeddings.cls_token": {"dtype": "F32", "shape": [1, 1, 192], "data_offsets": [0, 10**12]}}
     ).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"model\.safetensors .*readable"):
         read_weights(folder)
 
 
 def test_foreign_safetensors_are_refused_with_their_content(folder):
     save_file({"conv1.weight": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"none of its 1 keys \(conv1\.weight"):
+    with pytest.raises(ValueError, match=r"\b1 keys \(conv1\.weight"):
         read_weights(folder)
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="git lfs pull"):
@@ -849,7 +849,7 @@ def test_folders_without_weights_and_onnx_files_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="max_shard_size"):
         read_weights(folder)
     (tmp_path / "x.onnx").write_bytes(b"\x08\x0a")
-    with pytest.raises(ValueError, match=r"x\.onnx is an ONNX graph"):
+    with pytest.raises(ValueError, match=r"x\.onnx .*ONNX"):
         read_weights(tmp_path / "x.onnx")
 
 

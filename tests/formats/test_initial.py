@@ -1,6 +1,7 @@
 """Pre-training that starts from the weights of a checkpoint (--checkpoint)."""
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -43,7 +44,7 @@ def test_the_first_loss_equals_the_reference(case, tmp_path):
     assert loss.item() == pytest.approx(answers["loss"].item(), rel=1e-5)
 
 
-def started(photos, tmp_path, *words):
+def set_up_run(photos, tmp_path, *words):
     """Model of main_pretrain before its first step, and what it printed."""
     args = main_pretrain.get_parser().parse_args(list(map(str, ["--data_path", photos, *words])))
     run = one_rank(tmp_path)
@@ -58,16 +59,15 @@ def test_a_run_starts_with_exactly_the_weights_of_the_file_or_of_its_conversion(
     file = pretrained / "last.pth"
     if target:
         convert(file, file := tmp_path / "converted", target)
-    model, said = started(photos, tmp_path, "--checkpoint", file, "--model", "vit_pico", "--amp", "off")
+    model, said = set_up_run(photos, tmp_path, "--checkpoint", file, "--model", "vit_pico", "--amp", "off")
     assert_same(mae_names(model.state_dict()), weights(pretrained)["model"])
-    assert said[0].startswith("from the file: ")
-    assert "100.0%" in said[0]
+    assert re.match(r"from .*file: .*100\.0%", said[0])
 
 
-def test_a_file_without_decoder_starts_with_a_random_one_and_says_so(photos, pretrained, tmp_path):
+def test_a_file_without_decoder_starts_with_a_random_one_and_a_note(photos, pretrained, tmp_path):
     convert(pretrained / "last.pth", tmp_path / "x.pth", "timm")
     sizes = ["--decoder_dim", 32, "--decoder_depth", 1, "--decoder_heads", 2, "--input_size", 16, "--patch_size", 8]
-    model, said = started(photos, tmp_path, "--checkpoint", tmp_path / "x.pth", "--model", "vit_pico", *sizes)
+    model, said = set_up_run(photos, tmp_path, "--checkpoint", tmp_path / "x.pth", "--model", "vit_pico", *sizes)
     before = weights(pretrained)["model"]
     for name, value in mae_names(model.state_dict()).items():
         fixed = name in ("decoder_pos_embed",) or value.eq(0).all() or value.eq(1).all()
@@ -126,7 +126,7 @@ def test_fixed_position_embeddings_are_computed_anew_and_learned_ones_resampled(
 FROZEN = [*START, "--freeze_encoder_epochs", "1", "--decoder_dim", "48", "--decoder_heads", "3"]
 
 
-def continued(photos, pretrained, output, *words):
+def continue_run(photos, pretrained, output, *words):
     flags = ["--checkpoint", pretrained / "last.pth", *PRETRAIN, *FROZEN, "--blr", "0.03", *words]
     call("main_pretrain", *flags, "--data_path", photos, "--output_dir", output, "--save_every", 1)
     return output
@@ -134,7 +134,7 @@ def continued(photos, pretrained, output, *words):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_frozen_encoder_keeps_its_weights_for_these_epochs_only(optimizer, photos, pretrained, tmp_path):
-    run = continued(photos, pretrained, tmp_path / "run", "--optimizer", optimizer)
+    run = continue_run(photos, pretrained, tmp_path / "run", "--optimizer", optimizer)
     before = weights(pretrained)["model"]
     after = [torch.load(run / f"epoch-000{n}.pth", weights_only=True)["model"] for n in (1, 2)]
     encoder = [name for name in before if "decoder" not in name and name != "mask_token" and name != "pos_embed"]
@@ -144,20 +144,20 @@ def test_a_frozen_encoder_keeps_its_weights_for_these_epochs_only(optimizer, pho
 
 
 def test_a_continued_run_resumes_bit_for_bit_and_checks_its_weights(photos, pretrained, tmp_path, monkeypatch):
-    whole = continued(photos, pretrained, tmp_path / "whole")
-    ending = lambda: continued(photos, pretrained, tmp_path / "broken")  # noqa: E731
+    whole = continue_run(photos, pretrained, tmp_path / "whole")
+    ending = lambda: continue_run(photos, pretrained, tmp_path / "broken")  # noqa: E731
     assert interrupted(monkeypatch, 1, ending) == 75
     ending()
     assert_same_run(whole, tmp_path / "broken")
     config = json.loads((whole / "config.json").read_text())
     assert config["origin"] == weights(whole)["origin"]
     assert len(config["origin"]) == 64
-    with pytest.raises(ValueError, match="started from other weights"):
-        continued(photos, whole, tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"broken/last\.pth .*other weights .*--checkpoint .*whole/last\.pth"):
+        continue_run(photos, whole, tmp_path / "broken")
 
 
-def test_weights_of_a_continued_run_of_an_earlier_version_tell_what_it_started_from(photos, pretrained, tmp_path):
-    content = torch.load(continued(photos, pretrained, tmp_path / "run") / "last.pth", weights_only=True)
+def test_weights_of_a_continued_run_of_an_earlier_version_state_their_origin(photos, pretrained, tmp_path):
+    content = torch.load(continue_run(photos, pretrained, tmp_path / "run") / "last.pth", weights_only=True)
     assert read_weights(tmp_path / "run" / "last.pth").args["origin"]["sha256"] == content["origin"]
     del content["args"]["origin"], content["sha256"]
     torch.save(content, tmp_path / "x.pth")
@@ -172,21 +172,21 @@ def test_a_refused_resume_names_the_command_that_continues_from_its_weights(phot
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--model vit_tiny", "a vit, does not fit --model vit_tiny"),
-        ("--patch_size 4", "--patch_size 4: add --resample_patches"),
-        ("--in_chans 1", "--mean: 0 values given, --in_chans 1 needs 1"),
-        ("--model convvit_tiny", "a vit, does not fit --model convvit_tiny"),
+        ("--model vit_tiny", "vit, .*--model vit_tiny"),
+        ("--patch_size 4", "--patch_size 4: .*--resample_patches"),
+        ("--in_chans 1", "--mean: 0 .*--in_chans 1 .*1"),
+        ("--model convvit_tiny", "vit, .*--model convvit_tiny"),
         ("--decoder_heads 5", r"width 32 .* 5 attention heads"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_before_anything_is_started(flags, message, photos, pretrained, tmp_path):
+def test_incompatible_weights_are_refused_before_the_run_starts(flags, message, photos, pretrained, tmp_path):
     words = ["--checkpoint", pretrained / "last.pth", *START, "--data_path", photos, "--output_dir", tmp_path / "run"]
     with pytest.raises(ValueError, match=message):
         call("main_pretrain", *words, *flags.split())
     assert not (tmp_path / "run").exists()
 
 
-def of_encoder(name: str) -> bool:
+def is_encoder_tensor(name: str) -> bool:
     return "decoder" not in name and name != "mask_token"
 
 
@@ -197,13 +197,13 @@ def of_encoder(name: str) -> bool:
             lambda state: {"head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)},
             r"missing: cls_token, pos_embed",
         ),
-        (lambda state: {k: v for k, v in state.items() if not of_encoder(k)}, r"missing: cls_token, pos_embed"),
-        (lambda state: {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"none of its 1 keys \(conv1.weight\) is known"),
-        (lambda state: state | {"norm.bias": torch.full((48,), torch.nan)}, r"1 tensors hold nan or inf \(norm.bias\)"),
+        (lambda state: {k: v for k, v in state.items() if not is_encoder_tensor(k)}, r"missing: cls_token, pos_embed"),
+        (lambda state: {"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"\b1 keys \(conv1\.weight\)"),
+        (lambda state: state | {"norm.bias": torch.full((48,), torch.nan)}, r"\b1 tensors .*nan or inf \(norm\.bias\)"),
     ],
     ids=["a head alone", "a decoder alone", "a ResNet", "a run that diverged"],
 )
-def test_a_file_without_a_usable_encoder_is_refused_before_anything_is_started(
+def test_a_file_without_a_usable_encoder_is_refused_before_the_run_starts(
     change, message, photos, pretrained, tmp_path
 ):
     torch.save({"model": change(weights(pretrained)["model"])}, tmp_path / "x.pth")
@@ -221,13 +221,13 @@ def test_half_precision_and_a_folded_batch_norm_start_with_the_values_of_the_fil
         "head.1.weight": torch.zeros(9, 48),
         "head.1.bias": torch.zeros(9),
     }
-    encoder = {name: value.half() for name, value in before.items() if of_encoder(name)}
+    encoder = {name: value.half() for name, value in before.items() if is_encoder_tensor(name)}
     torch.save({"model": encoder | statistics | probe}, tmp_path / "x.pth")
     sizes = ["--model", "vit_pico", "--decoder_dim", 32, "--decoder_depth", 1, "--decoder_heads", 2]
-    model, said = started(photos, tmp_path, "--checkpoint", tmp_path / "x.pth", *sizes)
+    model, said = set_up_run(photos, tmp_path, "--checkpoint", tmp_path / "x.pth", *sizes)
     after = mae_names(model.state_dict())
     assert_same({name: after[name] for name in encoder}, {name: value.float() for name, value in encoder.items()})
-    assert "not used: 2 tensors of the file (head.bias, head.weight)" in said
+    assert any(re.search(r"not used: 2 .*\(head\.bias, head\.weight\)$", line) for line in said)
 
 
 def test_two_ranks_continue_as_one_rank_with_twice_the_batch(photos, pretrained, tmp_path):
@@ -250,14 +250,14 @@ def test_rgb_weights_read_grey_images_as_images_of_three_equal_channels(mode, pr
         mean=[0] * 6,
         std=[1] * 6,
     )
-    six = load_encoder(*arguments_of(args))
-    three = load_encoder(*arguments_of(Namespace(**vars(args) | {"in_chans": 3, "mean": None, "std": None})))
+    six = load_encoder(*encoder_arguments(args))
+    three = load_encoder(*encoder_arguments(Namespace(**vars(args) | {"in_chans": 3, "mean": None, "std": None})))
     x = torch.randn(2, 1, 16, 16)
     theirs, ours = three.forward_features(x.expand(-1, 3, -1, -1)), six.forward_features(x.expand(-1, 6, -1, -1))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def arguments_of(args: Namespace) -> tuple:
+def encoder_arguments(args: Namespace) -> tuple:
     """Arguments of `load_encoder` for the flags of an evaluation."""
     args, found = read_architecture(args, ENCODERS)
     return args, build_encoder, found
@@ -266,7 +266,7 @@ def arguments_of(args: Namespace) -> tuple:
 @pytest.mark.parametrize("main", ["main_knn", "main_linprobe", "main_finetune"])
 def test_evaluations_refuse_other_channels_and_name_the_flag_that_adapts_them(main, photos, pretrained):
     flags = ["--checkpoint", pretrained / "last.pth", "--data_path", photos, "--in_chans", 1, "--mean", 0, "--std", 1]
-    with pytest.raises(ValueError, match=r"--in_chans 1: .* has 3; leave --in_chans out, or add --init_channels mean"):
+    with pytest.raises(ValueError, match=r"--in_chans 1: .*last\.pth .*3; .*--init_channels mean"):
         call(main, *flags)
 
 

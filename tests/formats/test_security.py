@@ -23,7 +23,7 @@ from util.data.decode import read_image
 from util.data.pixels import PixelOptions
 from util.formats.read import read_weights
 
-REFUSAL = "refused|is damaged or no checkpoint|not a readable checkpoint"
+REFUSAL = "(refused|readable)"
 
 
 class Malicious:
@@ -68,16 +68,16 @@ def test_every_main_refuses_a_malicious_checkpoint(name, malicious, executed, ph
         "visualize": ["--checkpoint", malicious, "--images", photos, "--output", tmp_path / "x.png"],
         "util.convert": [malicious, tmp_path / "x.pth"],
     }.get(name, words)
-    with pytest.raises((ValueError, SystemExit), match=REFUSAL):
+    with pytest.raises((ValueError, SystemExit), match=rf"evil\.pth .*{REFUSAL}"):
         call(name, *words)
     assert not executed.exists()
 
 
 def test_eval_and_resume_refuse_a_malicious_checkpoint(malicious, executed, photos, tmp_path):
     words = ["--data_path", photos, "--output_dir", tmp_path / "run", "--batch_size", "8"]
-    with pytest.raises(ValueError, match=REFUSAL):
+    with pytest.raises(ValueError, match=rf"evil\.pth .*{REFUSAL}"):
         call("main_finetune", *words, *DEVICE, "--checkpoint", malicious, "--eval")
-    with pytest.raises(ValueError, match=r"evil\.pth holds weights, not a run"):
+    with pytest.raises(ValueError, match=r"--resume .*evil\.pth .*weights"):
         call("main_pretrain", *words, *PRETRAIN, "--resume", malicious)
     assert not executed.exists()
 
@@ -97,7 +97,7 @@ def test_malicious_weights_in_a_folder_are_refused(name, malicious, executed, tm
     shutil.copy(malicious, tmp_path / "hub" / name)
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "vit", "auto_map": {"AutoModel": "evil.Model"}}')
     (tmp_path / "hub" / "evil.py").write_text(f"import os; os.system('touch {executed}')")
-    with pytest.raises(SystemExit, match=REFUSAL):
+    with pytest.raises(SystemExit, match=rf"{name} .*{REFUSAL}"):
         call("util.convert", tmp_path / "hub", tmp_path / "x.pth")
     assert not executed.exists()
 
@@ -278,7 +278,7 @@ def test_ranks_listen_on_the_master_port_and_the_loopback_interface_only(photos,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("main", ["main_knn", "visualize"])
-def test_settings_that_no_version_writes_are_refused_or_not_needed(main, name, value, pretrained, photos, tmp_path):
+def test_invalid_settings_in_a_checkpoint_are_refused_or_not_needed(main, name, value, pretrained, photos, tmp_path):
     content = read_checkpoint(pretrained / "last.pth")
     args = content["args"] | {name: value}
     write_checkpoint(tmp_path / "x.pth", {"model": content["model"], "args": args, "progress": content["progress"]})
@@ -294,22 +294,22 @@ def test_settings_that_no_version_writes_are_refused_or_not_needed(main, name, v
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_that_would_inflate_is_refused_before_it_is_read(pretrained, tmp_path):
+def test_a_checkpoint_that_is_a_zip_bomb_is_refused_before_it_is_read(pretrained, tmp_path):
     with zipfile.ZipFile(pretrained / "last.pth") as old, zipfile.ZipFile(tmp_path / "x.pth", "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
         new.writestr("archive/data/bomb", bytes(10**7), zipfile.ZIP_DEFLATED)
     assert (tmp_path / "x.pth").stat().st_size < 10**7
-    with pytest.raises(ValueError, match="members are larger than the file"):
+    with pytest.raises(ValueError, match=r"x\.pth .*larger"):
         read_checkpoint(tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"x\.pth .*readable"):
         read_weights(tmp_path / "x.pth")
 
 
 TITLE = "\x1b]0;owned\x07"  # sets the title of a terminal
 
 
-def test_names_cannot_speak_for_the_program(pretrained, photos, tmp_path):
+def test_control_characters_in_names_are_escaped(pretrained, photos, tmp_path):
     """A tensor and an image whose names hold control characters and a forged last line."""
     forged = f"a{TITLE}\nmain_knn.py: all fine"
     content = read_checkpoint(pretrained / "last.pth")

@@ -108,7 +108,7 @@ def test_a_logarithmic_chart_draws_decades_at_equal_distances():
     assert ends[1] < middle < ends[0]
 
 
-def test_values_below_the_floor_are_drawn_at_it():
+def test_values_below_the_floor_are_drawn_at_the_floor():
     charts = [
         draw_lines({"a": ([1, 2, 3], ys)}, "t", "x", log=True, floor=1e-3) for ys in ([1, 0.1, 0], [1, 0.1, 1e-3])
     ]

@@ -68,7 +68,7 @@ def test_class_attention_equals_the_last_blocks_weights(name):
     assert by_hand.std() > 0.01  # there is something to confuse
 
 
-def test_attention_leaves_no_hook_behind():
+def test_attention_maps_remove_their_hooks():
     model = encoder()
     class_attention(model, torch.randn(1, 3, 16, 24))
     assert not model.blocks[-1].attn._forward_pre_hooks
@@ -137,7 +137,7 @@ def test_the_attention_picture_has_a_column_per_head_divided_by_its_maximum(draw
     )
 
 
-def test_the_component_picture_shows_them_together_and_alone(drawn):
+def test_the_component_picture_shows_components_together_and_separately(drawn):
     model, images = encoder(size=(16, 16)), torch.randn(2, 3, 16, 16)
     draw_components(patch_features(model, images), torch.rand(2, 3, 16, 16))
     together, *alone = [value for name, value in drawn.items() if name.startswith("component")]

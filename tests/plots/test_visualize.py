@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from argparse import Namespace
 from contextlib import suppress
@@ -25,7 +26,7 @@ BLANK = np.zeros((9, 9, 3), np.uint8)
 def draw(checkpoint, images, output, *words) -> np.ndarray:
     flags = ["--checkpoint", checkpoint, "--images", images, "--output", output, *DEVICE[4:]]
     *notes, line = call("visualize", *flags, *words)
-    assert notes == [] or notes[0].startswith(f"{checkpoint} does not state ")
+    assert notes == [] or re.match(rf"{checkpoint} .*assumed: ", notes[0])
     with Image.open(output) as picture:
         assert line.endswith(f"images, {picture.width} x {picture.height}")
         return np.asarray(picture)
@@ -84,9 +85,9 @@ def test_images_are_chosen_at_even_steps(photos, tmp_path):
 
 def test_refuses_a_reconstruction_without_a_decoder(pretrained, photos, tmp_path):
     torch.save(to_timm(weights(pretrained)["model"]), tmp_path / "timm.pth")
-    with pytest.raises(ValueError, match=r"--checkpoint .*timm\.pth has no decoder"):
+    with pytest.raises(ValueError, match=r"--checkpoint .*timm\.pth .*no decoder"):
         draw(tmp_path / "timm.pth", photos / "val", tmp_path / "x.png")
-    with pytest.raises(ValueError, match="--checkpoint none has no decoder"):
+    with pytest.raises(ValueError, match=r"--checkpoint none .*no decoder"):
         draw("none", photos / "val", tmp_path / "x.png", "--model", "vit_pico")
 
 
@@ -150,7 +151,7 @@ def save_as(kind: str, state: dict, args: dict, out: Path) -> Path:
 
 @pytest.mark.parametrize("raw", [True, False], ids=["raw pixels", "normalised"])
 @pytest.mark.parametrize("kind", ["a Namespace", "a dict", "transformers"])
-def test_the_loss_and_the_mask_ratio_of_others_are_those_of_their_files(kind, raw, pretrained, photos, tmp_path):
+def test_loss_and_mask_ratio_are_read_from_files_of_other_projects(kind, raw, pretrained, photos, tmp_path):
     args = {"norm_pix_loss": not raw, "mask_ratio": 0.5}
     file = save_as(kind, weights(pretrained)["model"], args, tmp_path / "theirs")
     loss = "--no-norm_pix_loss" if raw else "--norm_pix_loss"
@@ -160,7 +161,7 @@ def test_the_loss_and_the_mask_ratio_of_others_are_those_of_their_files(kind, ra
     assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png", *heads))
 
 
-def test_a_config_of_transformers_that_omits_its_defaults_is_read_with_them(pretrained, photos, tmp_path):
+def test_a_config_of_transformers_without_its_defaults_is_read_with_them(pretrained, photos, tmp_path):
     file = save_as("transformers", weights(pretrained)["model"], {}, tmp_path / "theirs")
     config = json.loads((file / "config.json").read_text())
     del config["norm_pix_loss"], config["mask_ratio"]  # ViTMAEConfig: False, 0.75
@@ -171,7 +172,7 @@ def test_a_config_of_transformers_that_omits_its_defaults_is_read_with_them(pret
     assert np.array_equal(ours, draw(file, photos / "val", tmp_path / "y.png"))
 
 
-def test_mask_units_of_long_seq_mae_are_those_of_its_file(pretrained, photos, tmp_path):
+def test_mask_units_of_long_seq_mae_are_read_from_its_file(pretrained, photos, tmp_path):
     args = {"norm_pix_loss": True, "mask_ratio": 0.75, "mask_downsampling": 2}
     file = save_as("a Namespace", weights(pretrained)["model"], args, tmp_path / "lsmae.pth")
     ours = draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--masks", "--mask_unit", 2)
@@ -192,9 +193,7 @@ def test_mask_units_of_long_seq_mae_are_those_of_its_file(pretrained, photos, tm
         ("--pca", None),
     ],
 )
-def test_one_line_says_what_is_assumed_of_a_file_that_does_not_state_its_method(
-    flags, assumed, pretrained, photos, tmp_path
-):
+def test_a_note_states_the_assumed_settings_of_a_file_without_them(flags, assumed, pretrained, photos, tmp_path):
     torch.save({"model": weights(pretrained)["model"]}, tmp_path / "mae.pth")
     command = ["--checkpoint", tmp_path / "mae.pth", "--images", photos / "val", "--output", tmp_path / "x.png"]
     notes = [line for line in call("visualize", *command, *DEVICE[4:], *flags.split())[:-1] if line[0] != "{"]
@@ -309,10 +308,10 @@ def test_encoders_without_a_class_token_have_components_but_no_attention(photos,
 def test_refuses_two_pictures_at_a_time(pretrained, photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         draw(pretrained / "last.pth", photos / "val", tmp_path / "x.png", "--pca", "--filter")
-    assert "argument --filter: not allowed with argument --pca" in capsys.readouterr().err
+    assert re.search("--filter: .*--pca", capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize("flag", ["", "--spectrum"])
 def test_refuses_an_untrained_model_where_a_decoder_is_needed(flag, photos, tmp_path):
-    with pytest.raises(ValueError, match="--checkpoint none has no decoder"):
+    with pytest.raises(ValueError, match=r"--checkpoint none .*no decoder"):
         draw("none", photos / "val", tmp_path / "x.png", *MODEL, *flag.split())
