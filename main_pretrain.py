@@ -29,7 +29,7 @@ from util.evaluate.encoder import MODEL_FLAGS, knn_layer, read_architecture
 from util.evaluate.health import LossCheck, check_examples, compare_with_constant
 from util.evaluate.knn import knn
 from util.formats.initial import initial_state
-from util.formats.keys import mae_names
+from util.formats.keys import mae_names, pixmim_names
 from util.formats.weights import Weights
 from util.lr_sched import size_ends
 from util.plots.reconstruction import log_pictures, reconstruct
@@ -135,9 +135,8 @@ def size_stages(args: Namespace, model: PixMIM) -> list[Stage]:
 
 def load_initial(args: Namespace, model: PixMIM, weights: Weights) -> list[str]:
     """Load the weights into the model; returns a report: what is from the file, what was changed and what is new."""
-    fresh = model.state_dict()
-    state, report = initial_state(weights, mae_names(fresh), model.encoder, args, sincos_pos_embed)
-    model.load_state_dict(dict(zip(fresh, (state[name] for name in mae_names(fresh)), strict=True)))
+    state, report = initial_state(weights, mae_names(model.state_dict()), model.encoder, args, sincos_pos_embed)
+    model.load_state_dict(pixmim_names(state))
     return report
 
 
@@ -174,7 +173,8 @@ def main() -> None:
         if is_due(args.image_every, done, args.epochs) and run.world.is_main:
             log_pictures(run.log, reconstruct(model, images, noise, args), done)
         if labelled and is_due(args.knn_every, done, args.epochs):
-            [((layer, *_), result)] = knn(args, run.world, model.encoder, labelled, [knn_layer(None)], run=run).items()
+            layer = knn_layer(None)
+            (result,) = knn(args, run.world, model.encoder, labelled, [layer], run=run).values()
             run.log.scalars({"epoch": done, "knn_features": layer, **{f"knn_{k}": v for k, v in result.items()}})
             run.log.info(f"epoch {done}  kNN {layer} {json.dumps(result)}")
     saver.close()
