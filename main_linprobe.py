@@ -39,7 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def build_lars(model: Probe, run: Run) -> Lars:
-    """LARS of facebookresearch/mae, with neither weight decay nor trust ratio for biases, or the release's with both."""
+    """LARS of facebookresearch/mae: no weight decay and no trust ratio for biases. --probe_as mmselfsup: both for biases too."""
     release, decay, groups = run.args.probe_as == "mmselfsup", run.args.weight_decay, []
     for head in model.heads:
         scale = head.blr / (max(run.args.blr) or 1.0)
@@ -48,7 +48,7 @@ def build_lars(model: Probe, run: Run) -> Lars:
         groups.append({"params": biases, "always_adapt": release, "lr_scale": scale})
     optimizer = Lars(groups, run.lr, momentum=0.9, weight_decay=decay if release else 0, trust_coeff=0.001)
     if decay and not release:
-        # MAE's trust ratio has |gradient + decay|; timm's, as the release's, |gradient| + |decay|
+        # MAE adds the decay to the gradient before it takes the norm; timm and the release add the two norms
         def add_decay(*_) -> None:
             for matrix in (p for p in model.heads.parameters() if p.ndim > 1):
                 matrix.grad.add_(matrix.detach(), alpha=decay)
@@ -109,21 +109,21 @@ def main() -> None:
     run, args, model = state.run, state.run.args, state.model
     transform = eval_transform(args.input_size, args.crop_pct, val_interpolation(args.probe_as))
     val_loader = eval_loader(args, run.world, val, transform)
-    saver, protocol = Saver(state), model.heads[0].pool
+    saver, pool = Saver(state), model.heads[0].pool  # the pooling whose result is reported
     progress = saver.resume()
 
     for epoch in range(progress.epoch, args.epochs):
         progress = train_one_epoch(state, progress.start_of(epoch), saver)
         average_statistics(model, run.world)
         saver.after_epoch(progress)
-        results = validate(run, model, val_loader, len(val.classes), epoch + 1, protocol)
+        results = validate(run, model, val_loader, len(val.classes), epoch + 1, pool)
     saver.close()
-    best = best_of(results, protocol)
+    best = best_of(results, pool)
     if len(results) > 1:
         for line in format_table(results, best):
             run.log.info(line)
-    pool = protocol if args.pool and protocol != "ep" else None
-    save_classifier(run, model.classifier(results.index(best)), val.classes, pool)
+    stated = pool if args.pool and pool != "ep" else None
+    save_classifier(run, model.classifier(results.index(best)), val.classes, stated)
     run.close()
     pools = {head.pool: best_of(results, head.pool) for head in model.heads}
     others = {"pools": pools} if len(pools) > 1 else {}

@@ -92,14 +92,14 @@ def make_loader(samples: Samples, sampler: Any, num_workers: int | None, device:
 def train_loader(run: Run, source: Source, transform: Callable, *, flip: bool, **options) -> Any:
     """Loader of training data. `loader.batch_sampler.start(epoch, step)` sets where the next iteration begins.
 
-    `options` of Samples.
+    `options` are passed to Samples.
     """
     samples = Samples(source, transform, run.args, flip=flip, replace_bad=True, **options)
     return make_loader(samples, TrainSampler(len(samples), run), run.args.num_workers, run.world.device)
 
 
 def eval_loader(args, world: World, source: Source, transform: Callable, first: int = 0) -> "DevicePrefetcher":
-    """Batches of every image of the source from `first` on once, spread over the ranks.
+    """Batches on the device of every image of the source from `first` on, each once, spread over the ranks.
 
     With --on_bad_image skip unreadable images are left out and collected in `bad`.
     """
@@ -166,7 +166,7 @@ class DevicePrefetcher:
 
 
 def load_batch(samples: Samples, indices: Sequence[int], device: torch.device) -> dict:
-    """These samples of the first epoch after all stages, 0 without stages, as one batch on the device."""
+    """These samples, as drawn in the first epoch of the final image size, as one batch on the device."""
     epoch = max((stage.end for stage in samples.stages), default=0)
     batch = next(iter(DevicePrefetcher([samples.__getitems__([(epoch, i) for i in indices])], device)))
     samples.source.close()  # training starts a stream from its beginning

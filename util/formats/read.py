@@ -249,9 +249,9 @@ def _strip_prefixes(path: Path, state: State) -> tuple[State, list[str]]:
 
 
 def _with_size(path: Path, weights: Weights, requested: tuple[int, int] | None) -> Weights:
-    """Weights with the input size `requested` for if the file records none and has as many patches.
+    """Weights whose input size is `requested` if the file records none and its number of patches fits.
 
-    ValueError if another number of patches is asked for and the file may be a square or of the aspect of `requested`.
+    ValueError if it does not fit and the file may be a square or have the aspect ratio of `requested`.
     """
     patch, count, square = weights.patch_size, weights.num_patches, weights.input_size
     if not weights.family or requested is None or weights.size_recorded:
