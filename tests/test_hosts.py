@@ -43,7 +43,7 @@ from util.data.samples import Samples
 from util.data.sources import labelled_sources
 from util.data.transforms import Normalize, eval_transform
 from util.evaluate.encoder import MODEL_FLAGS, Encoder, load_encoder, pooling
-from util.evaluate.knn import nearest
+from util.evaluate.knn import find_neighbours
 from util.formats.keys import FUSION, pixmim_names, rename, to_timm
 from util.formats.read import read_weights
 from util.plots.reconstruction import draw_reconstruction, reconstruct
@@ -243,9 +243,9 @@ def knn_features(monkeypatch, checkpoint, photos, *words) -> list[Tensor]:
 
     def record(world, bank, index, queries, k):
         seen.append(torch.cat([bank, queries]))
-        return nearest(world, bank, index, queries, k)
+        return find_neighbours(world, bank, index, queries, k)
 
-    monkeypatch.setattr("util.evaluate.knn.nearest", record)
+    monkeypatch.setattr("util.evaluate.knn.find_neighbours", record)
     knn(checkpoint, photos, *words)
     return seen
 
