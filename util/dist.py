@@ -86,7 +86,7 @@ def local_ranks(environ=os.environ) -> int:
         r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
     )  # 8(x2),4: of three nodes
     per_node = [int(count) for count, nodes in tasks for _ in range(int(nodes or 1))]
-    return per_node[int(environ.get("SLURM_NODEID", 0))]
+    return per_node[min(int(environ.get("SLURM_NODEID", 0)), len(per_node) - 1)]
 
 
 def rank_from_env(environ=os.environ) -> tuple[int, int, int]:
