@@ -28,7 +28,13 @@ from util.log import Log
 from util.rng import seed_everything, step_seed
 from util.run import Run, read_config
 
-SCRIPTS = ("main_pretrain", "main_linprobe", "main_finetune", "main_segment")
+# a flag that only this script has, in this order -> script
+SCRIPTS = {
+    "mask_column": "main_segment",
+    "probe_as": "main_linprobe",
+    "layer_decay": "main_finetune",
+    "mask_ratio": "main_pretrain",
+}
 
 
 def find_nonfinite_rows(value: Any, count: int) -> list[int]:
@@ -126,10 +132,11 @@ def get_parser() -> Parser:
 def main() -> None:
     requested = get_parser().parse_args()
     config = read_config(requested.run)
-    script = Path(config.get("command", ["", ""])[1]).stem
-    if script not in SCRIPTS:
+    known = config.get("args", {})
+    script = next((script for flag, script in SCRIPTS.items() if flag in known), None)
+    if script is None:
         raise ValueError(f"{requested.run / 'config.json'} is missing or damaged; RUN is the --output_dir of a run")
-    known = config["args"] | {"input_size": tuple(config["args"]["input_size"])}
+    known |= {"input_size": tuple(known["input_size"])}
     module = importlib.import_module(script)
     defaults = {action.dest: action.default for action in module.get_parser()._actions}  # of flags that the run lacked
     args = resolve_defaults(Namespace(**defaults | known | {"device": requested.device}))

@@ -111,7 +111,9 @@ def test_the_difference_of_two_rows_is_over_the_seeds_that_both_have(tmp_path, t
         tabulate(tmp_path, three_groups, "--difference", 1, 4)
 
 
-@pytest.mark.parametrize(("size", "other"), [(64, None), ([64, 64], None), ([64, 48], [64, 64]), (32, [64, 64])])
+@pytest.mark.parametrize(
+    ("size", "other"), [(64, None), (None, None), ([64, 64], None), ([64, 48], [64, 64]), (32, [64, 64])]
+)
 def test_another_input_size_than_the_checkpoints_makes_a_column(tmp_path, size, other):
     """facebookresearch/mae's files state the side alone."""
     found = record(pretrain={"input_size": size}, result={"acc1": 1.0})

@@ -186,6 +186,8 @@ WRONG = [
     ["--data", "x"],
     ["--table", "--page", os.devnull],
     ["--chart", "c.png"],
+    ["--page", os.devnull],
+    ["--curves", "c.png"],
     ["--columns", "first"],
 ]
 

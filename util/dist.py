@@ -82,9 +82,8 @@ def local_ranks(environ=os.environ) -> int:
     """Number of ranks on this node, from the variables of torchrun or srun; 1 without them."""
     if "LOCAL_WORLD_SIZE" in environ:
         return int(environ["LOCAL_WORLD_SIZE"])
-    tasks = re.findall(
-        r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    )  # 8(x2),4: of three nodes
+    # 8(x2),4: 8 ranks on each of two nodes, 4 on a third
+    tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE") or "1")
     per_node = [int(count) for count, nodes in tasks for _ in range(int(nodes or 1))]
     return per_node[min(int(environ.get("SLURM_NODEID", 0)), len(per_node) - 1)]
 

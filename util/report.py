@@ -68,8 +68,8 @@ def split_record(record: dict) -> tuple[dict, dict, list[int]]:
     column = {} if evaluated else settings(args, record["world_size"])
     random = origin is None or "epochs" in args or args.get("train_fraction", 1) < 1
     seeds = [args["seed"]] if random and not evaluated else []
-    size = origin and origin["args"].get("input_size", args["input_size"])
-    if origin and args["input_size"] != ([size, size] if isinstance(size, int) else [*size]):
+    size = (origin or {"args": {}})["args"].get("input_size") or args["input_size"]
+    if args["input_size"] != ([size, size] if isinstance(size, int) else size):
         column["other_input_size"] = args["input_size"]
     if evaluated and "origin" in origin["args"]:  # a classifier of ours: the row is the encoder that it started from
         args = origin["args"]

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR holds
     config.json             arguments, command, versions, commit; written at every start
-    changes.diff            uncommitted changes of tracked files and new .py files, if there are any (git apply)
+    changes.diff            uncommitted changes of tracked files and new modules, if there are any (git apply)
     log.jsonl               one JSON object per log line and evaluation
     tensorboard/            the same numbers, and pictures
     last.pth                newest checkpoint
@@ -40,7 +40,7 @@ from util.lr_sched import warmup_cosine
 
 
 class Run(NamedTuple):
-    args: Namespace  # with defaults resolved; what is derived from them follows
+    args: Namespace  # with the defaults that are read from data or --checkpoint; what is derived from them follows
     world: World
     log: Log
     folder: Path
@@ -192,8 +192,11 @@ def write_config(run: Run) -> None:
     }  # fmt: skip
     write_json(run.folder / "config.json", config)
     changes = git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD")  # of tracked files
-    new = git("ls-files", "--others", "--exclude-standard", "-z", "*.py").split(b"\0")[:-1]
-    changes += b"".join(git("diff", "--no-index", "--no-color", os.devnull, os.fsdecode(name)) for name in new)
+    new = git("ls-files", "--others", "--exclude-standard", "-z", ":(glob)*.py", ":(glob)util/**/*.py").split(b"\0")[
+        :-1
+    ]
+    options = ("--no-ext-diff", "--no-color", "--no-index", os.devnull)
+    changes += b"".join(git("diff", *options, os.fsdecode(name)) for name in new)
     if changes:
         write_atomic(run.folder / "changes.diff", changes)
     else:

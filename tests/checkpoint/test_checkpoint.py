@@ -126,6 +126,13 @@ def test_ranks_share_the_pages_of_a_checkpoint(tmp_path):
     assert torch.equal(read_checkpoint(path)["model"], values)
 
 
+def test_a_checkpoint_that_the_disk_cannot_read_is_damaged(tmp_path):
+    """So that the save before it is used. Reading the first page of this file is an input/output error without a name."""
+    (tmp_path / "last.pth").symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=r"last\.pth is damaged"):
+        read_checkpoint(tmp_path / "last.pth")
+
+
 def without_block_numbers(names) -> set[str]:
     """Tensor names with N in place of block numbers."""
     return {re.sub(r"(?<=blocks\.)\d+", "N", name) for name in names}

@@ -676,7 +676,6 @@ import main_pretrain
 from util.args import run_main
 from util.checkpoint.saver import Saver
 
-sys.argv[0] = "main_pretrain.py"
 calls, real = [], Saver.after_step
 def after_step(self, progress):
     real(self, progress)

@@ -160,6 +160,8 @@ def test_a_very_long_image_is_refused_by_name_before_it_is_enlarged(tmp_path):
     assert re.search(r"a\.png .*20000 x 2 .*5120000 x 512", reason)
     args.short_side, args.input_size = 0, (2, 2)
     assert fit_size(5000, 5000, args) == (5000, 5000)  # as the image is: not enlarged
+    args.short_side = 4500
+    assert fit_size(3000, 4000, args) == (4500, 6000)  # as requested
 
 
 def test_crops_without_scaling_equal_slices_of_the_padded_image(monkeypatch):

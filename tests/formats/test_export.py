@@ -913,7 +913,7 @@ def test_push_to_hub_creates_a_private_repository(mae, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.endswith("pushed   me/pixmim\n")
 
 
-def test_push_errors_are_one_line(mae, tmp_path, monkeypatch):
+def test_push_errors_name_the_flag_and_the_remedy(mae, tmp_path, monkeypatch):
     path = save_content(tmp_path, {"model": mae})
     with pytest.raises(ValueError, match=r"--push_to_hub me/x .*--folder"):
         command(monkeypatch, path, tmp_path / "out.pth", "--push_to_hub", "me/x")

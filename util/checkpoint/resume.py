@@ -147,7 +147,8 @@ def load_checkpoint(path: Path, content: dict, run: Run, model: nn.Module, optim
         model.load_state_dict({own.get(name, name): value for name, value in content["model"].items()})
         optimizer.load_state_dict(content["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} does not fit this model: {' '.join(str(error).split())[:200]}") from error
+        reason = f"{path} does not fit this model (--patch_size and other flags of the model)"
+        raise ValueError(f"{reason}: {' '.join(str(error).split())[:200]}") from error
     scaler.load_state_dict(content["scaler"])
     saved = content.get("statistics", [])  # of each rank
     if len(saved) > 1:

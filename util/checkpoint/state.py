@@ -48,16 +48,18 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
 
     `mmap`: its tensors are pages of the file, which the ranks of a node share.
     """
-    with path.open("rb") as file:
-        old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
-    if old or path.suffix == ".safetensors":
-        raise NotARun(path)
     try:
+        with path.open("rb") as file:
+            old = file.read(2) == b"\x80\x02"  # a file of torch before 1.6
+        if old or path.suffix == ".safetensors":
+            raise NotARun(path)
         check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         ours = isinstance(content, dict) and content.get("format") in (FORMAT, FORMAT_1)
         if ours and content["format"] == FORMAT and not pop_checksum(content):
             raise ValueError("its checksum is wrong")
+    except NotARun:
+        raise
     except UnpicklingError as error:  # an undamaged file with objects that this project does not save
         raise NotARun(path) from error
     except Exception as error:  # torch raises many types of errors for damaged files

@@ -137,9 +137,10 @@ def fit_size(height: int, width: int, args: Namespace) -> tuple[int, int]:
     """
     input_height, input_width = args.input_size
     side = min(args.input_size) if args.short_side is None else args.short_side
-    scale = max(side / min(height, width) if side else 1.0, input_height / height, input_width / width)
+    cover = max(input_height / height, input_width / width)
+    scale = max(side / min(height, width) if side else 1.0, cover)
     h, w = max(round(height * scale), input_height), max(round(width * scale), input_width)
-    if scale > 1 and h * w > max(MAX_PIXELS, 64 * input_height * input_width):
+    if scale == cover > 1 and h * w > max(MAX_PIXELS, 64 * input_height * input_width):
         raise ValueError(
             f"is {width} x {height} and would be {w} x {h} for --input_size {args.input_size}: too long; crop it"
         )
