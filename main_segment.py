@@ -32,10 +32,8 @@ from util.evaluate.scores import print_result
 from util.rng import SUBSET, generator
 from util.run import Run, start_run
 
-UNSET = {
-    "ignore_index": 255,
-    "mask_column": "mask",
-}  # values of flags that are not given; with --eval those of the segmenter
+# values of flags that are not given; with --eval those of the segmenter
+UNSET = {"ignore_index": 255, "mask_column": "mask"}
 LINEAR = UNSET | {"blr": [0.016], "weight_decay": 1e-4}
 FINETUNE = UNSET | {"blr": [1.6e-3], "weight_decay": 0.05}
 

@@ -30,7 +30,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from benchmarks.results import append, spread
+from benchmarks.results import add_append_argument, append, spread
 from util import cache
 from util.args import IMAGENET_MEAN, IMAGENET_STD, Parser, number, run_main
 from util.data.archives import Archives
@@ -180,7 +180,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--input_size", type=number(int, 16), default=224, help="side of the training input in pixels")
     add("--seconds", type=number(float, 0), default=3.0, help="duration of each measurement")
     add("--rounds", type=number(int, 1), default=5, help="measurements of each pipeline")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
+    add_append_argument(parser)
     return parser
 
 

@@ -38,15 +38,8 @@ def get_parser() -> argparse.ArgumentParser:
     crops.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/{images,masks}")
     crops.add_argument("--draws", type=number(int, 1), default=10000, help="crops of each kind over all images")
     for each in (perturb, crops):
-        each.add_argument(
-            "--input_size",
-            type=number(int, 1),
-            nargs="+",
-            action=SizeAction,
-            default=(128, 128),
-            metavar="H",
-            help="side of the training input in pixels, or H W",
-        )
+        size = {"type": number(int, 1), "nargs": "+", "action": SizeAction, "default": (128, 128), "metavar": "H"}
+        each.add_argument("--input_size", help="side of the training input in pixels, or H W", **size)
         each.add_argument("--seed", type=number(int, 0), default=0, help="seed of the crops, or of noise and shuffling")
     return parser
 

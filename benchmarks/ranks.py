@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.loading import synthesise
-from benchmarks.results import append, spread
+from benchmarks.results import add_append_argument, append, spread
 from util.args import Parser, number, run_main
 
 
@@ -47,7 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=number(int, 1), default=8, help="images per rank and step")
     add("--steps", type=number(int, 3), default=8, help="timed steps of a run")
     add("--rounds", type=number(int, 1), default=3, help="runs with each number of ranks")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
+    add_append_argument(parser)
     return parser
 
 

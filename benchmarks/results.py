@@ -4,6 +4,7 @@ import platform
 import re
 import shlex
 import sys
+from argparse import ArgumentParser
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,12 @@ def describe_machine(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def add_append_argument(parser: ArgumentParser) -> None:
+    """Flag of the table of results."""
+    text = "Markdown table to which a row of each result is added (default: none)"
+    parser.add_argument("--append", type=Path, metavar="FILE", help=text)
 
 
 def append(path: Path | None, name: str, device: torch.device, lines: list[str]) -> None:

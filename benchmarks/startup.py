@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.results import append
+from benchmarks.results import add_append_argument, append
 from util.args import Parser, number, run_main
 from util.data.cache import ENTRY, FORMAT, shard_path
 from util.files import hash_file
@@ -63,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser("Measure time and memory to open caches and folders of growing size.")
     add, sizes = parser.add_argument, [10**n for n in range(3, 7)]
     add("--images", type=number(int, 1), nargs="+", default=sizes, help="numbers of images")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
+    add_append_argument(parser)
     return parser
 
 

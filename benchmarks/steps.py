@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import append, spread
+from benchmarks.results import add_append_argument, append, spread
 from util.args import Parser, number, run_main
 
 # Any commit's benchmarks.throughput, but it times only `ours`, once for each line that it reads.
@@ -63,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     text = "flags of benchmarks.throughput, in quotes; DIR = another checkout"
     add("variants", nargs="+", metavar="[DIR:]FLAGS", help=text)
     add("--rounds", type=number(int, 1), default=7, help="timed steps of each variant, after two that are not timed")
-    add("--append", type=Path, metavar="FILE", help="Markdown table to which a row is added (default: none)")
+    add_append_argument(parser)
     return parser
 
 

@@ -70,24 +70,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=number(int, 0), metavar="SEED", help="only these (default: those of the file)")
     add("--jobs", type=number(int, 1), default=1, help="runs at once, each on its GPU or its share of the cores")
     add("--table", action="store_true", help="run nothing, print the table of the records")
-    add(
-        "--page",
-        metavar="FILE",
-        help="with --table: write it into this page, between <!-- STUDY --> and <!-- end --> (default: none)",
-    )
-    add(
-        "--chart",
-        type=picture,
-        metavar="FILE",
-        help="with --table: picture of --columns, a point for each seed (default: none)",
-    )
+    # fmt: off
+    add("--page", metavar="FILE", help="with --table: page to write it into, between <!-- STUDY --> and <!-- end --> (default: none)")
+    add("--chart", type=picture, metavar="FILE", help="with --table: picture of --columns, a point for each seed (default: none)")
     add("--columns", nargs="+", metavar="TITLE", help="with --chart: columns of the table (default: the first)")
-    add(
-        "--curves",
-        type=picture,
-        metavar="FILE",
-        help="with --table: kNN during pre-training over epoch_seconds (default: none)",
-    )
+    add("--curves", type=picture, metavar="FILE", help="with --table: chart of kNN over minutes of pre-training (default: none)")
+    # fmt: on
     return parser
 
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -29,7 +28,7 @@ import util.args as cli
 from benchmarks.ablations import ablate, applicable_ablations, is_plain
 from benchmarks.baseline_mae import baseline_of, baseline_optimizer, baseline_step
 from benchmarks.products import Products
-from benchmarks.results import append, spread
+from benchmarks.results import add_append_argument, append, spread
 from engine_pretrain import optimizer_step, pretrain_loss
 from models import ENCODERS, build_model
 from models_pixmim import MaskedViT, PixMIM
@@ -148,12 +147,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=cli.number(int, 1), nargs="+", default=[8], help="images per step; several = in turn")
     add("--rounds", type=cli.number(int, 1), default=7, help="timed steps of each variant")
     add("--compile", action="store_true", help="include the compiled model")
-    add(
-        "--append",
-        type=Path,
-        metavar="FILE",
-        help="Markdown table to which a row per batch size is added (default: none)",
-    )
+    add_append_argument(parser)
     parser.set_defaults(grad_checkpointing=False, drop_path=0.0)
     return parser
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace, _SubParsersAction
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -266,6 +266,14 @@ def records(folder: Path, key: str = "loss") -> list[dict]:
 
 def weights(folder: Path) -> dict:
     return torch.load(folder / "last.pth", weights_only=True)
+
+
+def parsers_of(module: str) -> dict[str, ArgumentParser]:
+    """Parser of a script, "" -> its own, and those of its commands."""
+    parsers = {"": importlib.import_module(module).get_parser()}
+    for action in parsers[""]._actions:
+        parsers |= action.choices if isinstance(action, _SubParsersAction) else {}
+    return parsers
 
 
 def assert_same(a, b) -> None:

@@ -2,14 +2,13 @@
 
 import argparse
 import errno
-import importlib
 import re
 import shutil
 import sys
 from argparse import Namespace
 
 import pytest
-from conftest import DEVICE, PRETRAIN, ROOT, call, ended, files, spawn
+from conftest import DEVICE, PRETRAIN, ROOT, call, ended, files, parsers_of, spawn
 
 import main_pretrain
 from util.args import IMAGENET_MEAN, IMAGENET_STD, channel_statistics, expand, resolve_defaults, run_main
@@ -312,9 +311,7 @@ def test_warns_if_warmup_covers_all_epochs(photos, tmp_path):
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_help_explains_every_flag_and_prints_its_default(name, capsys):
-    parsers = {"": importlib.import_module(name).get_parser()}
-    for action in parsers[""]._actions:
-        parsers |= action.choices if isinstance(action, argparse._SubParsersAction) else {}
+    parsers = parsers_of(name)
     for command, parser in parsers.items():
         with pytest.raises(SystemExit) as end:
             parsers[""].parse_args([*([command] if command else []), "--help"])

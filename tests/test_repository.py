@@ -1,6 +1,5 @@
 """Import rules, recipes, README and docs: what belongs to no single function."""
 
-import argparse
 import ast
 import importlib
 import re
@@ -11,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import parsers_of
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from util.args import resolve_defaults
@@ -29,12 +29,8 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def module_path(name: str) -> Path:
-    path = ROOT / name.replace(".", "/")
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-SOURCES = {module_name(path): path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py")]}
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py")])
+SOURCES = {module_name(path): path.read_text() for path in FILES}
 
 
 def imported_modules(text: str, modules: set[str]) -> set[str]:
@@ -281,14 +277,11 @@ def wrong_scripts_in(text: str) -> list[str]:
 
 def flags_of(module: str) -> set[str]:
     """Flags of a script and of its commands; empty without a parser."""
-    imported = importlib.import_module(module)
-    parsers = [imported.get_parser()] if hasattr(imported, "get_parser") else []
-    for action in parsers[0]._actions if parsers else []:
-        parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
-    return {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+    parsers = parsers_of(module) if hasattr(importlib.import_module(module), "get_parser") else {}
+    return {flag for parser in parsers.values() for action in parser._actions for flag in action.option_strings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *map(module_path, sorted(SOURCES))], ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, *FILES], ids=lambda path: path.name)
 def test_commands_in_running_text_have_a_script_and_its_flags(page):
     """Pages of documentation, and docstrings and messages of the sources."""
     assert wrong_scripts_in(page.read_text()) == []

@@ -61,7 +61,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def explain_defaults(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
-    """Add to the help of flags that are None if they are not given what they are then."""
+    """Append "(default: TEXT)" to the help of flags whose default is None; `defaults`: flag -> TEXT."""
     for action in parser._actions:
         if action.default is None and action.dest in defaults and "(default: " not in (action.help or ""):
             action.help = f"{action.help} (default: {defaults[action.dest]})"
@@ -209,7 +209,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pools: Sequence[st
 
 
 def add_pixel_arguments(group, stated: str = "as in --checkpoint, else ") -> None:
-    """Flags of the values of an image; `stated`: where their defaults are read."""
+    """Flags of the values of an image; `stated`: begin of their default, where it is read first."""
     group.add_argument("--bands", type=number(int, 1), nargs="+",
                        help="bands, channels or pages of each image to use, in this order; 1 = first (default: " + stated + "all)")
     group.add_argument("--value_range", type=number(float, -(10**12), 10**12, words=["auto", "full", "percentile"]), nargs="+",
@@ -376,7 +376,7 @@ def resolve_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def effective_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The resolved arguments with one value where several have the same effect, for comparing two runs."""
+    """The resolved arguments, unset ones replaced by the value with the same effect, for comparing two runs."""
     found = vars(resolve_defaults(args))
     defaults = {"predict_ratio": found.get("mask_ratio"), "class_tokens": 1, "alpha": "auto"}
     defaults["crop_pct"] = default_crop_pct(found["input_size"])

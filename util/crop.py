@@ -12,6 +12,13 @@ MAX_PIXELS = 2**24  # of a resized image, or 64 inputs if these have more: limit
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
+def check_pixels(old: tuple[int, int], new: tuple[int, int], size: tuple[int, int]) -> None:
+    """ValueError if an image (width, height) `old` would have too many pixels as `new`, to cover size (H, W)."""
+    if new[0] * new[1] > max(MAX_PIXELS, 64 * size[0] * size[1]):
+        resized = f"{new[0]} x {new[1]} to cover {size}"
+        raise ValueError(f"is {old[0]} x {old[1]} and would be {resized}: too long; crop it")
+
+
 def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: str = "bilinear") -> Image.Image:
     """Smallest resize of the same aspect ratio that covers size (H, W); torchvision's Resize(side) for a square."""
     (height, width), (w, h) = size, image.size
@@ -19,8 +26,7 @@ def resize_to_cover(image: Image.Image, size: tuple[int, int], interpolation: st
         height = max(height, int(width * h / w))
     else:
         width = max(width, int(height * w / h))
-    if height * width > max(MAX_PIXELS, 64 * size[0] * size[1]):
-        raise ValueError(f"is {w} x {h} and would be {width} x {height} to cover {size}: too long; crop it")
+    check_pixels((w, h), (width, height), size)
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 

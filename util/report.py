@@ -36,13 +36,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("outputs", nargs="+", metavar="OUTPUT", help="folder that is searched for results.jsonl, or file of --results")
     add("--json", action="store_true", help="print JSON with each value, its seeds, command and commit")
-    add(
-        "--difference",
-        type=int,
-        nargs=2,
-        metavar="ROW",
-        help="also the second row minus the first, over common seeds (default: no difference)",
-    )
+    text = "also the second row minus the first, over common seeds (default: no difference)"
+    add("--difference", type=int, nargs=2, metavar="ROW", help=text)
     return parser
 
 
@@ -68,7 +63,7 @@ def split_record(record: dict) -> tuple[dict, dict, list[int]]:
     column = {} if evaluated else settings(args, record["world_size"])
     random = origin is None or "epochs" in args or args.get("train_fraction", 1) < 1
     seeds = [args["seed"]] if random and not evaluated else []
-    size = (origin or {"args": {}})["args"].get("input_size") or args["input_size"]
+    size = (origin["args"].get("input_size") if origin else None) or args["input_size"]
     if args["input_size"] != ([size, size] if isinstance(size, int) else size):
         column["other_input_size"] = args["input_size"]
     if evaluated and "origin" in origin["args"]:  # a classifier of ours: the row is the encoder that it started from

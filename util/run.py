@@ -98,6 +98,15 @@ def versions() -> dict:
     return {"commit": commit, "python": sys.version.split()[0], **libraries}
 
 
+def uncommitted_changes() -> bytes:
+    """Patch for `git apply` with the changes of tracked files and with the new modules that scripts can import."""
+    options = ("diff", "--binary", "--no-ext-diff", "--no-color")
+    modules = (":(glob)*.py", ":(glob)util/**/*.py")
+    new = git("ls-files", "--others", "--exclude-standard", "-z", *modules).split(b"\0")[:-1]
+    added = [git(*options, "--no-index", os.devnull, os.fsdecode(name)) for name in new]
+    return b"".join([git(*options, "HEAD"), *added])
+
+
 def split_effective_batch(effective: int, batch_size: int, ranks: int) -> tuple[int, int]:
     """(images per forward pass, at most `batch_size`; forward passes) of each rank for `effective` images per step."""
     per_rank, rest = divmod(effective, ranks)
@@ -191,13 +200,7 @@ def write_config(run: Run) -> None:
         "origin": run.origin, **versions(),
     }  # fmt: skip
     write_json(run.folder / "config.json", config)
-    changes = git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD")  # of tracked files
-    new = git("ls-files", "--others", "--exclude-standard", "-z", ":(glob)*.py", ":(glob)util/**/*.py").split(b"\0")[
-        :-1
-    ]
-    options = ("--no-ext-diff", "--no-color", "--no-index", os.devnull)
-    changes += b"".join(git("diff", *options, os.fsdecode(name)) for name in new)
-    if changes:
+    if changes := uncommitted_changes():
         write_atomic(run.folder / "changes.diff", changes)
     else:
         (run.folder / "changes.diff").unlink(missing_ok=True)

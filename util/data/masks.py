@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util.crop import MAX_PIXELS
+from util.crop import check_pixels
 from util.data.decode import read_image
 from util.data.folders import Folder, Query, find_split, list_images
 from util.data.pixels import PixelOptions
@@ -140,10 +140,8 @@ def fit_size(height: int, width: int, args: Namespace) -> tuple[int, int]:
     cover = max(input_height / height, input_width / width)
     scale = max(side / min(height, width) if side else 1.0, cover)
     h, w = max(round(height * scale), input_height), max(round(width * scale), input_width)
-    if scale == cover > 1 and h * w > max(MAX_PIXELS, 64 * input_height * input_width):
-        raise ValueError(
-            f"is {width} x {height} and would be {w} x {h} for --input_size {args.input_size}: too long; crop it"
-        )
+    if scale == cover > 1:
+        check_pixels((width, height), (w, h), args.input_size)
     return h, w
 
 

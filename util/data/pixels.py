@@ -80,10 +80,10 @@ def range_of_type(dtype: np.dtype) -> tuple[float, float]:
     return (0, 1) if dtype.kind in "bf" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
 
 
-def value_limits(stored: RawImage, values: np.ndarray, value_range: tuple) -> tuple[Any, Any]:
+def value_limits(raw_image: RawImage, values: np.ndarray, value_range: tuple) -> tuple[Any, Any]:
     """(low, high), each a number or one per channel, of the values that become 0 and 255."""
     mode, numbers = value_range[0], value_range
-    if mode == "full" or (mode == "auto" and stored.is_8bit):
+    if mode == "full" or (mode == "auto" and raw_image.is_8bit):
         return range_of_type(values.dtype)
     if mode == "percentile":
         return tuple(np.nanpercentile(values.astype(np.float64), value_range[1:], axis=(0, 1)))
@@ -113,14 +113,14 @@ def blend(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return ((pixels * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
 
 
-def choose_channels(stored: RawImage, options: PixelOptions) -> tuple[np.ndarray, np.ndarray | None]:
+def choose_channels(raw_image: RawImage, options: PixelOptions) -> tuple[np.ndarray, np.ndarray | None]:
     """(Values (H, W, C) of the channels wanted, alpha (H, W, 1) or None); a grey image gives three equal channels.
 
     ValueError that names the remedy for another number of channels.
     """
-    values, alpha = stored.values, None
-    use = options.alpha if options.alpha != "auto" else "channel" if stored.alpha == "band" else "composite"
-    if stored.alpha and use != "channel":
+    values, alpha = raw_image.values, None
+    use = options.alpha if options.alpha != "auto" else "channel" if raw_image.alpha == "band" else "composite"
+    if raw_image.alpha and use != "channel":
         alpha, values = (values[..., -1:] if use == "composite" else None), values[..., :-1]
     count, wanted = values.shape[2], options.in_chans
     if options.bands:
@@ -130,21 +130,21 @@ def choose_channels(stored: RawImage, options: PixelOptions) -> tuple[np.ndarray
         values = values[..., [band - 1 for band in options.bands]]
     if values.shape[2] == 1 and wanted == 3:
         values = np.repeat(values, 3, axis=2)
-    luminance = stored.colour and not options.bands and (values.shape[2], wanted) == (3, 1)
+    luminance = raw_image.colour and not options.bands and (values.shape[2], wanted) == (3, 1)
     if values.shape[2] != wanted and not luminance:
         some = " ".join(map(str, range(1, wanted + 1)))
-        more = " or --alpha drop or composite" if stored.alpha and use == "channel" else ""
-        more = " or --alpha channel" if stored.alpha and use != "channel" else more
+        more = " or --alpha drop or composite" if raw_image.alpha and use == "channel" else ""
+        more = " or --alpha channel" if raw_image.alpha and use != "channel" else more
         remedy = f"pick with --bands {some} (1 = first), or use --in_chans {count}{more}"
         raise ValueError(f"has {count} bands or pages, not --in_chans {wanted}; {remedy}")
     return values, alpha
 
 
-def to_bands(stored: RawImage, options: PixelOptions) -> list[Image.Image]:
+def to_bands(raw_image: RawImage, options: PixelOptions) -> list[Image.Image]:
     """[RGB] or [grey] image, or of another number of channels a grey image each."""
-    values, alpha = choose_channels(stored, options)
-    pixels = scale(values, *value_limits(stored, values, options.value_range))
-    if stored.inverted:
+    values, alpha = choose_channels(raw_image, options)
+    pixels = scale(values, *value_limits(raw_image, values, options.value_range))
+    if raw_image.inverted:
         pixels = 255 - pixels
     if alpha is not None:
         pixels = blend(pixels, scale(alpha, *range_of_type(alpha.dtype)))
